@@ -1,0 +1,170 @@
+"""Devices and ranks: choosing npu, cuda or cpu, and what one process of several knows of the others.
+
+PyTorch loads torch_npu by itself, and an installation of torch_npu without CANN then breaks `import torch`. So the
+loading is turned off before torch is imported, and torch_npu is imported here, where a failure is kept for the user
+who asked for an NPU.
+"""
+
+import datetime
+import importlib
+import os
+from dataclasses import dataclass
+
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from errors import UserError  # noqa: E402
+
+KINDS = ("npu", "cuda", "cpu")  # in the order of preference
+BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+CPU_PROCESSES = 8  # a CPU stands in for the published machine of eight devices
+
+
+def import_torch_npu() -> str:
+    """Imports torch_npu and returns why that did not work, or an empty string."""
+    try:
+        importlib.import_module("torch_npu")
+    except Exception as error:  # a bad CANN path raises a plain Exception
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+NPU_IMPORT_ERROR = import_torch_npu()
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def device_count(kind: str) -> int:
+    """How many devices of `kind` there are. On a CPU they are processes, and only their count matters."""
+    if kind == "npu":
+        return 0 if NPU_IMPORT_ERROR else torch.npu.device_count()
+    if kind == "cuda":
+        return torch.cuda.device_count()
+    return max(CPU_PROCESSES, cores())
+
+
+def default_count(kind: str) -> int:
+    """How many devices a run takes if nobody says: all of the machine's, on a CPU eight processes."""
+    return CPU_PROCESSES if kind == "cpu" else device_count(kind)
+
+
+def choose_kind(wanted: str) -> str:
+    """The kind of device to run on.
+
+    Args:
+        wanted: "npu", "cuda", "cpu", or "auto" for the first of them that this machine has.
+
+    Raises:
+        UserError: usage, the kind is not there; with the reason.
+    """
+    if wanted == "auto":
+        return next(kind for kind in KINDS if device_count(kind))
+    if not device_count(wanted):
+        reason = NPU_IMPORT_ERROR or "torch_npu finds no NPU"
+        if wanted == "cuda":
+            built = torch.version.cuda is not None
+            reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
+        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", "try --device cpu")
+    return wanted
+
+
+def check_indices(kind: str, indices: list[int], flag: str) -> None:
+    """Raises a usage UserError if this machine lacks one of the devices."""
+    count = device_count(kind)
+    for index in indices:
+        if not 0 <= index < count:
+            there = f"0 to {count - 1}" if count > 1 else "only 0"
+            raise UserError("usage", f"no {kind} {index} here", flag, f"this machine has {there}")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished what it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@dataclass(frozen=True)
+class World:
+    """What one process knows of all the processes.
+
+    Attributes:
+        rank: this process among all, from 0.
+        size: number of processes on all nodes.
+        nodes: number of nodes.
+        local_size: number of processes on this node.
+        kind: "npu", "cuda" or "cpu".
+        index: this process's device.
+    """
+
+    rank: int = 0
+    size: int = 1
+    nodes: int = 1
+    local_size: int = 1
+    kind: str = "cpu"
+    index: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start(self, *, backend: str | None = None, timeout: float = 600.0, store: dist.Store | None = None) -> None:
+        """Takes this process's device and joins the process group.
+
+        Args:
+            backend: "hccl", "nccl", "gloo", or None for the device's own.
+            timeout: seconds that one collective may take.
+            store: where the ranks meet; without one, torchrun's environment says.
+
+        Raises:
+            UserError: distributed, the others did not come.
+        """
+        if self.kind == "cpu":
+            if "OMP_NUM_THREADS" not in os.environ:
+                torch.set_num_threads(max(1, cores() // self.local_size))
+        else:
+            torch.accelerator.set_device_index(self.index)  # before the first collective, or all ranks take device 0
+        if self.size == 1:
+            return
+        if self.nodes == 1:
+            # One node needs no other interface than loopback.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        where = {"store": store, "rank": self.rank, "world_size": self.size} if store else {"init_method": "env://"}
+        try:
+            dist.init_process_group(
+                backend or BACKENDS[self.kind], timeout=datetime.timedelta(seconds=timeout), **where
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                "distributed",
+                f"the {self.size} ranks did not meet: {str(error).splitlines()[0]}",
+                f"rank {self.rank}",
+                "see that every node was started with the same --addr, port and --world-size",
+            ) from error
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module`, its gradients averaged over the ranks."""
+        if self.size == 1:
+            return module
+        devices = None if self.kind == "cpu" else [self.index]
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor` summed over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor

@@ -1,0 +1,71 @@
+"""Expected errors: one line for the user, an exit code for the program that started us.
+
+Exit codes: 0 done, 1 bug or out of memory, 2 usage, 3 data, 4 checkpoint, 5 I/O or network, 6 distributed,
+7 diverged, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import os
+import sys
+import traceback
+
+EXIT_CODES = {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+
+
+class UserError(Exception):
+    """An error that the user can mend: what is wrong, where, and what to do next.
+
+    Args:
+        kind: one of `EXIT_CODES`' names.
+        what: the fault, with the value that is wrong and what was expected.
+        where: the flag, file, line or rank that it concerns.
+        todo: the next thing to type or to look at.
+
+    >>> str(UserError("data", "train.en has 3 lines, train.de 4", "corpus/", "make them equal"))
+    'error[data]: train.en has 3 lines, train.de 4; corpus/; make them equal'
+    """
+
+    def __init__(self, kind: str, what: str, where: str, todo: str):
+        super().__init__(kind, what, where, todo)
+        self.kind = kind
+        self.exit_code = EXIT_CODES[kind]
+
+    def __str__(self) -> str:
+        kind, what, where, todo = self.args
+        return printable(f"error[{kind}]: {what}; {where}; {todo}")
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line, its control characters escaped, so that data cannot write to a terminal.
+
+    >>> printable("a\x1b[31m\n")
+    'a\\x1b[31m\\n'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def run_main(main, argv: list[str]) -> int:
+    """Calls `main(argv)` and turns what it raises into an exit code and, for expected errors, one line on stderr.
+
+    Args:
+        main: takes the list of arguments, returns nothing.
+        argv: the arguments; with `--debug` among them, expected errors show their traceback too.
+
+    Returns:
+        The exit code of the process.
+    """
+    try:
+        main(argv)
+        sys.stdout.flush()
+    except UserError as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`| head`): nothing is wrong with the run, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,51 @@
+"""What all tests share: a small corpus, and caches that go with the test run."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MULTI30K = REPOSITORY.parent / "shared" / "data" / "multi30k"
+
+needs_multi30k = pytest.mark.skipif(
+    not (MULTI30K / "train.de").exists(), reason="Multi30k is not beside this checkout (../shared/data/multi30k)"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """No test reads or leaves anything in the user's cache folder."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+def write_corpus(folder: Path, train: int, val: int = 4, test: int = 4) -> Path:
+    """A corpus of distinct pairs of unlike lengths, in which every word is frequent enough to be in the vocabulary."""
+    words = [("der", "the"), ("hund", "dog"), ("rot", "red"), ("läuft", "runs"), ("und", "and"), ("schnell", "fast")]
+    generator = random.Random(5)
+    folder.mkdir(parents=True, exist_ok=True)
+    seen = set()
+    for name, count in (("train", train), ("val", val), ("test", test)):
+        sides = ([], [])
+        while len(sides[0]) < count:
+            sentence = tuple(generator.choice(words) for _ in range(generator.randint(2, 9)))
+            if sentence not in seen:
+                seen.add(sentence)
+                for side, text in zip(sides, zip(*sentence, strict=True), strict=True):
+                    side.append(" ".join(text) + " .")
+        for side, lang in zip(sides, ("de", "en"), strict=True):
+            (folder / f"{name}.{lang}").write_text("\n".join(side) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def tiny_corpus(tmp_path):
+    """The folder of a corpus of 64 training pairs."""
+    return write_corpus(tmp_path / "corpus", 64)

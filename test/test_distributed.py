@@ -1,0 +1,183 @@
+"""Several ranks are one training: the real loop, watched from outside while it runs in one and in two processes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, write_corpus
+
+import data
+import launch
+import precision
+import progress
+import train_8p
+from errors import UserError
+
+PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
+DEADLINE = 120
+
+
+def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
+    """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights."""
+    shares, totals, steps = [], [], []
+    rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.Precision.step
+
+    def watched_share(indices, rank, world_size):
+        share = rank_share(indices, rank, world_size)
+        shares.append(share.tolist())
+        return share
+
+    def watched_step_done(self, sums, pairs):
+        totals.append(sums.clone())
+        step_done(self, sums, pairs)
+
+    def watched_step(self, optimizer, max_norm):
+        before = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+        step(self, optimizer, max_norm)
+        steps.append((before, {name: tensor.clone() for name, tensor in self.model.state_dict().items()}))
+
+    data.rank_share, progress.EpochLog.step_done, precision.Precision.step = (
+        watched_share,
+        watched_step_done,
+        watched_step,
+    )
+    train_8p.run_rank(index, args, worlds, meeting)
+    torch.save({"shares": shares, "totals": totals, "steps": steps}, Path(folder) / f"rank{worlds[index].rank}.pt")
+
+
+def train_watched(corpus: Path, folder: Path, processes: int) -> list[dict]:
+    """What the ranks of a run wrote down, by rank."""
+    folder.mkdir()
+    args = train_8p.build_parser().parse_args(
+        f"--data-dir {corpus} --device cpu --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
+        "--output-dropout 0 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
+        f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'}".split()
+    )
+    kind, indices = train_8p.choose_devices(args)
+    worlds = train_8p.make_worlds(args, kind, indices)
+    train_8p.resolve_recipe(args, PAIRS, worlds[0])
+    args.epochs, args.performance = EPOCHS, False
+    store = launch.host_store("127.0.0.1", 0, 1)
+    launch.launch(watched_rank, processes, (args, worlds, ("127.0.0.1", store.port), str(folder)))
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same training in one process and in two."""
+    folder = tmp_path_factory.mktemp("runs")
+    corpus = write_corpus(folder / "corpus", PAIRS)
+    return train_watched(corpus, folder / "one", 1)[0], train_watched(corpus, folder / "two", 2)
+
+
+def training_shares(record: dict) -> list[list[int]]:
+    """The pairs of each training step: validation shares its sentences out too, four of them, all in one batch."""
+    steps_an_epoch = -(-PAIRS // BATCH)
+    shares = record["shares"]
+    validations = len(shares) // EPOCHS - steps_an_epoch
+    width = steps_an_epoch + validations
+    return [share for epoch in range(EPOCHS) for share in shares[epoch * width : epoch * width + steps_an_epoch]]
+
+
+def test_two_ranks_see_each_pair_once_an_epoch_and_none_twice(runs):
+    _, two = runs
+    steps = list(zip(*map(training_shares, two), strict=True))
+    for epoch in range(EPOCHS):
+        seen = [pair for shares in steps[3 * epoch : 3 * epoch + 3] for share in shares for pair in share]
+        assert sorted(seen) == list(range(PAIRS))
+
+
+def test_an_uneven_last_batch_leaves_a_rank_without_pairs(runs):
+    _, two = runs
+    assert sum(share == [] for share in training_shares(two[1])) == EPOCHS
+
+
+def test_two_ranks_have_the_loss_of_one_process_on_the_joint_batch(runs):
+    one, two = runs
+    for record in two:
+        torch.testing.assert_close(record["totals"], one["totals"], rtol=1e-5, atol=1e-5)
+
+
+def test_two_ranks_have_the_gradients_of_one_process_on_the_joint_batch(runs):
+    one, two = runs
+    assert len(one["steps"]) >= 10
+    for record in two:
+        for (actual, _), (expected, _) in zip(record["steps"], one["steps"], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_two_ranks_hold_equal_weights_after_ten_steps(runs):
+    one, two = runs
+    (_, first), (_, second) = two[0]["steps"][9], two[1]["steps"][9]
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
+    torch.testing.assert_close(first, one["steps"][9][1], rtol=1e-3, atol=1e-4)
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+
+
+PUBLISHED = (
+    "--epoch 1 --batch-size 16 --multiprocessing-distributed --device-list 0,1 --device cpu --amp "
+    "--addr 127.0.0.1 --workers 2 --emb-dim 8 --hid-dim 12"
+).split()
+
+
+@pytest.mark.parametrize("launcher", [["-m", "torch.distributed.run", "--nproc-per-node", "2"], []])
+def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
+    script = str(REPOSITORY / "train_8p.py")
+    result = command(sys.executable, *launcher, script, "--data_dir", str(tiny_corpus), *PUBLISHED, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert " processes=2 " in result.stdout
+    assert result.stdout.count("* FPS@all ") == 1, "rank 0 alone writes the log"
+    assert result.stdout.count("BLEU score = ") == 1
+    assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
+
+
+def die(index: int, how: str) -> None:
+    """A rank with a fault, beside one that would wait for it for ever."""
+    if index == 0:
+        time.sleep(DEADLINE)
+    elif how == "raise":
+        raise ValueError("the cause")
+    elif how == "user":
+        raise UserError("data", "what", "where", "todo")
+    elif how == "exit":
+        os._exit(0)
+    else:
+        os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("raise", "distributed", "rank 1 failed: ValueError: the cause"),
+        ("user", "data", "what; where; todo"),
+        ("exit", "distributed", "rank 1 ended early with exit code 0"),
+        ("kill", "distributed", "rank 1 was killed by signal 9"),
+    ],
+)
+def test_a_rank_that_fails_ends_the_run_with_its_reason(how, kind, message):
+    with pytest.raises(UserError) as caught:
+        launch.launch(die, 2, (how,))
+    assert caught.value.kind == kind
+    assert message in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_an_error_of_the_distributed_kind():
+    store = launch.host_store("127.0.0.1", 0, 1)
+    with pytest.raises(UserError) as caught:
+        launch.host_store("127.0.0.1", store.port, 1)
+    assert caught.value.exit_code == 6
+
+
+def test_an_absent_master_is_an_error_within_the_timeout():
+    with pytest.raises(UserError) as caught:
+        launch.join_store("127.0.0.1", 1, 2.0)
+    assert caught.value.exit_code == 6

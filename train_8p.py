@@ -1,0 +1,659 @@
+"""Trains one GRU encoder-decoder to translate, on one device or on eight, and scores it.
+
+One device (an NPU if there is one, else a GPU, else the CPU), on the bundled sample or on Multi30k:
+
+    python3 train_8p.py
+    python3 train_8p.py --data-dir DIR --amp
+
+One process per device of this machine, or eight processes on its CPU:
+
+    python3 train_8p.py --data-dir DIR --amp --multiprocessing-distributed
+    torchrun --nproc-per-node 8 train_8p.py --data-dir DIR --amp
+
+Two machines with eight devices each; the first one's address is 10.0.0.1:
+
+    python3 train_8p.py ... --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://10.0.0.1:29500
+    python3 train_8p.py ... --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://10.0.0.1:29500
+
+Scoring a checkpoint on the test set:
+
+    python3 train_8p.py --data-dir DIR --evaluate seq2seq-gru-model.pth.tar
+"""
+
+import argparse
+import importlib.metadata
+import math
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+
+import devices  # before torch: it decides how torch is imported
+
+import torch  # isort: skip
+
+import checkpoint
+import data
+import flags
+import gru
+import launch
+import precision
+import scoring
+from errors import UserError, printable, run_main
+from progress import EpochLog, say
+
+SAMPLE = Path(__file__).resolve().parent / "sample"
+ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
+PERFORMANCE_STEPS = 25
+PERFORMANCE_BATCH = {"npu": 1536, "cuda": 1536, "cpu": 128}  # pairs a device
+
+# Each value can be overruled by the flag of its name.
+RECIPES = {
+    # As the published figure was trained.
+    "modelzoo": {
+        "epochs": 10,
+        "batch_size": 512,
+        "optimizer": "adam",
+        "lr": 0.003,
+        "weight_decay": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "clip": 0.0,
+        "teacher_forcing_ratio": 0.5,
+        "dropout": 0.5,
+        "output_dropout": 0.0,
+        "label_smoothing": 0.0,
+        "init": "modelzoo",
+        "fixed_length": 46,
+        "batching": "random",
+        "last_batch": "drop",
+        "best": "loss",
+    },
+    # The best that this architecture does in as many epochs.
+    "tuned": {
+        "epochs": 10,
+        "batch_size": 128,
+        "optimizer": "adamw",
+        "lr": 0.002,
+        "weight_decay": 0.0,
+        "schedule": "cosine",
+        "warmup": 0.1,
+        "clip": 1.0,
+        "teacher_forcing_ratio": 1.0,
+        "dropout": 0.5,
+        "output_dropout": 0.3,
+        "label_smoothing": 0.1,
+        "init": "tuned",
+        "fixed_length": 0,
+        "batching": "like-length",
+        "last_batch": "keep",
+        "best": "bleu",
+    },
+}
+
+
+def build_parser() -> flags.StrictParser:
+    """Every flag, by topic. Flags of a recipe have no default of their own."""
+    parser = flags.StrictParser(
+        prog="train_8p.py",
+        description="Trains a GRU encoder-decoder to translate and reports BLEU and pairs a second.",
+        epilog="Every flag may be written with underscores too. Flags after a lone -- override those before it.",
+    )
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir", metavar="DIR", help="holds multi30k/ or the six files; left out: the sample corpus"
+    )
+    group.add_argument("--src-lang", default="de", metavar="LANG", help="language to translate from")
+    group.add_argument("--trg-lang", default="en", metavar="LANG", help="language to translate into")
+    group.add_argument("--train-name", default="train", metavar="NAME", help="name of the training files")
+    group.add_argument("--val-name", default="val", metavar="NAME", help="name of the validation files")
+    group.add_argument(
+        "--test-name", default="test", metavar="NAME", help="name of the test files; test is also test2016"
+    )
+    group.add_argument("--mirror", metavar="URL", help="second address to download Multi30k's files from")
+    group.add_argument(
+        "--cache-dir", metavar="DIR", help="tokenised corpora; left out: gru-for-pytorch/ in the user's cache folder"
+    )
+    group.add_argument(
+        "-j", "--workers", type=flags.non_negative_int, default=10, help="tokenising processes, at most the cores"
+    )
+
+    group = parser.add_argument_group("training; what is left out, the recipe decides")
+    group.add_argument("--recipe", choices=sorted(RECIPES), default="tuned", help="preset of the flags of this group")
+    group.add_argument("--epochs", "--epoch", type=flags.positive_int, metavar="N", help="times through the pairs")
+    group.add_argument(
+        "-b", "--batch-size", type=flags.positive_int, metavar="N", help="pairs in a batch over the devices of a node"
+    )
+    group.add_argument("--optimizer", choices=["adam", "adamw"], help="AdamW decouples the weight decay")
+    group.add_argument("--lr", "--learning-rate", type=flags.positive_float, metavar="RATE", help="peak learning rate")
+    group.add_argument("--weight-decay", type=flags.non_negative_float, metavar="DECAY", help="the optimizer's")
+    group.add_argument("--schedule", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
+    group.add_argument("--warmup", type=flags.fraction, metavar="PART", help="part of the steps in which it rises")
+    group.add_argument(
+        "--clip", type=flags.non_negative_float, metavar="NORM", help="largest gradient norm; 0 does not clip"
+    )
+    group.add_argument(
+        "--teacher-forcing-ratio", type=flags.fraction, metavar="P", help="probability of reading the reference"
+    )
+    group.add_argument("--dropout", type=flags.dropout_rate, metavar="P", help="on both embeddings")
+    group.add_argument("--output-dropout", type=flags.dropout_rate, metavar="P", help="in front of the output layer")
+    group.add_argument("--label-smoothing", type=flags.fraction, metavar="P", help="mass spread over the vocabulary")
+    group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
+    group.add_argument(
+        "--fixed-length", type=flags.non_negative_int, metavar="N", help="pad or cut to N tokens; 0 to the batch's own"
+    )
+    group.add_argument("--batching", choices=["like-length", "random"], help="which pairs share a batch")
+    group.add_argument("--last-batch", choices=["keep", "drop"], help="an epoch's incomplete batch")
+    group.add_argument("--best", choices=["bleu", "loss"], help="best epoch: greedy BLEU or free-running loss")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--emb-dim", type=flags.positive_int, default=256, metavar="N", help="size of the embeddings")
+    group.add_argument("--hid-dim", type=flags.positive_int, default=512, metavar="N", help="size of the hidden state")
+
+    group = parser.add_argument_group("devices")
+    group.add_argument("--device", choices=["auto", *devices.KINDS], default="auto", help="auto: npu, cuda, cpu")
+    group.add_argument("--npu", type=flags.non_negative_int, metavar="INDEX", help="run on this NPU")
+    group.add_argument("--gpu", type=flags.non_negative_int, metavar="INDEX", help="run on this GPU")
+    group.add_argument(
+        "--multiprocessing-distributed", action="store_true", help="one process for each device of --device-list"
+    )
+    group.add_argument(
+        "--device-list",
+        type=flags.index_list,
+        metavar="LIST",
+        help="such as 0,1,2,3; left out: all of this machine's, on a CPU 0,..,7, of which only the count matters",
+    )
+    group.add_argument(
+        "--max-devices", type=flags.positive_int, metavar="N", help="without --device-list, use at most N devices"
+    )
+    group.add_argument("--world-size", type=flags.integer, default=-1, metavar="N", help="number of nodes; -1 means 1")
+    group.add_argument("--rank", type=flags.integer, default=-1, metavar="N", help="this node; -1 means 0")
+    group.add_argument("--addr", default="127.0.0.1", help="address of node 0")
+    group.add_argument("--dist-url", metavar="URL", help="env:// or tcp://HOST:PORT; left out: MASTER_PORT or a free one")
+    group.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="left out: the device's own")
+    group.add_argument(
+        "--dist-timeout", type=flags.positive_float, default=600.0, metavar="SECONDS", help="for the ranks to meet"
+    )
+
+    group = parser.add_argument_group("precision")
+    group.add_argument("--amp", action="store_true", help="mixed precision at --opt-level; without it float32")
+    group.add_argument("--opt-level", choices=["O0", "O1", "O2", "O3"], default="O2", help="apex's level")
+    group.add_argument(
+        "--loss-scale", type=flags.loss_scale, metavar="SCALE", help="a number or dynamic; left out: 32, on a CPU 1"
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=flags.non_negative_int, default=1234, help="of weights, batches and dropout")
+    group.add_argument("-p", "--print-freq", type=flags.positive_int, default=10, metavar="N", help="steps a log line")
+    group.add_argument("--ckptpath", default="./seq2seq-gru-model.pth.tar", metavar="FILE", help="the best checkpoint")
+    group.add_argument("--evaluate", metavar="CKPT", help="do not train: score this checkpoint on the test set")
+    group.add_argument(
+        "--bleu-npu", type=flags.non_negative_int, default=0, metavar="INDEX", help="the device that scores"
+    )
+    group.add_argument(
+        "--performance", action="store_true", help=f"measure speed: {PERFORMANCE_STEPS} steps or an epoch, no scoring"
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of every error")
+    return parser
+
+
+# ---------------------------------------------------------------- set-up
+
+
+def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
+    """The kind of device and the indices of this node's devices, one process each.
+
+    Raises:
+        UserError: usage, flags contradict each other or this machine.
+    """
+    given = {"npu": args.npu, "cuda": args.gpu}
+    chosen = [kind for kind, index in given.items() if index is not None]
+    if len(chosen) == 2 or (chosen and args.device not in ("auto", chosen[0])):
+        raise UserError("usage", "they name different devices", "--npu, --gpu, --device", "give one of them")
+    kind = devices.choose_kind(chosen[0] if chosen else args.device)
+    if under_torchrun():
+        indices = args.device_list or list(range(int(os.environ["LOCAL_WORLD_SIZE"])))
+        if len(indices) != int(os.environ["LOCAL_WORLD_SIZE"]):
+            raise UserError(
+                "usage",
+                f"{len(indices)} devices for the {os.environ['LOCAL_WORLD_SIZE']} processes of torchrun",
+                "--device-list",
+                "name one device for each process, or leave the flag out",
+            )
+    elif chosen:
+        indices = [given[kind]]
+    elif args.multiprocessing_distributed:
+        indices = args.device_list or list(range(devices.default_count(kind)))[: args.max_devices]
+        if not args.device_list and len(indices) < (args.max_devices or 0):
+            say(f"note: this machine has {len(indices)} {kind} devices, not {args.max_devices}: running on those")
+    else:
+        indices = (args.device_list or [0])[:1]
+    devices.check_indices(kind, [*indices, args.bleu_npu], "--npu, --gpu, --device-list, --bleu-npu")
+    if args.batch_size is not None and args.batch_size % len(indices):
+        raise UserError(
+            "usage",
+            f"a batch of {args.batch_size} cannot be shared out evenly over {len(indices)} devices",
+            "--batch-size",
+            f"give a multiple of {len(indices)}",
+        )
+    return kind, indices
+
+
+def under_torchrun() -> bool:
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+
+
+def make_worlds(args: argparse.Namespace, kind: str, indices: list[int]) -> list[devices.World]:
+    """What each process of this node knows of all; under torchrun only this process's.
+
+    Raises:
+        UserError: usage, --world-size or --rank have no meaning.
+    """
+    local_size = len(indices)
+    if under_torchrun():
+        size = int(os.environ["WORLD_SIZE"])
+        index = indices[int(os.environ["LOCAL_RANK"])]
+        return [devices.World(int(os.environ["RANK"]), size, size // local_size, local_size, kind, index)]
+    nodes = 1 if args.world_size == -1 else args.world_size
+    node = 0 if args.rank == -1 else args.rank
+    if nodes < 1 or not 0 <= node < nodes:
+        raise UserError(
+            "usage",
+            f"node {args.rank} of {args.world_size}",
+            "--rank and --world-size",
+            "nodes are counted from 1 and numbered from 0",
+        )
+    first = node * local_size
+    return [
+        devices.World(first + i, nodes * local_size, nodes, local_size, kind, index) for i, index in enumerate(indices)
+    ]
+
+
+def meeting_point(args: argparse.Namespace, nodes: int) -> tuple[str, int]:
+    """Address and port at which the ranks meet; port 0 stands for any free one.
+
+    Raises:
+        UserError: usage, --dist-url cannot be understood, or several nodes were given no port.
+    """
+    addr, port = args.addr, os.environ.get("MASTER_PORT", "0")
+    if args.dist_url == "env://":
+        addr = os.environ.get("MASTER_ADDR", addr)
+    elif args.dist_url is not None:
+        scheme, _, rest = args.dist_url.partition("://")
+        addr, _, port = rest.rpartition(":")
+        if scheme != "tcp" or not addr:
+            raise UserError("usage", f"{args.dist_url!r}", "--dist-url", "expected env:// or tcp://HOST:PORT")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise UserError("usage", f"{port!r} is not a port", "--dist-url or MASTER_PORT", "give a number below 65536")
+    if nodes > 1 and port == "0":
+        raise UserError(
+            "usage", "several nodes need a port that all know", "--dist-url", f"give tcp://{addr}:29500 on every node"
+        )
+    return addr, int(port)
+
+
+def load_corpus(args: argparse.Namespace, log=say) -> data.Corpus:
+    """The corpus that the flags name."""
+    if args.data_dir is None:
+        log("note: no --data-dir was given: using the bundled sample corpus")
+    return data.load(
+        SAMPLE if args.data_dir is None else args.data_dir,
+        src_lang=args.src_lang,
+        trg_lang=args.trg_lang,
+        train_name=args.train_name,
+        val_name=args.val_name,
+        test_name=args.test_name,
+        workers=max(1, args.workers),
+        cache_dir=args.cache_dir,
+        mirror=args.mirror,
+        log=log,
+    )
+
+
+def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -> None:
+    """Fills in the flags that were left to the recipe.
+
+    Args:
+        args: the flags; changed in place.
+        pairs: pairs in the training data.
+        world: any rank's.
+    """
+    batch_size = args.batch_size
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if batch_size is None:
+        if args.performance:
+            args.batch_size = PERFORMANCE_BATCH[world.kind] * world.local_size
+        elif args.recipe == "tuned":
+            args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
+    args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
+    if args.performance:
+        args.epochs = 1
+    if not args.amp:
+        args.opt_level = "O0"
+    if args.opt_level == "O3":
+        raise UserError("usage", "O3, pure half, is not available", "--opt-level", "use O2, with fp32 master weights")
+    if args.loss_scale is None:
+        args.loss_scale = 32.0 if args.amp and world.kind != "cpu" else 1.0
+
+
+def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
+    """The batch of a node: 128 in total, or less where an epoch would have too few updates.
+
+    >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 1)
+    (128, 128, 32)
+    """
+    total = RECIPES["tuned"]["batch_size"]
+    while total > 1 and math.ceil(pairs / total) < ENOUGH_UPDATES:
+        total //= 2
+    return max(total // nodes // local_size, 1) * local_size
+
+
+def describe(args: argparse.Namespace, world: devices.World, precision_name: str, corpus: data.Corpus) -> None:
+    """Prints what is about to run."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
+    facts = {
+        "device": world.kind,
+        "processes": world.size,
+        "nodes": world.nodes,
+        "batch": args.batch_size * world.nodes,
+        "batch_per_device": f"{args.batch_size / world.local_size:g}",
+        "precision": precision_name,
+        "recipe": args.recipe,
+        "seed": args.seed,
+        "python": platform.python_version(),
+    }
+    say("run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items()))
+    hidden = ("data_dir", "evaluate", "debug")
+    say("flags: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if key not in hidden))
+    say(
+        f"data: {len(corpus.train)} training, {len(corpus.val)} validation, {len(corpus.test)} test pairs; "
+        f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
+    )
+    for note in corpus.notes:
+        say(printable(note))
+
+
+# ---------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -> None:
+    """One rank's training, from the first weight to the best checkpoint."""
+    device = world.device
+    torch.manual_seed(args.seed)
+    model = gru.build(
+        len(corpus.src_vocab),
+        len(corpus.trg_vocab),
+        emb_dim=args.emb_dim,
+        hid_dim=args.hid_dim,
+        dropout=args.dropout,
+        output_dropout=args.output_dropout,
+    )
+    gru.INITIALISATIONS[args.init](model)
+    model.to(device)
+    # From here on the ranks differ: in dropout, and in what is drawn for teacher forcing.
+    torch.manual_seed(args.seed + world.rank)
+    random.seed(args.seed + world.rank)
+
+    precise = precision.Precision(model, device, args.opt_level, args.loss_scale)
+    criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
+    optimizer = precision.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay, device)
+    if world.is_main:
+        describe(args, world, precise.name, corpus)
+        say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+        if args.amp and args.opt_level != "O0" and precise.name.startswith("float32"):
+            say("note: this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32")
+    keeper = BestKeeper(args, world, corpus)
+
+    plan = [epoch_plan(args, world, corpus, epoch) for epoch in range(args.epochs)]
+    total_steps = sum(len(batches) for batches in plan)
+    step = 0
+    for epoch, batches in enumerate(plan):
+        criterion.train()
+        log = EpochLog(world, epoch, args.epochs, len(batches), args.print_freq)
+        for indices in batches:
+            # 1. this rank's pairs
+            share = data.rank_share(indices, world.rank, world.size)
+            batch = data.make_batch(corpus.train, share, fixed_length=args.fixed_length).to(device)
+            log.data_ready()
+
+            # 2. the loss: the mean over the target positions of all ranks
+            with precise.forward_context():
+                loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, args.teacher_forcing_ratio)
+            count = loss_sum.new_tensor(len(batch.positions))
+            totals = world.sum(torch.stack((loss_sum.detach(), count)))  # [2]
+            loss = loss_sum * (world.size / totals[1])  # DDP will divide the gradients by the world's size
+
+            # 3. the update
+            rate = learning_rate(args, step, total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            precise.backward(loss)
+            precise.step(optimizer, args.clip)
+            step += 1
+            log.step_done(totals, len(indices))
+
+        pairs_per_second, mean_loss = log.finish()
+        if world.is_main:
+            say(f"* FPS@all {pairs_per_second:.3f}")
+        if not args.performance:
+            keeper.validate(model, epoch, mean_loss, rate)
+
+
+def epoch_plan(
+    args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int
+) -> list[torch.Tensor]:
+    """The batches of one epoch over all ranks; a performance run goes round again until it has enough."""
+    batches: list[torch.Tensor] = []
+    rounds = epoch
+    while not batches or (args.performance and len(batches) < PERFORMANCE_STEPS):
+        one_round = data.epoch_batches(
+            corpus.train.src.lengths,
+            corpus.train.trg.lengths,
+            args.batch_size * world.nodes,
+            seed=args.seed,
+            epoch=rounds,
+            like_length=args.batching == "like-length",
+            drop_last=args.last_batch == "drop",
+        )
+        # Whole rounds only, but for the last: a corpus of a few batches is not stopped in the middle of a step.
+        batches += one_round if not batches else one_round[: PERFORMANCE_STEPS - len(batches)]
+        rounds += 1
+    return batches
+
+
+def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
+    """The rate of a step: a linear rise, then constant or a cosine's fall to 0 (Loshchilov and Hutter 2017).
+
+    >>> args = argparse.Namespace(lr=1.0, warmup=0.2, schedule="cosine")
+    >>> [round(learning_rate(args, step, 10), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    warmup_steps = int(args.warmup * total_steps)
+    if step < warmup_steps:
+        return args.lr * (step + 1) / warmup_steps
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+class BestKeeper:
+    """Validates after each epoch, and keeps the best weights on disk.
+
+    Args:
+        args: the flags.
+        world: the ranks; all validate, rank 0 decides and writes.
+        corpus: the data.
+    """
+
+    def __init__(self, args: argparse.Namespace, world: devices.World, corpus: data.Corpus):
+        self._args, self._world, self._corpus = args, world, corpus
+        self._path = Path(args.ckptpath)
+        self._best = -math.inf
+
+    def validate(self, model: gru.Seq2Seq, epoch: int, train_loss: float, rate: float) -> None:
+        """Scores the model on the validation pairs, prints the figures, and saves it if it is the best so far."""
+        args, world, val = self._args, self._world, self._corpus.val
+        model.eval()
+        losses = [
+            scoring.mean_loss(model, val, world, teacher_forcing_ratio=ratio, fixed_length=args.fixed_length)
+            for ratio in (1.0, 0.0)
+        ]
+        translations = scoring.translate(model, val.src, self._corpus.trg_vocab, world)
+        if not world.is_main:
+            return
+        bleu = scoring.bleu(translations, val.trg_tokens)
+        forced, free = ({"loss": loss, "perplexity": math.exp(min(loss, 700))} for loss in losses)
+        say(
+            f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
+            f"loss {forced['loss']:.4f} (perplexity {forced['perplexity']:.2f})  "
+            f"free-running loss {free['loss']:.4f} (perplexity {free['perplexity']:.2f})  "
+            f"greedy BLEU {bleu.torchtext:.4f}  learning rate {rate:.2e}"
+        )
+        for index in {0: None, len(val) // 2: None}:
+            say(printable(f"  source     {' '.join(val.src_tokens[index])}"))
+            say(printable(f"  reference  {' '.join(val.trg_tokens[index])}"))
+            say(printable(f"  model      {' '.join(translations[index])}"))
+        merit = bleu.torchtext if args.best == "bleu" else -free["loss"]
+        if merit > self._best:
+            if self._best == -math.inf and (previous := checkpoint.set_aside(self._path)):
+                say(f"note: {self._path} was there already: it is now {previous.name}")
+            self._best = merit
+            scores = {"epoch": epoch, "bleu": bleu.torchtext, "loss": forced["loss"], "free_running_loss": free["loss"]}
+            checkpoint.save(self._path, self._checkpoint(model, scores))
+            say(f"saved: {self._path} (the best so far)")
+
+    def _checkpoint(self, model: gru.Seq2Seq, scores: dict) -> checkpoint.Checkpoint:
+        corpus = self._corpus
+        return checkpoint.Checkpoint(
+            state_dict={name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
+            sizes={
+                "input_dim": len(corpus.src_vocab),
+                "output_dim": len(corpus.trg_vocab),
+                "emb_dim": self._args.emb_dim,
+                "hid_dim": self._args.hid_dim,
+            },
+            src_vocab=corpus.src_vocab.itos,
+            trg_vocab=corpus.trg_vocab.itos,
+            flags=vars(self._args),
+            scores=scores,
+            about={
+                "src_lang": corpus.src_lang,
+                "trg_lang": corpus.trg_lang,
+                "data": corpus.fingerprint,
+                "torch": str(torch.__version__),
+                "world_size": self._world.size,
+            },
+        )
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) -> None:
+    """Translates the test set with a checkpoint and prints its BLEU."""
+    saved = checkpoint.load(path)
+    src_vocab, trg_vocab = vocabularies(saved, corpus, str(path))
+    world = devices.World(kind=kind, index=args.bleu_npu)
+    world.start()
+    model = saved.build_model(world.device)
+    src = data.Side.encode(corpus.test.src_tokens, src_vocab)
+    bleu = scoring.bleu(scoring.translate(model, src, trg_vocab, world), corpus.test.trg_tokens)
+    say(f"scored: {path} on {len(corpus.test)} test pairs, greedily, in float32")
+    say(f"sacreBLEU = {bleu.sacrebleu:.4f} ({bleu.signature})")
+    say(f"BLEU score = {bleu.torchtext:.4f}")
+
+
+def vocabularies(
+    saved: checkpoint.Checkpoint, corpus: data.Corpus, where: str
+) -> tuple[data.Vocabulary, data.Vocabulary]:
+    """The vocabularies to use a checkpoint with: its own, or for one without any, the data's if they fit.
+
+    Raises:
+        UserError: checkpoint, they do not fit.
+    """
+    if saved.src_vocab is None or saved.trg_vocab is None:
+        sizes = [saved.sizes["input_dim"], saved.sizes["output_dim"]]
+        there = [len(corpus.src_vocab), len(corpus.trg_vocab)]
+        if sizes != there:
+            raise UserError(
+                "checkpoint",
+                f"it has no vocabulary and was trained with {sizes} types, this data has {there}",
+                where,
+                "give the data that it was trained on with --data-dir; ids shift between versions of spaCy",
+            )
+        return corpus.src_vocab, corpus.trg_vocab
+    languages = [saved.about["src_lang"], saved.about["trg_lang"]]
+    if languages != [corpus.src_lang, corpus.trg_lang]:
+        raise UserError(
+            "checkpoint",
+            f"it translates {languages[0]} to {languages[1]}, the data is {corpus.src_lang} and {corpus.trg_lang}",
+            where,
+            f"give --src-lang {languages[0]} --trg-lang {languages[1]} and such data",
+        )
+    return data.Vocabulary(saved.src_vocab), data.Vocabulary(saved.trg_vocab)
+
+
+# ---------------------------------------------------------------- processes
+
+
+def run_rank(
+    index: int, args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int] | None
+) -> None:
+    """The life of one of several processes: meets the others, trains, leaves.
+
+    Args:
+        index: which of `worlds` is this process's.
+        args: the flags, recipe resolved.
+        worlds: this node's.
+        meeting: where the ranks meet; None under torchrun, whose environment says.
+    """
+    world = worlds[index]
+    corpus = load_corpus(args, log=lambda line: None)  # from the cache that the parent, or the first rank, has built
+    store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
+    world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
+    train(args, world, corpus)
+    world.stop()
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser().parse_args(argv)
+    kind, indices = choose_devices(args)
+    worlds = make_worlds(args, kind, indices)
+    is_main = worlds[0].is_main
+    if not args.evaluate and not args.performance and is_main:
+        checkpoint.prepare(Path(args.ckptpath))
+    corpus = load_corpus(args, log=say if is_main else lambda line: None)
+
+    if args.evaluate:
+        score(args, kind, Path(args.evaluate), corpus)
+        return
+
+    start = time.monotonic()
+    resolve_recipe(args, len(corpus.train), worlds[0])
+    if under_torchrun():
+        run_rank(0, args, worlds, None)
+    elif args.multiprocessing_distributed or worlds[0].nodes > 1:
+        train_in_processes(args, worlds)
+    else:
+        worlds[0].start()
+        train(args, worlds[0], corpus)
+    if is_main and not args.performance:
+        score(args, kind, Path(args.ckptpath), corpus)
+        say(f"done: {time.monotonic() - start:.0f} s")
+
+
+def train_in_processes(args: argparse.Namespace, worlds: list[devices.World]) -> None:
+    """Spawns this node's processes and waits for them; node 0's parent is where all meet."""
+    addr, port = meeting_point(args, worlds[0].nodes)
+    if worlds[0].is_main and worlds[0].size > 1:
+        store = launch.host_store(addr, port, worlds[0].nodes)
+        port = store.port
+    launch.launch(run_rank, len(worlds), (args, worlds, (addr, port)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, sys.argv[1:]))
