@@ -56,7 +56,7 @@ def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world:
         world: the ranks; every rank calls this.
 
     Returns:
-        The tokens of each sentence, in the order of `src`, on every rank.
+        The tokens of each sentence, those of white space dropped, in the order of `src`, on every rank.
     """
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
@@ -66,7 +66,7 @@ def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world:
         ids[indices] = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH).T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
-    return [vocab.decode(row) for row in ids.tolist()]
+    return [[token for token in vocab.decode(row) if not token.isspace()] for row in ids.tolist()]
 
 
 @torch.no_grad()

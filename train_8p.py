@@ -171,7 +171,9 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--world-size", type=flags.integer, default=-1, metavar="N", help="number of nodes; -1 means 1")
     group.add_argument("--rank", type=flags.integer, default=-1, metavar="N", help="this node; -1 means 0")
     group.add_argument("--addr", default="127.0.0.1", help="address of node 0")
-    group.add_argument("--dist-url", metavar="URL", help="env:// or tcp://HOST:PORT; left out: MASTER_PORT or a free one")
+    group.add_argument(
+        "--dist-url", metavar="URL", help="env:// or tcp://HOST:PORT; left out: MASTER_PORT or a free one"
+    )
     group.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="left out: the device's own")
     group.add_argument(
         "--dist-timeout", type=flags.positive_float, default=600.0, metavar="SECONDS", help="for the ranks to meet"
@@ -196,6 +198,10 @@ def build_parser() -> flags.StrictParser:
         "--performance", action="store_true", help=f"measure speed: {PERFORMANCE_STEPS} steps or an epoch, no scoring"
     )
     group.add_argument("--debug", action="store_true", help="show the traceback of every error")
+
+    for action in parser._actions:
+        if action.dest in RECIPES["tuned"]:
+            action.help += f" ({', '.join(f'{recipe}: {values[action.dest]}' for recipe, values in RECIPES.items())})"
     return parser
 
 
@@ -443,9 +449,7 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
             keeper.validate(model, epoch, mean_loss, rate)
 
 
-def epoch_plan(
-    args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int
-) -> list[torch.Tensor]:
+def epoch_plan(args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int) -> list[torch.Tensor]:
     """The batches of one epoch over all ranks; a performance run goes round again until it has enough."""
     batches: list[torch.Tensor] = []
     rounds = epoch

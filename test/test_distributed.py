@@ -123,16 +123,17 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DEADLINE)
 
 
-PUBLISHED = (
-    "--epoch 1 --batch-size 16 --multiprocessing-distributed --device-list 0,1 --device cpu --amp "
-    "--addr 127.0.0.1 --workers 2 --emb-dim 8 --hid-dim 12"
-).split()
+PUBLISHED = ["--epoch", "1", "--batch-size", "16", "--multiprocessing-distributed", "--device-list", "0,1"]
+PUBLISHED += ["--device", "cpu", "--amp", "--addr", "127.0.0.1", "--workers", "2"]
+SMALL = ["--emb-dim", "8", "--hid-dim", "12"]
 
 
 @pytest.mark.parametrize("launcher", [["-m", "torch.distributed.run", "--nproc-per-node", "2"], []])
 def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
     script = str(REPOSITORY / "train_8p.py")
-    result = command(sys.executable, *launcher, script, "--data_dir", str(tiny_corpus), *PUBLISHED, cwd=tmp_path)
+    result = command(
+        sys.executable, *launcher, script, "--data_dir", str(tiny_corpus), *PUBLISHED, *SMALL, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert " processes=2 " in result.stdout
     assert result.stdout.count("* FPS@all ") == 1, "rank 0 alone writes the log"

@@ -1,0 +1,186 @@
+"""A checkpoint holds what is needed, survives what can be survived, and is refused if it is not what was written."""
+
+import os
+import random
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import gru
+from errors import UserError
+
+SIZES = {"input_dim": 6, "output_dim": 7, "emb_dim": 3, "hid_dim": 4}
+
+
+def make(seed: int = 0) -> checkpoint.Checkpoint:
+    torch.manual_seed(seed)
+    return checkpoint.Checkpoint(
+        state_dict=gru.build(**SIZES).state_dict(),
+        sizes=SIZES,
+        src_vocab=["<unk>", "<pad>", "<sos>", "<eos>", "der", "hund"],
+        trg_vocab=["<unk>", "<pad>", "<sos>", "<eos>", "the", "dog", "."],
+        flags={"lr": 0.1, "data_dir": None},
+        scores={"bleu": 12.5},
+        about={"src_lang": "de", "trg_lang": "en"},
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "model.pth.tar"
+    checkpoint.save(path, make())
+    return path
+
+
+def refusal(path) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    assert caught.value.exit_code == 4
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_loaded_is_what_was_saved(saved):
+    loaded, original = checkpoint.load(saved), make()
+    for field in ("sizes", "src_vocab", "trg_vocab", "flags", "scores", "about"):
+        assert getattr(loaded, field) == getattr(original, field)
+    torch.testing.assert_close(loaded.state_dict, original.state_dict, rtol=0, atol=0)
+    assert not loaded.build_model().training
+
+
+def test_saving_leaves_no_other_file_and_respects_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoint.save(tmp_path / "model", make())
+    finally:
+        os.umask(before)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o640
+
+
+def test_a_save_that_fails_keeps_the_old_checkpoint_and_says_so(saved, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(UserError) as caught:
+        checkpoint.save(saved, make(seed=1))
+    assert caught.value.exit_code == 5
+    assert "No space left" in str(caught.value)
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_truncated_checkpoint_is_refused(saved):
+    content = saved.read_bytes()
+    for length in (0, 1, 100, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:length])
+        refusal(saved)
+
+
+def test_a_flipped_bit_is_refused_or_without_effect(saved):
+    content, expected = saved.read_bytes(), make()
+    generator = random.Random(1)
+    refused = 0
+    for _ in range(200):
+        position = generator.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << generator.randrange(8)
+        saved.write_bytes(flipped)
+        try:
+            loaded = checkpoint.load(saved)
+        except UserError as error:
+            assert error.exit_code == 4
+            refused += 1
+        else:
+            assert loaded.digest() == expected.digest()
+    assert refused > 0
+
+
+def test_every_flipped_bit_of_the_weights_is_refused(saved):
+    content = saved.read_bytes()
+    weights = make().state_dict["encoder.rnn.weight_hh_l0"].numpy().tobytes()
+    start = content.index(weights)
+    for offset in range(0, len(weights), 7):
+        flipped = bytearray(content)
+        flipped[start + offset] ^= 1
+        saved.write_bytes(flipped)
+        assert "sha256" in refusal(saved) or "read" in refusal(saved)
+
+
+def test_a_text_file_is_no_checkpoint(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("hello")
+    refusal(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "no such file" in refusal(tmp_path / "absent")
+
+
+class Harmful:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    path, touched = tmp_path / "model", tmp_path / "touched"
+    torch.save({"format": checkpoint.FORMAT, "state_dict": Harmful(touched)}, path)
+    torch.load(path, weights_only=False)
+    assert touched.exists(), "the fault must be real"
+    touched.unlink()
+    assert "nothing of it was run" in refusal(path)
+    assert not touched.exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_originals_state_dict_loads(tmp_path, prefix, nested):
+    model = gru.build(**SIZES)
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    torch.save({"epoch": 3, "state_dict": state} if nested else state, tmp_path / "original")
+    loaded = checkpoint.load(tmp_path / "original")
+    assert loaded.sizes == SIZES
+    assert loaded.src_vocab is None
+    torch.testing.assert_close(loaded.build_model().state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_a_state_dict_of_another_model_is_refused(tmp_path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other")
+    assert "no state dict of this model" in refusal(tmp_path / "other")
+
+
+def test_a_state_dict_whose_shapes_contradict_each_other_is_refused(tmp_path):
+    state = gru.build(**SIZES).state_dict()
+    state["decoder.fc_out.bias"] = torch.zeros(3)
+    torch.save(state, tmp_path / "odd")
+    assert "decoder.fc_out.bias" in refusal(tmp_path / "odd")
+
+
+def test_an_unwritable_place_is_refused_before_training(tmp_path):
+    for path in (tmp_path / "no" / "folder" / "model", tmp_path):
+        with pytest.raises(UserError) as caught:
+            checkpoint.prepare(path)
+        assert caught.value.exit_code == 5
+
+
+def test_what_a_killed_save_left_is_cleared(tmp_path):
+    stray = tmp_path / f"model{checkpoint.TEMPORARY}abc"
+    stray.write_text("half a checkpoint")
+    checkpoint.prepare(tmp_path / "model")
+    assert not stray.exists()
+
+
+def test_an_earlier_runs_checkpoint_is_set_aside(saved):
+    previous = checkpoint.set_aside(saved)
+    assert previous.name == "model.pth.tar.previous"
+    assert previous.exists()
+    assert not saved.exists()
+    assert checkpoint.set_aside(saved) is None

@@ -1,0 +1,75 @@
+"""BLEU and losses: against cases by hand and against sacreBLEU."""
+
+import math
+
+import pytest
+import torch
+
+import data
+import gru
+import scoring
+from devices import World
+
+VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "])
+
+
+def test_bleu_of_a_case_by_hand():
+    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples are right; no brevity penalty.
+    bleu = scoring.bleu(["the dog runs fast now".split()], ["the dog runs fast here".split()])
+    expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert bleu.torchtext == pytest.approx(expected, rel=1e-6)
+    assert bleu.sacrebleu == pytest.approx(expected, rel=1e-6)
+    assert "tok:none" in bleu.signature
+
+
+def test_short_translations_pay_the_brevity_penalty():
+    bleu = scoring.bleu(["a b c d".split()], ["a b c d e f".split()])
+    assert bleu.torchtext == pytest.approx(100 * math.exp(1 - 6 / 4), rel=1e-6)
+
+
+def test_an_empty_translation_scores_nothing():
+    assert scoring.bleu([[], ["a"]], [["a", "b"], ["c"]]).torchtext == 0
+
+
+@pytest.fixture
+def split():
+    sentences = [["a", "b"], ["c"], ["a", "c", "b", "a"]]
+    side = data.Side.encode(sentences, VOCAB)
+    return data.Split(side, side, sentences, sentences)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return gru.build(len(VOCAB), len(VOCAB), emb_dim=4, hid_dim=5).eval()
+
+
+def test_translations_come_in_the_order_of_the_sources(model, split, monkeypatch):
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    for index in range(3):
+        alone = data.Side.encode([split.src_tokens[index]], VOCAB)
+        assert scoring.translate(model, alone, VOCAB, World()) == [whole[index]]
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 1)
+    assert scoring.translate(model, split.src, VOCAB, World()) == whole
+
+
+def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
+    ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
+    monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
+    monkeypatch.setattr(type(model), "greedy", lambda self, src, *rest: ids.expand(4, src.shape[1]))
+    assert scoring.translate(model, split.src, VOCAB, World()) == [["a", "b"]] * 3
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.0])
+def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, monkeypatch, ratio):
+    total, count = 0.0, 0
+    for index in range(3):
+        batch = data.make_batch(split, torch.tensor([index]))
+        logits = model(batch.src, batch.trg, ratio, batch.src_len)
+        for t in range(1, len(batch.trg)):
+            total -= logits[t, 0].log_softmax(0)[batch.trg[t, 0]].item()
+            count += 1
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    assert scoring.mean_loss(model, split, World(), teacher_forcing_ratio=ratio) == pytest.approx(
+        total / count, rel=1e-5
+    )

@@ -1,0 +1,423 @@
+"""The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY, write_corpus
+
+import checkpoint
+import devices
+import gru
+import progress
+import train_8p
+from errors import UserError, run_main
+
+SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
+STEP_LINE = re.compile(
+    r"^\[cpu id: 0 \] Epoch: \[(\d+)\]\[ *(\d+)/(\d+)\]\t"
+    r"Time +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
+    r"Loss (\d\.\d{4}e[+-]\d\d) \((\d\.\d{4}e[+-]\d\d)\)$",
+    re.MULTILINE,
+)
+
+
+def parse(*args):
+    return train_8p.build_parser().parse_args(list(args))
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
+    there = {"npu": 0, "cuda": 0, "cpu": 8}
+    monkeypatch.setattr(devices, "device_count", there.__getitem__)
+    assert devices.choose_kind("auto") == "cpu"
+    there["cuda"] = 1
+    assert devices.choose_kind("auto") == "cuda"
+    there["npu"] = 1
+    assert devices.choose_kind("auto") == "npu"
+
+
+@pytest.mark.parametrize("flag", [["--device", "npu"], ["--npu", "0"]])
+def test_an_absent_npu_is_refused_with_the_import_s_own_reason(monkeypatch, flag):
+    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
+    message = refusal(train_8p.choose_devices, parse(*flag))
+    assert "libhccl.so" in message
+    assert "try --device cpu" in message
+
+
+def test_an_absent_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
+    assert "try --device cpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
+
+
+def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
+    code = "import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--multiprocessing-distributed", "--device-list", "0,99"],
+        ["--device-list", "99"],
+        ["--bleu-npu", "99"],
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(flags):
+    assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
+
+
+def test_flags_that_name_different_devices_are_refused():
+    refusal(train_8p.choose_devices, parse("--npu", "0", "--gpu", "0"))
+    refusal(train_8p.choose_devices, parse("--npu", "0", "--device", "cpu"))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "--batch-size", "64")
+    message = refusal(train_8p.choose_devices, args)
+    assert "64" in message
+    assert "3" in message
+
+
+def test_on_a_cpu_the_default_is_eight_processes_and_only_the_count_matters():
+    args = parse("--device", "cpu", "--multiprocessing-distributed")
+    assert train_8p.choose_devices(args) == ("cpu", list(range(8)))
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5,6,7")
+    worlds = train_8p.make_worlds(args, *train_8p.choose_devices(args))
+    assert [(world.rank, world.index, world.size) for world in worlds] == [(0, 4, 4), (1, 5, 4), (2, 6, 4), (3, 7, 4)]
+
+
+def test_fewer_devices_than_asked_for_are_taken_with_a_notice(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "device_count", lambda kind: 2)
+    args = parse("--device", "cuda", "--multiprocessing-distributed", "--max-devices", "8")
+    assert train_8p.choose_devices(args) == ("cuda", [0, 1])
+    assert "2 cuda devices, not 8" in capsys.readouterr().out
+
+
+def test_without_several_processes_one_device_is_taken():
+    assert train_8p.choose_devices(parse("--device", "cpu")) == ("cpu", [0])
+    assert train_8p.choose_devices(parse("--device", "cpu", "--device-list", "3")) == ("cpu", [3])
+
+
+def test_torchrun_decides_rank_and_size(torchrun):
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5")
+    (world,) = train_8p.make_worlds(args, *train_8p.choose_devices(args))
+    assert (world.rank, world.size, world.local_size, world.nodes, world.index) == (1, 2, 2, 1, 5)
+
+
+def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
+    assert "2 processes" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--device-list", "0,1,2"))
+
+
+@pytest.mark.parametrize("flags", [("0", "0"), ("-2", "0"), ("2", "2"), ("2", "-2")])
+def test_nodes_that_cannot_be_are_refused(flags):
+    refusal(train_8p.make_worlds, parse("--world-size", flags[0], "--rank", flags[1]), "cpu", [0])
+
+
+def test_ranks_count_on_over_the_nodes():
+    worlds = train_8p.make_worlds(parse("--world-size", "2", "--rank", "1"), "cpu", [4, 5])
+    assert [(world.rank, world.size, world.nodes) for world in worlds] == [(2, 4, 2), (3, 4, 2)]
+
+
+def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port(monkeypatch):
+    assert train_8p.meeting_point(parse("--dist-url", "tcp://10.0.0.1:29500"), 2) == ("10.0.0.1", 29500)
+    assert train_8p.meeting_point(parse(), 1) == ("127.0.0.1", 0)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
+    assert train_8p.meeting_point(parse("--addr", "10.0.0.3"), 2) == ("10.0.0.3", 1234)
+    assert train_8p.meeting_point(parse("--dist-url", "env://"), 2) == ("10.0.0.2", 1234)
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
+def test_a_faulty_dist_url_is_refused(url):
+    refusal(train_8p.meeting_point, parse("--dist-url", url), 1)
+
+
+def test_several_nodes_without_a_port_are_refused():
+    refusal(train_8p.meeting_point, parse(), 2)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def resolved(pairs, *flags, local_size=1, kind="cpu"):
+    args = parse(*flags)
+    train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
+    return args
+
+
+def test_a_flag_beside_the_recipe_wins():
+    args = resolved(29000, "--recipe", "modelzoo", "--lr", "0.5")
+    assert args.lr == 0.5
+    for name, value in train_8p.RECIPES["modelzoo"].items():
+        assert name == "lr" or getattr(args, name) == value
+
+
+def test_the_modelzoo_recipe_is_the_published_one():
+    args = resolved(29000, "--recipe", "modelzoo", "--amp", kind="npu")
+    assert (args.batch_size, args.optimizer, args.lr, args.schedule) == (512, "adam", 0.003, "constant")
+    assert (args.teacher_forcing_ratio, args.fixed_length, args.clip, args.loss_scale) == (0.5, 46, 0, 32)
+    assert (args.init, args.batching, args.last_batch, args.best, args.epochs) == (
+        "modelzoo",
+        "random",
+        "drop",
+        "loss",
+        10,
+    )
+
+
+@pytest.mark.parametrize(("pairs", "batch"), [(29000, 128), (12801, 128), (12672, 64), (4000, 32), (50, 1)])
+def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, batch):
+    for local_size in (1, 8):
+        assert resolved(pairs, local_size=local_size).batch_size == max(batch, local_size)
+
+
+def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
+    assert resolved(29000, "--performance", local_size=8, kind="npu").batch_size == 12288
+    assert resolved(29000, "--performance", local_size=8).batch_size == 1024
+    assert resolved(100, "--performance").batch_size == 100
+    assert resolved(29000, "--performance", "--batch-size", "64").batch_size == 64
+
+
+def test_the_loss_scale_is_32_and_on_a_cpu_1():
+    assert resolved(100, "--amp", kind="npu").loss_scale == 32
+    assert resolved(100, "--amp").loss_scale == 1
+    assert resolved(100, "--amp", "--loss-scale", "8").loss_scale == 8
+
+
+def test_the_rate_rises_then_falls_to_nothing():
+    args = resolved(100)
+    rates = [train_8p.learning_rate(args, step, 1000) for step in range(1000)]
+    assert rates[99] == max(rates) == args.lr
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[99:] == sorted(rates[99:], reverse=True)
+    assert rates[-1] < 1e-4 * args.lr
+
+
+# ---------------------------------------------------------------- whole runs in one process
+
+
+def run(*args, capsys=None):
+    """Exit code, stdout and stderr of the program, in this process."""
+    code = run_main(train_8p.main, [*SMALL, *args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs: its folder, the corpus, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    corpus = write_corpus(folder / "corpus", 64, test=6)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "2", "-b", "4"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, corpus, done.stdout
+
+
+def test_the_log_has_the_lines_that_other_tools_read(trained):
+    _, _, out = trained
+    steps = [(int(epoch), int(step), int(count)) for epoch, step, count, _, _ in STEP_LINE.findall(out)]
+    assert steps == [(0, 10, 16), (0, 16, 16), (1, 10, 16), (1, 16, 16)]
+    assert len(re.findall(r"^\* FPS@all \d+\.\d{3}$", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^BLEU score = \d+\.\d{4}$", out, re.MULTILINE)) == 1
+    run_line = re.search(r"^run: (.*)$", out, re.MULTILINE).group(1)
+    for fact in ("device=cpu", "processes=1", "batch=4", "batch_per_device=4", "recipe=tuned", "seed=1234", "torch="):
+        assert fact in run_line
+
+
+def test_each_epoch_shows_losses_perplexity_and_two_translations(trained):
+    _, _, out = trained
+    lines = re.findall(r"^validation: .*$", out, re.MULTILINE)
+    assert len(lines) == 2
+    loss, perplexity = map(float, re.search(r"  loss (\S+) \(perplexity (\S+)\)", lines[0]).groups())
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
+    assert "free-running loss" in lines[0]
+    assert "learning rate" in lines[0]
+    for label in ("source", "reference", "model"):
+        assert len(re.findall(rf"^  {label} ", out, re.MULTILINE)) == 4
+
+
+def test_the_checkpoint_can_be_used_without_the_data(trained):
+    folder, _, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    assert saved.src_vocab[:4] == saved.trg_vocab[:4] == ["<unk>", "<pad>", "<sos>", "<eos>"]
+    assert "hund" in saved.src_vocab
+    assert saved.flags["recipe"] == "tuned"
+    assert saved.scores["bleu"] >= 0
+    assert all(tensor.dtype == torch.float32 for tensor in saved.state_dict.values())
+
+
+def test_evaluate_scores_what_the_training_scored(trained, capsys):
+    folder, corpus, out = trained
+    path = folder / "seq2seq-gru-model.pth.tar"
+    code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(path), capsys=capsys)
+    assert code == 0
+    assert re.search("^BLEU score = .*$", again, re.MULTILINE).group() in out
+    assert "sacreBLEU = " in again
+
+
+def test_the_originals_checkpoint_is_scored_with_the_data_s_vocabulary_if_it_fits(trained, tmp_path, capsys):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    torch.save({f"module.{name}": tensor for name, tensor in saved.state_dict.items()}, tmp_path / "original")
+    code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "original"), capsys=capsys)
+    assert code == 0
+    assert re.search("^BLEU score = .*$", again, re.MULTILINE).group() in out
+
+    torch.save(gru.build(99, 98, emb_dim=2, hid_dim=3).state_dict(), tmp_path / "other")
+    code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "other"), capsys=capsys)
+    assert code == 4
+    assert "[99, 98]" in err
+    assert err.count("\n") == 1
+
+
+def test_another_languages_checkpoint_is_refused(trained, tmp_path, capsys):
+    folder, corpus, _ = trained
+    for path in list(corpus.iterdir()):
+        (tmp_path / path.name.replace(".de", ".fr")).write_bytes(path.read_bytes())
+    code, _, err = run(
+        *("--data-dir", str(tmp_path), "--src-lang", "fr", "--evaluate", str(folder / "seq2seq-gru-model.pth.tar")),
+        capsys=capsys,
+    )
+    assert code == 4
+    assert "--src-lang de" in err
+
+
+def test_a_second_run_keeps_the_first_ones_checkpoint_aside(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "-b", "16")
+    assert run(*arguments, capsys=capsys)[0] == 0
+    first = Path("seq2seq-gru-model.pth.tar").read_bytes()
+    code, out, _ = run(*arguments, "--seed", "2", capsys=capsys)
+    assert code == 0
+    assert "seq2seq-gru-model.pth.tar.previous" in out
+    assert Path("seq2seq-gru-model.pth.tar.previous").read_bytes() == first
+
+
+def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
+    digests = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        path = tmp_path / name
+        arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "-b", "16", "--seed", seed)
+        assert run(*arguments, "--ckptpath", str(path), capsys=capsys)[0] == 0
+        digests.append(torch.cat([t.flatten() for t in checkpoint.load(path).state_dict.values()]))
+    assert torch.equal(digests[0], digests[1])
+    assert not torch.equal(digests[0], digests[2])
+
+
+def test_the_modelzoo_recipe_trains(tiny_corpus, tmp_path, capsys):
+    arguments = ("--data-dir", str(tiny_corpus), "--recipe", "modelzoo", "--epochs", "1", "-b", "30", "--amp")
+    code, out, err = run(*arguments, "--ckptpath", str(tmp_path / "model"), capsys=capsys)
+    assert code == 0, err
+    assert [step[:3] for step in STEP_LINE.findall(out)] == [("0", "2", "2")], "64 pairs: the last four are left out"
+
+
+def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run("--data-dir", str(tiny_corpus), "--performance", "-b", "16", capsys=capsys)
+    assert code == 0
+    assert [step[1] for step in STEP_LINE.findall(out)] == ["10", "20", "25"]
+    assert "BLEU" not in out.replace("best=bleu", "")
+    assert out.count("* FPS@all ") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_corpus, capsys):
+    monkeypatch.setattr(train_8p, "SAMPLE", tiny_corpus)
+    code, out, _ = run("--performance", capsys=capsys)
+    assert code == 0
+    assert "bundled sample" in out
+
+
+def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_corpus, tmp_path, capsys, monkeypatch):
+    forward = gru.TrainingLoss.forward
+    monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    path = tmp_path / "model"
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "4", "--print-freq", "1", "--ckptpath", str(path))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 7
+    assert len(out.split("Loss nan")) - 1 == progress.PATIENCE
+    assert "epoch 0, step 3" in err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--data-dir", "{empty}", "--src-lang", "fr"], 3),
+        (["--evaluate", "{empty}/absent"], 4),
+        (["--ckptpath", "{empty}/no/such/folder/model"], 5),
+        (["--opt-level", "O3", "--amp"], 2),
+        (["--lr", "nan"], 2),
+    ],
+)
+def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, flags, code, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags = [flag.format(empty=empty) for flag in flags]
+    if "--data-dir" not in flags:
+        flags += ["--data-dir", str(tiny_corpus)]
+    actual, _, err = run(*flags, capsys=capsys)
+    assert actual == code
+    assert err.startswith("error[")
+    assert err.count("\n") == 1
+    assert err.count(";") >= 2
+
+
+def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(progress.EpochLog, "_now", lambda self: float(next(clock)))
+    for epoch, steps, expected in ((0, 8, 3), (1, 8, 8), (0, 5, 5)):
+        log = progress.EpochLog(devices.World(), epoch, 2, steps, print_freq=100)
+        for _ in range(steps):
+            log.data_ready()
+            log.step_done(torch.tensor([1.0, 1.0]), 1)
+        pairs_per_second, _ = log.finish()
+        # The clock is read at the start, after the warm-up if there is one, at the line, and at the end.
+        assert pairs_per_second == pytest.approx(expected / 2)
+
+
+def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
+    log = progress.EpochLog(devices.World(), 0, 1, 4, print_freq=2)
+    for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
+        log.data_ready()
+        log.step_done(torch.tensor([loss_sum, count]), 1)
+    lines = STEP_LINE.findall(capsys.readouterr().out)
+    assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]
