@@ -69,9 +69,10 @@ def test_every_flag_has_two_spellings():
 
 def test_the_originals_flags_are_all_taken():
     args = parse(
-        *"-j 4 --data-dir d --epochs 2 -b 32 --print-freq 5 --world-size 1 --rank 0 --dist-url env:// --dist-backend".split(),
-        *"gloo --seed 7 --addr 127.0.0.1 --multiprocessing-distributed --amp --opt-level O1 --loss-scale dynamic".split(),
-        *"--npu 0 --gpu 0 --device cpu --device-list 0,1 --ckptpath c --evaluate e --bleu-npu 1 --lr 0.1".split(),
+        *"-j 4 --data-dir d --epochs 2 -b 32 --lr 0.1 --print-freq 5 --seed 7 --ckptpath c --evaluate e".split(),
+        *"--world-size 1 --rank 0 --addr 127.0.0.1 --dist-url env:// --dist-backend gloo".split(),
+        *"--multiprocessing-distributed --device cpu --npu 0 --gpu 0 --device-list 0,1 --bleu-npu 1".split(),
+        *"--amp --opt-level O1 --loss-scale dynamic".split(),
     )
     assert (args.workers, args.batch_size, args.loss_scale, args.device_list) == (4, 32, "dynamic", [0, 1])
 

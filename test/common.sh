@@ -1,0 +1,364 @@
+# shellcheck shell=bash
+# What the four wrappers share: read the arguments, run train_8p.py, write the result files, print the result.
+# A wrapper sets KIND (full, performance), CASE (acc, perf) and RANK_SIZE (1, 8), sources this, calls run_wrapper "$@".
+# Kept to what old shells have (bash 3.2 on macOS, 4.2 on CentOS 7): no associative or, under `set -u`, empty arrays.
+
+here=$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")
+repo=$(dirname -- "$here")
+name=train_${KIND}_${RANK_SIZE}p.sh
+network=GRU_ID0104_for_PyTorch
+
+keys="data_path batch_size learning_rate"
+if [[ $KIND == full ]]; then keys+=" epochs"; fi
+keys+=" precision_mode device device_list recipe conda_name"
+
+run_wrapper() {
+    parse_arguments "$@"
+    choose_environment
+    prepare_output
+    run_training
+    read_log
+    write_results
+    print_result
+}
+
+fail() { # exit code, message
+    printf '%s\n' "$2" >&2
+    exit "$1"
+}
+
+quoted() { # a value of the user's on one line, its control characters escaped
+    printf '%q' "$1"
+}
+
+usage() {
+    local task devices batch epochs='' device_list checkpoint=''
+    if [[ $KIND == full ]]; then
+        task='Trains ten epochs with validation, then scores the best checkpoint on the test set (BLEU)'
+        batch="the recipe's: 128, or 32 on sample/"
+        epochs=$'\n'"  --epochs=N             default: the recipe's, 10"
+        checkpoint=', where the best checkpoint, seq2seq-gru-model.pth.tar, is left too'
+    else
+        task='Measures the speed of training: 25 steps, 5 of warm-up and 20 timed, without validation or score'
+        batch='1536 a device on NPU and CUDA, 128 a process on CPU; at most the corpus'
+    fi
+    if ((RANK_SIZE == 1)); then
+        devices='One device'
+        device_list="  --device_list=I        the device's index; default: the first device"
+    else
+        devices='Eight devices, one process each'
+        device_list="  --device_list=I,J,...  the devices' indices, one process each; default: the first eight, or as many as the
+                         machine has; on CPU eight processes"
+    fi
+    cat <<END
+Usage: bash test/$name [--key=value | --key value]... [-- arguments for train_8p.py]
+
+$task.
+$devices.
+
+  --data_path=DIR        the corpus; Multi30k is downloaded if DIR has none; default: the repository's sample/
+  --batch_size=N         sentence pairs a step, in total over the devices;
+                         default: $batch
+  --learning_rate=X      the peak learning rate; default: the recipe's$epochs
+  --precision_mode=MODE  allow_mix_precision or amp: mixed precision O2; must_keep_origin_dtype: fp32;
+                         default: allow_mix_precision
+  --device=NAME          npu, cuda, cpu, or auto: npu, else cuda, else cpu; default: auto
+$device_list
+  --recipe=NAME          tuned or modelzoo; default: tuned
+  --conda_name=NAME      a conda environment to activate first; default: none
+  --help, -h             this text
+
+What follows a lone -- goes to train_8p.py untouched and wins over the above; bash test/$name -- --help lists it.
+Relative paths are relative to the current folder$checkpoint.
+
+Environment: ASCEND_DEVICE_ID, a number that names the output folder and the log (default: 0); PYTHON, the interpreter
+(default: the active environment's, else the repository's .venv, else python3); etp_running_flag=true: do not look for
+CANN.
+
+Writes into $repo/test/output/\$ASCEND_DEVICE_ID,
+where CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
+  train_\$ASCEND_DEVICE_ID.log  the whole run
+  train_CASE_loss.txt          one loss a line
+  CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
+END
+}
+
+parse_arguments() {
+    local argument key value variable
+    # Set here, or variables of these names in the caller's environment would count as arguments.
+    arg_data_path='' arg_batch_size='' arg_learning_rate='' arg_epochs='' arg_precision_mode=''
+    arg_device='' arg_device_list='' arg_recipe='' arg_conda_name=''
+
+    while (($#)) && [[ $1 != -- ]]; do
+        argument=$1
+        shift
+        if [[ $argument == --help || $argument == -h ]]; then
+            usage
+            exit 0
+        fi
+        key=${argument%%=*}
+        key=${key#--}
+        key=${key//-/_}
+        if [[ $argument == --* && $key == epochs && $KIND == performance ]]; then
+            fail 2 "error[usage]: --epochs is for full runs: a performance run is one epoch, gone round again until 25 steps are done; test/$name; leave it out, or use test/train_full_${RANK_SIZE}p.sh"
+        fi
+        if [[ $argument != --* || $key == *[!a-z_]* || " $keys " != *" $key "* ]]; then
+            fail 2 "error[usage]: unknown argument $(quoted "$argument"); test/$name; it takes --${keys// / --} --help, and train_8p.py's own after a lone --"
+        fi
+        if [[ $argument == *=* ]]; then
+            value=${argument#*=}
+        elif (($#)) && [[ $1 != --* ]]; then
+            value=$1
+            shift
+        else
+            fail 2 "error[usage]: --$key has no value; test/$name; write --$key=VALUE"
+        fi
+        if [[ -z $value ]]; then
+            fail 2 "error[usage]: --$key has an empty value; test/$name; give it one or leave it out"
+        fi
+        variable=arg_$key
+        if [[ -n ${!variable} ]]; then
+            fail 2 "error[usage]: --$key is given twice, $(quoted "${!variable}") and $(quoted "$value"); test/$name; leave one out"
+        fi
+        printf -v "$variable" %s "$value"
+    done
+
+    # In the form --flag=value a value may begin with a hyphen.
+    options=("$repo/train_8p.py")
+    if [[ -n $arg_data_path ]]; then options+=("--data-dir=$arg_data_path"); fi
+    if [[ -n $arg_batch_size ]]; then options+=("--batch-size=$arg_batch_size"); fi
+    if [[ -n $arg_learning_rate ]]; then options+=("--lr=$arg_learning_rate"); fi
+    if [[ -n $arg_epochs ]]; then options+=("--epochs=$arg_epochs"); fi
+    if [[ -n $arg_device ]]; then options+=("--device=$arg_device"); fi
+    if [[ -n $arg_recipe ]]; then options+=("--recipe=$arg_recipe"); fi
+    case ${arg_precision_mode:-allow_mix_precision} in
+        allow_mix_precision | amp) options+=(--amp --opt-level=O2) ;;
+        must_keep_origin_dtype) ;;
+        *) fail 2 "error[usage]: precision_mode is $(quoted "$arg_precision_mode"); test/$name; it is one of allow_mix_precision, amp, must_keep_origin_dtype" ;;
+    esac
+    if ((RANK_SIZE == 1)) && [[ $arg_device_list == *,* ]]; then
+        fail 2 "error[usage]: device_list has more than one entry: $(quoted "$arg_device_list"); test/$name; name one device, or use test/train_${KIND}_8p.sh"
+    fi
+    if ((RANK_SIZE > 1)); then options+=(--multiprocessing-distributed); fi
+    if [[ -n $arg_device_list ]]; then
+        options+=("--device-list=$arg_device_list")
+    elif ((RANK_SIZE > 1)); then
+        options+=("--max-devices=$RANK_SIZE")
+    fi
+    if [[ $KIND == performance ]]; then options+=(--performance); fi
+
+    help_of_train=no
+    if (($# > 1)); then
+        options+=("$@") # the lone -- is its first
+        for argument in "$@"; do
+            if [[ $argument == --help || $argument == -h ]]; then help_of_train=yes; fi
+        done
+    fi
+}
+
+choose_environment() {
+    # torch would load torch_npu by itself, and `import torch` would raise where CANN is missing.
+    export TORCH_DEVICE_BACKEND_AUTOLOAD=0
+    if [[ ${etp_running_flag:-} != true ]]; then
+        # shellcheck source-path=SCRIPTDIR source=env_npu.sh
+        source "$here/env_npu.sh"
+    fi
+
+    python=python3
+    if [[ -n $arg_conda_name ]]; then
+        activate_conda "$arg_conda_name"
+    elif [[ -n ${PYTHON:-} ]]; then
+        python=$PYTHON
+    elif [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $repo/.venv/bin/python3 ]]; then
+        python=$repo/.venv/bin/python3
+    fi
+    if ! command -v -- "$python" >/dev/null; then
+        fail 2 "error[usage]: there is no Python interpreter $(quoted "$python"); PATH and PYTHON; install Python 3.10 or newer, or set PYTHON to one"
+    fi
+    if [[ $help_of_train == yes ]]; then exec "$python" "${options[@]}"; fi
+}
+
+activate_conda() { # name
+    local conda base done=no
+    conda=$(command -v conda || printf %s "${CONDA_EXE:-}")
+    if [[ -z $conda ]]; then
+        fail 2 "error[usage]: conda_name=$(quoted "$1") is given, but there is no conda; PATH; install conda, or leave conda_name out"
+    fi
+    if [[ $1 != -* ]] && base=$("$conda" info --base 2>/dev/null) && [[ -r $base/etc/profile.d/conda.sh ]]; then
+        # conda's scripts read variables that are not set.
+        set +eu
+        # shellcheck source=/dev/null
+        source "$base/etc/profile.d/conda.sh" && conda activate "$1" && done=yes
+        set -eu
+    fi
+    if [[ $done == no ]]; then
+        fail 2 "error[usage]: conda cannot activate $(quoted "$1"); conda_name; see 'conda env list'"
+    fi
+}
+
+prepare_output() {
+    local id=${ASCEND_DEVICE_ID:-0} holder
+    if [[ $id == *[!0-9]* ]]; then
+        fail 2 "error[usage]: ASCEND_DEVICE_ID is $(quoted "$id"); environment; make it a number"
+    fi
+    output=$repo/test/output/$id
+    log=$output/train_$id.log
+    if ! { mkdir -p -- "$output" && : >>"$output/.lock"; } 2>/dev/null; then
+        fail 5 "error[io]: cannot write; $output; make it a folder that you may write"
+    fi
+
+    # The lock belongs to descriptor 9, which only this shell keeps: however it ends, the lock ends with it.
+    exec 9<>"$output/.lock"
+    if ! try_lock; then
+        IFS= read -r holder <"$output/.lock" || true
+        fail 5 "error[io]: in use by pid $(quoted "${holder:-unknown}"); $output; wait for it to end, or set ASCEND_DEVICE_ID to another number"
+    fi
+    printf '%s\n' "$$" >"$output/.lock"
+
+    # A run that fails must not leave an older run's results. The log is made anew: a tee that outlived its wrapper
+    # would go on writing to the old one.
+    if ! { rm -f -- "$log" "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" \
+        "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
+        fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
+    fi
+}
+
+try_lock() {
+    if command -v flock >/dev/null; then
+        flock -n 9 || (($? != 1)) # 1: held by another; else: a file system without locks
+    else
+        "$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)' 2>/dev/null
+    fi
+}
+
+run_training() {
+    local folder tee_pid run_status tee_status
+    signals=0 interrupted=0 train_pid=''
+
+    if ! { folder=$(mktemp -d) && mkfifo -- "$folder/pipe"; } 2>/dev/null; then
+        fail 5 "error[io]: cannot make a pipe; ${TMPDIR:-/tmp}; free space there or set TMPDIR"
+    fi
+    # tee ends when the run has closed the pipe, not on a signal: the last lines of an interrupted run count most.
+    (trap '' INT TERM HUP && exec tee -- "$log") <"$folder/pipe" 9>&- &
+    tee_pid=$!
+    exec 7>"$folder/pipe"
+    rm -rf -- "$folder"
+
+    trap 'interrupt 130' INT
+    trap 'interrupt 143' TERM
+    trap 'interrupt 129' HUP
+    SECONDS=0
+    # Job control, because without it a shell starts what runs in the background with Ctrl-C ignored.
+    set -m
+    "$python" "${options[@]}" </dev/null >&7 2>&1 7>&- 9>&- &
+    train_pid=$!
+    set +m
+    exec 7>&-
+    if ((interrupted)); then interrupt "$interrupted"; fi # it came before there was anything to stop
+
+    # Whoever reads descriptor 8 and sees it close without a line knows that this shell was killed, and ends the run.
+    exec 8> >(exec 9>&- >/dev/null 2>&1 && trap '' INT TERM HUP && { read -r || kill -TERM "$train_pid"; })
+
+    wait_for "$train_pid"
+    run_status=$status
+    seconds=$SECONDS
+    printf '\n' >&8
+    exec 8>&-
+    wait_for "$tee_pid"
+    tee_status=$status
+    trap '' INT TERM HUP # what is left takes no time and is not to be left half done
+
+    if ((interrupted)); then run_status=$interrupted; fi
+    if ((run_status)); then fail_as_the_run "$run_status"; fi
+    if ((tee_status)); then
+        fail 5 "error[io]: the log is not whole: tee ended with $tee_status; $log; is the disk full, or does nobody read this output any more?"
+    fi
+}
+
+fail_as_the_run() { # exit code
+    local reason how=''
+    reason=$(LC_ALL=C awk '/^error\[/ { error = $0 } NF { last = $0 } END { print (error != "" ? error : last) }' "$log")
+    if ((interrupted)); then
+        how=interrupted
+    elif (($1 > 128)) && [[ $reason != error\[* ]]; then
+        how="ended by signal $(($1 - 128)) (9: perhaps out of memory)"
+    fi
+    if [[ -n $how ]]; then reason="$how${reason:+; the last line was: $reason}"; fi
+    printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$log" >&2
+    fail "$1" "${reason:-train_8p.py printed nothing}"
+}
+
+interrupt() { # the wrapper's exit code
+    signals=$((signals + 1))
+    interrupted=$1
+    if [[ -z $train_pid ]]; then return; fi
+    if ((interrupted == 130)); then
+        kill -INT -- "-$train_pid" 2>/dev/null || true # the whole group, as a terminal's Ctrl-C does
+    else
+        kill -TERM "$train_pid" 2>/dev/null || true # it ends its ranks, in order
+    fi
+}
+
+wait_for() { # pid; sets status
+    local seen=-1
+    while ((signals != seen)); do # a signal cuts a wait short
+        seen=$signals
+        status=0
+        wait "$1" 2>/dev/null || status=$?
+    done
+}
+
+read_log() {
+    # One pass over the log. A step's loss is the first number after `Loss`; FPS is the median over the epochs.
+    local facts
+    facts=$(LC_ALL=C awk '
+        $1 == "run:" {
+            for (i = 2; i <= NF; i++) {
+                if (index($i, "batch=") == 1) batch = substr($i, 7)
+                if (index($i, "processes=") == 1) processes = substr($i, 11)
+            }
+        }
+        /^\[.*\] Epoch: .*Loss / { loss = $0; sub(/^.*Loss +/, "", loss); sub(/[ \t].*$/, "", loss) }
+        $1 == "*" && $2 == "FPS@all" {
+            for (i = n++; i > 0 && fps[i - 1] > $3 + 0; i--) fps[i] = fps[i - 1]
+            fps[i] = $3 + 0
+        }
+        /^BLEU score = / { bleu = $4 }
+        function known(text) { return text == "" ? "-" : text }
+        END {
+            median = (fps[int((n - 1) / 2)] + fps[int(n / 2)]) / 2
+            if (n == 0 || !(median > 0)) print known(batch), known(processes), "-", "-", known(loss), known(bleu)
+            else printf "%s %s %.2f %.2f %s %s\n", known(batch), known(processes), median, batch * 1000 / median, known(loss), known(bleu)
+        }' "$log")
+    read -r batch_size processes fps step_time loss bleu <<<"$facts"
+
+    missing() { fail 1 "error[bug]: the run ended without $1; $log; look there for what it did"; }
+    if [[ $batch_size == - || $processes == - ]]; then missing "a line 'run: ... processes=N ... batch=N'"; fi
+    if [[ $fps == - ]]; then missing "a line '* FPS@all NUMBER'"; fi
+    if [[ $loss == - ]]; then missing 'a line of a step with its loss'; fi
+    if [[ $KIND == full && $bleu == - ]]; then missing "a line 'BLEU score = NUMBER'"; fi
+}
+
+write_results() {
+    local case_name=${network}_bs${batch_size}_${RANK_SIZE}p_$CASE
+    local losses=$output/train_${case_name}_loss.txt results=$output/$case_name.log
+    local lines=("Network = $network" "RankSize = $processes" "BatchSize = $batch_size" "DeviceType = $(uname -m)"
+        "CaseName = $case_name" "ActualFPS = $fps" "TrainingTime = $step_time" "ActualLoss = $loss")
+    if [[ $KIND == full ]]; then lines+=("TrainAccuracy = $bleu"); fi
+    lines+=("E2ETrainingTime = $seconds")
+
+    losses_of_log() {
+        LC_ALL=C awk '/^\[.*\] Epoch: .*Loss / { sub(/^.*Loss +/, ""); sub(/[ \t].*$/, ""); print }' "$log"
+    }
+    if ! { losses_of_log >"$losses.tmp" && printf '%s\n' "${lines[@]}" >"$results.tmp" &&
+        mv -f -- "$losses.tmp" "$losses" && mv -f -- "$results.tmp" "$results"; } 2>/dev/null; then
+        fail 5 "error[io]: cannot write the results; $output; is the disk full?"
+    fi
+}
+
+print_result() {
+    echo "------------------ Final result ------------------"
+    echo "Final Performance images/sec : $fps"
+    if [[ $KIND == full ]]; then echo "Final Train Accuracy : $bleu"; fi
+    echo "E2E Training Duration sec : $seconds"
+}
