@@ -8,6 +8,7 @@ who asked for an NPU.
 import datetime
 import importlib
 import os
+import sys
 from dataclasses import dataclass
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -135,7 +136,7 @@ class World:
             torch.accelerator.set_device_index(self.index)  # before the first collective, or all ranks take device 0
         if self.size == 1:
             return
-        if self.nodes == 1:
+        if self.nodes == 1 and sys.platform == "linux":
             # One node needs no other interface than loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         where = {"store": store, "rank": self.rank, "world_size": self.size} if store else {"init_method": "env://"}

@@ -43,7 +43,7 @@ class EpochLog:
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         self._warm_up = WARM_UP_STEPS if epoch == 0 and steps > WARM_UP_STEPS else 0
         self._step = self._pairs = self._not_finite = 0
-        self._totals = torch.zeros(2, dtype=torch.float64 if world.kind == "cpu" else torch.float32)
+        self._totals = torch.zeros(2, dtype=torch.float64)  # since the epoch began, on the host: NPUs have no float64
         self._since_line = torch.zeros(2, device=world.device)  # sum of the losses, number of target positions
         self._data_time = self._data_time_since_line = 0.0
         self._start = self._line = self._timed_from = self._waiting_since = self._now()
@@ -84,7 +84,7 @@ class EpochLog:
 
     def _print_line(self) -> None:
         now = self._now()
-        since_line = self._since_line.to(self._totals)
+        since_line = self._since_line.cpu().double()
         self._totals += since_line
         self._data_time += self._data_time_since_line
         steps = self._step - self._line_step

@@ -88,6 +88,6 @@ def mean_loss(
     for indices in data.rank_share(by_length, world.rank, world.size).split(BATCH_SIZE):
         batch = data.make_batch(split, indices, fixed_length=fixed_length).to(world.device)
         loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, teacher_forcing_ratio)
-        totals += torch.stack((loss_sum, loss_sum.new_tensor(len(batch.positions))))
+        totals += torch.stack((loss_sum, loss_sum.new_full((), len(batch.positions))))
     loss_sum, count = world.sum(totals).tolist()
     return loss_sum / count

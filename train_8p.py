@@ -237,14 +237,20 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
     else:
         indices = (args.device_list or [0])[:1]
     devices.check_indices(kind, [*indices, args.bleu_npu], "--npu, --gpu, --device-list, --bleu-npu")
-    if args.batch_size is not None and args.batch_size % len(indices):
+    if args.batch_size is not None:
+        check_divisible(args.batch_size, len(indices))
+    return kind, indices
+
+
+def check_divisible(batch_size: int, count: int) -> None:
+    """Raises a usage UserError if a batch has not the same number of pairs for each of `count` devices."""
+    if batch_size % count:
         raise UserError(
             "usage",
-            f"a batch of {args.batch_size} cannot be shared out evenly over {len(indices)} devices",
+            f"a batch of {batch_size} cannot be shared out evenly over {count} devices",
             "--batch-size",
-            f"give a multiple of {len(indices)}",
+            f"give a multiple of {count}",
         )
-    return kind, indices
 
 
 def under_torchrun() -> bool:
@@ -335,6 +341,7 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
             args.batch_size = PERFORMANCE_BATCH[world.kind] * world.local_size
         elif args.recipe == "tuned":
             args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
+    check_divisible(args.batch_size, world.local_size)
     args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
     if args.performance:
         args.epochs = 1
@@ -429,7 +436,7 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
             # 2. the loss: the mean over the target positions of all ranks
             with precise.forward_context():
                 loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, args.teacher_forcing_ratio)
-            count = loss_sum.new_tensor(len(batch.positions))
+            count = loss_sum.new_full((), len(batch.positions))
             totals = world.sum(torch.stack((loss_sum.detach(), count)))  # [2]
             loss = loss_sum * (world.size / totals[1])  # DDP will divide the gradients by the world's size
 

@@ -196,6 +196,12 @@ def test_files_are_all_of_one_folder(tmp_path):
     refused(lambda: data.find_files(tmp_path, ("de", "en"), data.SPLITS), "data", "multi30k/val.en", "train.de")
 
 
+def test_plain_file_goes_before_a_compressed_one(tmp_path):
+    write_corpus(tmp_path)
+    (tmp_path / "val.de.gz").write_bytes(b"stale")
+    assert data.find_files(tmp_path, ("de", "en"), data.SPLITS)[1] == (tmp_path / "val.de", tmp_path / "val.en")
+
+
 def test_both_sides_of_a_split_have_one_stem(tmp_path):
     write_corpus(tmp_path, test_name="test2016")
     (tmp_path / "test.de").write_text("stray\n")

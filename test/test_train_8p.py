@@ -195,6 +195,12 @@ def test_the_modelzoo_recipe_is_the_published_one():
     )
 
 
+def test_a_recipes_batch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(UserError) as caught:
+        resolved(29000, "--recipe", "modelzoo", local_size=3)
+    assert caught.value.exit_code == 2
+
+
 @pytest.mark.parametrize(("pairs", "batch"), [(29000, 128), (12801, 128), (12672, 64), (4000, 32), (50, 1)])
 def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, batch):
     for local_size in (1, 8):

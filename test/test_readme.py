@@ -1,0 +1,66 @@
+"""README's commands are those that CI runs, its links lead somewhere, and both languages say the same."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY
+
+ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
+LANGUAGES = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines of the indented blocks, each of which follows an empty line."""
+    blocks = re.findall(r"\n\n((?:    .*\n)+)", text)
+    return [line[4:] for block in blocks for line in block.splitlines()]
+
+
+def test_both_languages_have_the_same_commands_and_outputs():
+    assert code_lines(ENGLISH) == code_lines(CHINESE)
+
+
+def test_both_languages_have_the_same_headings_and_tables():
+    assert [len(level) for level in re.findall(r"^(#+) ", ENGLISH, re.MULTILINE)] == [
+        len(level) for level in re.findall(r"^(#+) ", CHINESE, re.MULTILINE)
+    ]
+    assert ENGLISH.count("\n|") == CHINESE.count("\n|")
+
+
+def test_both_languages_have_the_same_numbers_in_the_results():
+    results = [text.split("\n## ")[1] for text in (ENGLISH, CHINESE)]
+    numbers = [sorted(re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", text))) for text in results]
+    assert [n for n in numbers[0] if "." in n] == [n for n in numbers[1] if "." in n]
+
+
+@LANGUAGES
+def test_the_test_command_is_the_one_that_ci_runs(text):
+    commands = [line for line in code_lines(text) if line.endswith("-m pytest")]
+    assert len(commands) == 1
+    assert commands[0] in (REPOSITORY / ".ci" / "run").read_text().splitlines()
+
+
+@LANGUAGES
+def test_every_link_into_the_repository_leads_somewhere(text):
+    links = [link for link in re.findall(r"\]\(([^)#][^)]*)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        assert (REPOSITORY / link).exists(), link
+
+
+@LANGUAGES
+def test_the_figures_of_the_results_stand_in_their_logs(text):
+    row = next(line for line in text.splitlines() if "`tuned`" in line and line.startswith("|"))
+    bleu, fps = (cell.strip() for cell in row.split("|")[4:6])
+    log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
+    assert re.search(rf"^BLEU score = {re.escape(bleu)}", log, re.MULTILINE)
+    assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
+
+
+@LANGUAGES
+def test_the_quick_starts_result_stands_in_its_log(text):
+    log = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
+    shown = [line for line in code_lines(text) if line.startswith(("Final ", "E2E "))]
+    assert len(shown) == 3
+    for line in shown:
+        assert line in log.splitlines()
