@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import stat
 import sys
 import tempfile
 import threading
@@ -599,7 +598,7 @@ def _cache_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
     try:
         spare.mkdir(mode=0o700, exist_ok=True)
         status = spare.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        if status.st_uid != os.getuid() or status.st_mode & 0o077:  # a link has all rights, too
             raise PermissionError(f"{spare} is not this user's alone")
         _check_writable(spare)
     except OSError as error:

@@ -289,7 +289,15 @@ def test_truncated_or_empty_gz_is_refused(folder, load, keep):
     refused(lambda: load(folder), "data", "not a whole gzip file", "train.de.gz")
 
 
-@pytest.mark.parametrize("packed", [b"a text\n", gzip.compress(b"a")[:-8] + bytes(8), gzip.compress(b"a") + b"tail"])
+@pytest.mark.parametrize(
+    "packed",
+    [
+        b"a text\n",
+        gzip.compress(b"a")[:-8] + bytes(8),  # a wrong checksum
+        gzip.compress(b"a")[:10] + b"\xff" * 20,  # no deflate stream
+        gzip.compress(b"a") + b"tail",
+    ],
+)
 def test_corrupt_gz_is_refused(folder, load, packed):
     (folder / "val.en").unlink()
     (folder / "val.en.gz").write_bytes(packed)
@@ -454,8 +462,10 @@ def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds
     assert load.lines[-1] == f"tokenising {folder}: no readable cache has these contents"
 
 
-@pytest.mark.parametrize("flags", [{"min_freq": 1}, {"src_lang": "en", "trg_lang": "de"}])
+@pytest.mark.parametrize("flags", [{"min_freq": 1}, {"trg_lang": "xx"}])
 def test_other_flags_have_another_cache(folder, load, builds, flags):
+    for path in list(folder.glob("*.en")):
+        path.with_suffix(".xx").write_bytes(path.read_bytes())
     load(folder)
     load(folder, **flags)
     assert len(builds) == 2
@@ -601,6 +611,27 @@ def test_two_runs_build_one_cache(folder, tmp_path, monkeypatch):
     assert len(builds) == 1
     assert same(*corpora)
     assert cached(tmp_path), "and no lock is left"
+
+
+def test_lock_on_a_removed_file_lets_nobody_in(tmp_path):
+    path, events, holders = tmp_path / "lock", [], []
+
+    def hold():
+        holders.append(os.open(path, os.O_CREAT | os.O_RDWR))
+        fcntl.flock(holders[-1], fcntl.LOCK_EX)
+
+    def log(line):
+        events.append("waits")
+        if len(events) == 1:  # the first holder's file goes, and another process is quicker with the next
+            path.unlink()
+            hold()
+        os.close(holders[len(events) - 1])
+
+    hold()
+    with data._locked(path, log):
+        events.append("is in")
+    assert events == ["waits", "waits", "is in"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_holder_of_the_lock_keeps_nobody_waiting(folder, load, tmp_path):
