@@ -6,11 +6,13 @@ It is written beside its place and then renamed, so that a run killed at any mom
 Only plain tensors, numbers and strings are ever read (`weights_only=True`): a checkpoint cannot run code.
 """
 
+import glob
 import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +87,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         if temporary:
             temporary.unlink(missing_ok=True)
         raise UserError(
-            "io", f"cannot write the checkpoint: {error.strerror}", str(path), "make room there, or give --ckptpath"
+            "io",
+            f"cannot write the checkpoint: {error.strerror or error}",
+            str(path),
+            "make room there, or give --ckptpath",
         ) from error
 
 
@@ -100,15 +105,33 @@ def prepare(path: Path) -> None:
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         what = "a folder, not a file" if path.is_dir() else f"cannot write into {path.parent.resolve()}"
         raise UserError("io", what, str(path), "give --ckptpath a file in a folder that exists and can be written to")
-    for stray in path.parent.glob(path.name + TEMPORARY + "*"):
+    for stray in path.parent.glob(glob.escape(path.name + TEMPORARY) + "*"):
         stray.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path | None:
-    """Renames an earlier run's checkpoint to `NAME.previous` and returns that name; None if there is none."""
+    """Keeps an earlier run's checkpoint as `NAME.previous`, too: the next save takes its name.
+
+    Returns:
+        That path; None if there is no earlier checkpoint.
+
+    Raises:
+        UserError: io.
+    """
     if not path.exists():
         return None
-    return path.replace(path.with_name(path.name + ".previous"))
+    previous = path.with_name(path.name + ".previous")
+    try:
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without links
+            shutil.copy2(path, previous)
+    except OSError as error:
+        raise UserError(
+            "io", f"cannot keep the earlier checkpoint: {error}", str(previous), "move it away, or give --ckptpath"
+        ) from error
+    return previous
 
 
 def load(path: Path) -> Checkpoint:

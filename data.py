@@ -39,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from devices import cores
 from errors import UserError, printable
 
 SPECIALS = ["<unk>", "<pad>", "<sos>", "<eos>"]
@@ -489,17 +490,13 @@ def tokenise(lines: list[str], lang: str, workers: int = 1) -> tuple[list[list[s
     >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
     ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
     """
-    processes = min(workers, _cores(), len(lines) // LINES_PER_PROCESS)
+    processes = min(workers, cores(), len(lines) // LINES_PER_PROCESS)
     if processes < 2:
         return _tokenise_here(lines, lang)
     size = -(-len(lines) // processes)
     shares = [lines[start : start + size] for start in range(0, len(lines), size)]
     results = _tokenise_in_processes(shares, lang)
     return list(itertools.chain.from_iterable(sentences for sentences, _ in results)), sum(cut for _, cut in results)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _tokenise_here(lines: list[str], lang: str) -> tuple[list[list[str]], int]:

@@ -95,6 +95,14 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def seed(text: str) -> int:
+    """A number that every random generator takes."""
+    value = non_negative_int(text)
+    if value >= 2**63 - 2**20:  # the ranks add theirs
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 2**63 - 2**20")
+    return value
+
+
 def decimal(text: str) -> float:
     """A finite decimal number in ASCII digits."""
     if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):

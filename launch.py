@@ -10,6 +10,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -183,6 +184,9 @@ def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int) -> 
         # Not sys.exit: the interpreter's end would wait for collectives that no other rank will join.
         os._exit(1)
     pipe.send(Report(time.monotonic(), None))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as above
 
 
 def follow_parent(parent: int) -> None:

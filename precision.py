@@ -26,11 +26,9 @@ from torch import Tensor, nn
 DYNAMIC_START = 65536.0
 GROWTH_INTERVAL = 2000
 
-LEVELS = ("O0", "O1", "O2")
-
 
 def half_dtype(device: torch.device) -> torch.dtype | None:
-    """The 16-bit format that `device` computes in, or None for a CPU without one."""
+    """The 16-bit format that `device` computes in; None for a CPU that has none."""
     if device.type == "cpu":
         return torch.bfloat16 if cpu_has_bfloat16() else None
     return torch.float16
@@ -53,7 +51,7 @@ class Precision:
     Args:
         model: the fp32 model, on its device.
         device: that device.
-        level: one of `LEVELS`.
+        level: "O0", "O1" or "O2".
         loss_scale: a number, or "dynamic".
 
     Attributes:

@@ -36,12 +36,14 @@ class EpochLog:
         epoch: the epoch's number.
         epochs: how many the run has.
         steps: the epoch's number of steps.
+        steps_before: the run's steps before this epoch.
         print_freq: steps between two lines; the last step always has one.
     """
 
-    def __init__(self, world: devices.World, epoch: int, epochs: int, steps: int, print_freq: int):
+    def __init__(self, world: devices.World, epoch: int, epochs: int, steps: int, steps_before: int, print_freq: int):
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
-        self._warm_up = WARM_UP_STEPS if epoch == 0 and steps > WARM_UP_STEPS else 0
+        warm_up = max(0, WARM_UP_STEPS - steps_before)
+        self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
         self._step = self._pairs = self._not_finite = 0
         self._totals = torch.zeros(2, dtype=torch.float64)  # since the epoch began, on the host: NPUs have no float64
         self._since_line = torch.zeros(2, device=world.device)  # sum of the losses, number of target positions
@@ -50,7 +52,7 @@ class EpochLog:
         self._line_step = 0
         self._bar = None
         if world.is_main and sys.stdout.isatty():
-            self._bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False)
+            self._bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False, file=sys.stdout)
 
     def _now(self) -> float:
         devices.synchronize(self._world.device)

@@ -46,6 +46,12 @@ def bleu(translations: list[list[str]], references: list[list[str]]) -> Bleu:
     return Bleu(100 * own, joined.score, str(metric.get_signature()))
 
 
+def batches(order: torch.Tensor, world: World) -> list[torch.Tensor]:
+    """This rank's share of the sentences `order`, [n], in batches; none where there are more ranks than sentences."""
+    share = data.rank_share(order, world.rank, world.size)
+    return list(share.split(BATCH_SIZE)) if len(share) else []
+
+
 def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world: World) -> list[list[str]]:
     """Greedy translations, shared out over the ranks.
 
@@ -60,7 +66,7 @@ def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world:
     """
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
-    for indices in data.rank_share(by_length, world.rank, world.size).split(BATCH_SIZE):
+    for indices in batches(by_length, world):
         tokens, lengths = data.pad(src, indices)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         ids[indices] = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH).T.cpu()
@@ -85,7 +91,7 @@ def mean_loss(
     criterion = gru.TrainingLoss(model)
     totals = torch.zeros(2, device=world.device)  # sum of the losses, number of positions
     by_length = torch.argsort(split.trg.lengths, stable=True)
-    for indices in data.rank_share(by_length, world.rank, world.size).split(BATCH_SIZE):
+    for indices in batches(by_length, world):
         batch = data.make_batch(split, indices, fixed_length=fixed_length).to(world.device)
         loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, teacher_forcing_ratio)
         totals += torch.stack((loss_sum, loss_sum.new_full((), len(batch.positions))))

@@ -117,7 +117,11 @@ def build_parser() -> flags.StrictParser:
         "--cache-dir", metavar="DIR", help="tokenised corpora; left out: gru-for-pytorch/ in the user's cache folder"
     )
     group.add_argument(
-        "-j", "--workers", type=flags.non_negative_int, default=10, help="tokenising processes, at most the cores"
+        "-j",
+        "--workers",
+        type=flags.non_negative_int,
+        default=10,
+        help="tokenising processes at most; a small corpus takes one",
     )
 
     group = parser.add_argument_group("training; what is left out, the recipe decides")
@@ -176,7 +180,11 @@ def build_parser() -> flags.StrictParser:
     )
     group.add_argument("--dist-backend", choices=["hccl", "nccl", "gloo"], help="left out: the device's own")
     group.add_argument(
-        "--dist-timeout", type=flags.positive_float, default=600.0, metavar="SECONDS", help="for the ranks to meet"
+        "--dist-timeout",
+        type=flags.positive_float,
+        default=600.0,
+        metavar="SECONDS",
+        help="for the ranks to meet, and for each collective",
     )
 
     group = parser.add_argument_group("precision")
@@ -187,7 +195,7 @@ def build_parser() -> flags.StrictParser:
     )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=flags.non_negative_int, default=1234, help="of weights, batches and dropout")
+    group.add_argument("--seed", type=flags.seed, default=1234, help="of weights, batches and dropout")
     group.add_argument("-p", "--print-freq", type=flags.positive_int, default=10, metavar="N", help="steps a log line")
     group.add_argument("--ckptpath", default="./seq2seq-gru-model.pth.tar", metavar="FILE", help="the best checkpoint")
     group.add_argument("--evaluate", metavar="CKPT", help="do not train: score this checkpoint on the test set")
@@ -218,7 +226,15 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
     chosen = [kind for kind, index in given.items() if index is not None]
     if len(chosen) == 2 or (chosen and args.device not in ("auto", chosen[0])):
         raise UserError("usage", "they name different devices", "--npu, --gpu, --device", "give one of them")
+    if chosen and (args.device_list or args.multiprocessing_distributed or under_torchrun()):
+        raise UserError(
+            "usage", "one device for several processes", f"--{chosen[0]}".replace("cuda", "gpu"), "give --device-list"
+        )
     kind = devices.choose_kind(chosen[0] if chosen else args.device)
+    if args.dist_backend not in (None, "gloo", devices.BACKENDS[kind]):
+        raise UserError(
+            "usage", f"{args.dist_backend} does not work on {kind}", "--dist-backend", f"use {devices.BACKENDS[kind]}"
+        )
     if under_torchrun():
         indices = args.device_list or list(range(int(os.environ["LOCAL_WORLD_SIZE"])))
         if len(indices) != int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -236,6 +252,8 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
             say(f"note: this machine has {len(indices)} {kind} devices, not {args.max_devices}: running on those")
     else:
         indices = (args.device_list or [0])[:1]
+        if len(args.device_list or []) > 1:
+            say(f"note: one process on device {indices[0]} alone; --multiprocessing-distributed takes the whole list")
     devices.check_indices(kind, [*indices, args.bleu_npu], "--npu, --gpu, --device-list, --bleu-npu")
     if args.batch_size is not None:
         check_divisible(args.batch_size, len(indices))
@@ -273,7 +291,7 @@ def make_worlds(args: argparse.Namespace, kind: str, indices: list[int]) -> list
     if nodes < 1 or not 0 <= node < nodes:
         raise UserError(
             "usage",
-            f"node {args.rank} of {args.world_size}",
+            f"node {node} of {nodes}",
             "--rank and --world-size",
             "nodes are counted from 1 and numbered from 0",
         )
@@ -299,7 +317,7 @@ def meeting_point(args: argparse.Namespace, nodes: int) -> tuple[str, int]:
             raise UserError("usage", f"{args.dist_url!r}", "--dist-url", "expected env:// or tcp://HOST:PORT")
     if not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise UserError("usage", f"{port!r} is not a port", "--dist-url or MASTER_PORT", "give a number below 65536")
-    if nodes > 1 and port == "0":
+    if nodes > 1 and int(port) == 0:
         raise UserError(
             "usage", "several nodes need a port that all know", "--dist-url", f"give tcp://{addr}:29500 on every node"
         )
@@ -332,29 +350,28 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
         pairs: pairs in the training data.
         world: any rank's.
     """
-    batch_size = args.batch_size
+    if args.performance:
+        args.epochs = args.epochs or 1
+        args.batch_size = args.batch_size or PERFORMANCE_BATCH[world.kind] * world.local_size
+    elif args.batch_size is None and args.recipe == "tuned":
+        args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
+    elif args.batch_size is None:
+        args.batch_size = RECIPES[args.recipe]["batch_size"] // world.nodes  # a recipe's batch is that of all nodes
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if batch_size is None:
-        if args.performance:
-            args.batch_size = PERFORMANCE_BATCH[world.kind] * world.local_size
-        elif args.recipe == "tuned":
-            args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
     check_divisible(args.batch_size, world.local_size)
     args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
-    if args.performance:
-        args.epochs = 1
     if not args.amp:
         args.opt_level = "O0"
-    if args.opt_level == "O3":
-        raise UserError("usage", "O3, pure half, is not available", "--opt-level", "use O2, with fp32 master weights")
     if args.loss_scale is None:
         args.loss_scale = 32.0 if args.amp and world.kind != "cpu" else 1.0
 
 
 def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
     """The batch of a node: 128 in total, or less where an epoch would have too few updates.
+
+    Where the ranks cannot share that out evenly it is the next smaller batch that they can.
 
     >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 1)
     (128, 128, 32)
@@ -407,9 +424,8 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
     )
     gru.INITIALISATIONS[args.init](model)
     model.to(device)
-    # From here on the ranks differ: in dropout, and in what is drawn for teacher forcing.
-    torch.manual_seed(args.seed + world.rank)
-    random.seed(args.seed + world.rank)
+    torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
+    random.seed(args.seed)  # for teacher forcing: the ranks draw alike
 
     precise = precision.Precision(model, device, args.opt_level, args.loss_scale)
     criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
@@ -421,17 +437,18 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
             say("note: this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32")
     keeper = BestKeeper(args, world, corpus)
 
-    plan = [epoch_plan(args, world, corpus, epoch) for epoch in range(args.epochs)]
-    total_steps = sum(len(batches) for batches in plan)
+    total_steps = args.epochs * len(epoch_plan(args, world, corpus, epoch=0))
     step = 0
-    for epoch, batches in enumerate(plan):
+    for epoch in range(args.epochs):
         criterion.train()
-        log = EpochLog(world, epoch, args.epochs, len(batches), args.print_freq)
+        batches = epoch_plan(args, world, corpus, epoch)
+        log = EpochLog(world, epoch, args.epochs, len(batches), step, args.print_freq)
         for indices in batches:
             # 1. this rank's pairs
             share = data.rank_share(indices, world.rank, world.size)
-            batch = data.make_batch(corpus.train, share, fixed_length=args.fixed_length).to(device)
+            batch = data.make_batch(corpus.train, share, fixed_length=args.fixed_length)
             log.data_ready()
+            batch = batch.to(device)
 
             # 2. the loss: the mean over the target positions of all ranks
             with precise.forward_context():
@@ -513,6 +530,13 @@ class BestKeeper:
             scoring.mean_loss(model, val, world, teacher_forcing_ratio=ratio, fixed_length=args.fixed_length)
             for ratio in (1.0, 0.0)
         ]
+        if not all(map(math.isfinite, (train_loss, *losses))):
+            raise UserError(
+                "diverged",
+                f"the training loss is {train_loss}, the validation losses are {losses[0]} and {losses[1]}",
+                f"epoch {epoch}",
+                "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept",
+            )
         translations = scoring.translate(model, val.src, self._corpus.trg_vocab, world)
         if not world.is_main:
             return
@@ -524,14 +548,14 @@ class BestKeeper:
             f"free-running loss {free['loss']:.4f} (perplexity {free['perplexity']:.2f})  "
             f"greedy BLEU {bleu.torchtext:.4f}  learning rate {rate:.2e}"
         )
-        for index in {0: None, len(val) // 2: None}:
+        for index in (0, len(val) // 2):
             say(printable(f"  source     {' '.join(val.src_tokens[index])}"))
             say(printable(f"  reference  {' '.join(val.trg_tokens[index])}"))
             say(printable(f"  model      {' '.join(translations[index])}"))
         merit = bleu.torchtext if args.best == "bleu" else -free["loss"]
         if merit > self._best:
             if self._best == -math.inf and (previous := checkpoint.set_aside(self._path)):
-                say(f"note: {self._path} was there already: it is now {previous.name}")
+                say(f"note: {self._path} was there already: the old one is now {previous.name}")
             self._best = merit
             scores = {"epoch": epoch, "bleu": bleu.torchtext, "loss": forced["loss"], "free_running_loss": free["loss"]}
             checkpoint.save(self._path, self._checkpoint(model, scores))
@@ -637,10 +661,16 @@ def main(argv: list[str]) -> None:
     is_main = worlds[0].is_main
     if not args.evaluate and not args.performance and is_main:
         checkpoint.prepare(Path(args.ckptpath))
+    if args.amp and args.opt_level == "O3":
+        raise UserError("usage", "O3, pure half, is not available", "--opt-level", "use O2, with fp32 master weights")
+    meeting = meeting_point(args, worlds[0].nodes)
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
 
     if args.evaluate:
-        score(args, kind, Path(args.evaluate), corpus)
+        if is_main:
+            for note in corpus.notes:
+                say(printable(note))
+            score(args, kind, Path(args.evaluate), corpus)
         return
 
     start = time.monotonic()
@@ -648,7 +678,7 @@ def main(argv: list[str]) -> None:
     if under_torchrun():
         run_rank(0, args, worlds, None)
     elif args.multiprocessing_distributed or worlds[0].nodes > 1:
-        train_in_processes(args, worlds)
+        train_in_processes(args, worlds, meeting)
     else:
         worlds[0].start()
         train(args, worlds[0], corpus)
@@ -657,9 +687,9 @@ def main(argv: list[str]) -> None:
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
-def train_in_processes(args: argparse.Namespace, worlds: list[devices.World]) -> None:
+def train_in_processes(args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int]) -> None:
     """Spawns this node's processes and waits for them; node 0's parent is where all meet."""
-    addr, port = meeting_point(args, worlds[0].nodes)
+    addr, port = meeting
     if worlds[0].is_main and worlds[0].size > 1:
         store = launch.host_store(addr, port, worlds[0].nodes)
         port = store.port

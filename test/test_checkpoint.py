@@ -181,6 +181,8 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
 def test_an_earlier_runs_checkpoint_is_set_aside(saved):
     previous = checkpoint.set_aside(saved)
     assert previous.name == "model.pth.tar.previous"
-    assert previous.exists()
-    assert not saved.exists()
-    assert checkpoint.set_aside(saved) is None
+    before = previous.read_bytes()
+    assert saved.read_bytes() == before, "a run that is killed now leaves the old one under its name, too"
+    checkpoint.save(saved, make(seed=1))
+    assert previous.read_bytes() == before != saved.read_bytes()
+    assert checkpoint.set_aside(saved.with_name("absent")) is None

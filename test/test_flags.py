@@ -26,7 +26,7 @@ def refusal(*args) -> str:
 def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
     message = refusal(f"{flag}={text}")
     assert flag in message
-    assert repr(text) in message or "nan" in text
+    assert repr(text) in message
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,21 @@ def test_translations_come_in_the_order_of_the_sources(model, split, monkeypatch
     assert scoring.translate(model, split.src, VOCAB, World()) == whole
 
 
+def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, monkeypatch):
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    loss = scoring.mean_loss(model, split, World(), teacher_forcing_ratio=1.0)
+    parts = []
+    monkeypatch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or tensor + 1)
+    for rank in range(5):
+        scoring.translate(model, split.src, VOCAB, World(rank=rank, size=5))
+    assert [VOCAB.decode(row) for row in sum(parts).tolist()] == whole
+    parts.clear()
+    for rank in range(5):
+        scoring.mean_loss(model, split, World(rank=rank, size=5), teacher_forcing_ratio=1.0)
+    loss_sum, count = sum(parts).tolist()
+    assert loss_sum / count == pytest.approx(loss, rel=1e-5)
+
+
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
     ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
     monkeypatch.setattr(scoring, "MAX_LENGTH", 4)

@@ -96,6 +96,14 @@ def test_a_device_that_is_not_there_is_refused(flags):
     assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
 
 
+def test_a_backend_of_another_device_is_refused():
+    assert "nccl" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--dist-backend", "nccl"))
+
+
+def test_one_device_for_several_processes_is_refused(torchrun):
+    assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
+
+
 def test_flags_that_name_different_devices_are_refused():
     refusal(train_8p.choose_devices, parse("--npu", "0", "--gpu", "0"))
     refusal(train_8p.choose_devices, parse("--npu", "0", "--device", "cpu"))
@@ -212,6 +220,13 @@ def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
     assert resolved(29000, "--performance", local_size=8).batch_size == 1024
     assert resolved(100, "--performance").batch_size == 100
     assert resolved(29000, "--performance", "--batch-size", "64").batch_size == 64
+
+
+def test_a_recipes_batch_is_that_of_all_nodes():
+    for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
+        args = parse("--recipe", recipe)
+        train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+        assert args.batch_size == batch
 
 
 def test_the_loss_scale_is_32_and_on_a_cpu_1():
@@ -383,6 +398,19 @@ def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_
     assert not path.exists()
 
 
+@pytest.mark.parametrize("best", ["bleu", "loss"])
+def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, capsys, monkeypatch, best):
+    forward = gru.TrainingLoss.forward
+    monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    path = tmp_path / "model"
+    path.write_text("of an earlier run")
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "32", "--best", best, "--ckptpath", str(path))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 7, err
+    assert "BLEU score" not in out
+    assert path.read_text() == "of an earlier run"
+
+
 @pytest.mark.parametrize(
     ("flags", "code"),
     [
@@ -391,6 +419,8 @@ def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_
         (["--ckptpath", "{empty}/no/such/folder/model"], 5),
         (["--opt-level", "O3", "--amp"], 2),
         (["--lr", "nan"], 2),
+        (["--seed", "99999999999999999999"], 2),
+        (["--dist-url", "foo"], 2),
     ],
 )
 def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, flags, code, capsys):
@@ -410,8 +440,8 @@ def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(progress.EpochLog, "_now", lambda self: float(next(clock)))
-    for epoch, steps, expected in ((0, 8, 3), (1, 8, 8), (0, 5, 5)):
-        log = progress.EpochLog(devices.World(), epoch, 2, steps, print_freq=100)
+    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
+        log = progress.EpochLog(devices.World(), 0, 1, steps, before, print_freq=100)
         for _ in range(steps):
             log.data_ready()
             log.step_done(torch.tensor([1.0, 1.0]), 1)
@@ -421,7 +451,7 @@ def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
 
 
 def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
-    log = progress.EpochLog(devices.World(), 0, 1, 4, print_freq=2)
+    log = progress.EpochLog(devices.World(), 0, 1, 4, 0, print_freq=2)
     for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
         log.data_ready()
         log.step_done(torch.tensor([loss_sum, count]), 1)
