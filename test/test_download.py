@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -249,8 +250,17 @@ def test_words_of_a_server_cannot_write_to_the_terminal(tmp_path, start):
     assert lines[-1].isprintable()
 
 
-@pytest.mark.parametrize("url", ["file:///etc", "ftp://127.0.0.1", "nonsense", "http://", "http://127.0.0.1:x"])
-def test_address_that_is_not_http_is_refused(tmp_path, url):
+@pytest.mark.parametrize("scheme", ["file", "ftp", "data", "x"])
+def test_address_that_is_not_http_is_refused(tmp_path, scheme):
+    (tmp_path / "served").mkdir()
+    for name, body in BODIES.items():
+        (tmp_path / "served" / name).write_bytes(body)
+    (tmp_path / "here").mkdir()
+    refused(tmp_path / "here", f"{scheme}://{tmp_path}/served", "not an http or https address")
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://", "http://127.0.0.1:x", "http://[::1"])
+def test_broken_address_is_refused(tmp_path, url):
     refused(tmp_path, url, f"{url.rstrip('/')}: ")
 
 
@@ -275,6 +285,11 @@ def test_total_deadline_ends_a_server_that_never_does(tmp_path, start, fault, mo
     server = start(all=fault)
     refused(tmp_path, server.url, "by hand", timeout=1.0)
     assert len(server.paths) == 1, "it was asked, and not for a second file"
+
+
+def test_fetching_itself_ends_at_the_deadline(start):
+    with pytest.raises(TimeoutError, match="by the deadline"):
+        data._fetch(f"{start(all=drip_body).url}/train.de.gz", 10**6, time.monotonic() + 0.3)
 
 
 def test_hanging_first_address_leaves_time_for_the_mirror(tmp_path, start):

@@ -24,7 +24,6 @@ PERFORMANCE = ["train_performance_1p.sh", "train_performance_8p.sh"]
 WRAPPERS = FULL + PERFORMANCE
 KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list"]
 KEYS += ["recipe", "conda_name"]
-PERFORMANCE_KEYS = [key for key in KEYS if key != "epochs"]
 NETWORK = "GRU_ID0104_for_PyTorch"
 
 STAND_IN = """
@@ -172,8 +171,7 @@ def test_help_is_right_for_each_script(repo, wrapper):
     assert done.returncode == 0
     assert done.stderr == ""
     listed = [line.split("=")[0].strip() for line in done.stdout.splitlines() if line.startswith("  --")]
-    keys = KEYS if wrapper in FULL else PERFORMANCE_KEYS
-    assert listed == [f"--{key}" for key in keys] + ["--help, -h             this text"]
+    assert listed == [f"--{key}" for key in KEYS] + ["--help, -h             this text"]
     assert f"bash test/{wrapper} " in done.stdout
     assert f"{NETWORK}_bs<BatchSize>_{'8p' if '8p' in wrapper else '1p'}_{'acc' if wrapper in FULL else 'perf'}" in (
         done.stdout
@@ -206,8 +204,6 @@ def test_without_arguments_only_the_wrappers_own_flags_are_passed(repo, wrapper,
 def test_each_argument_reaches_its_flag_in_every_spelling(repo, wrapper, spelling):
     values = {"data_path": "d", "batch_size": "64", "learning_rate": "0.5", "epochs": "2"}
     values |= {"precision_mode": "must_keep_origin_dtype", "device": "cpu", "device_list": "3", "recipe": "modelzoo"}
-    if wrapper in PERFORMANCE:
-        del values["epochs"]
     arguments = []
     for key, value in values.items():
         if "hyphen" in spelling:
@@ -218,7 +214,6 @@ def test_each_argument_reaches_its_flag_in_every_spelling(repo, wrapper, spellin
     expected += ["--multiprocessing-distributed"] if "8p" in wrapper else []
     expected += ["--device-list=3"]
     if wrapper in PERFORMANCE:
-        expected.remove("--epochs=2")
         expected += ["--performance"]
     assert repo.argv() == expected
 
@@ -259,10 +254,10 @@ def test_a_device_list_replaces_the_limit_of_eight(repo):
     ],
 )
 def test_an_unknown_argument_is_an_error_that_lists_those_that_exist(repo, arguments):
-    for wrapper, keys in (("train_full_1p.sh", KEYS), ("train_performance_8p.sh", PERFORMANCE_KEYS)):
+    for wrapper in ("train_full_1p.sh", "train_performance_8p.sh"):
         done = repo.run(wrapper, *arguments)
         assert is_usage_error(done)
-        assert " ".join(f"--{key}" for key in keys) in done.stderr
+        assert " ".join(f"--{key}" for key in KEYS) in done.stderr
     assert not repo.record.exists()
     assert not list(repo.home.iterdir())
 
@@ -293,14 +288,6 @@ def test_an_unknown_precision_mode_is_an_error_that_lists_the_modes(repo, argume
 @pytest.mark.parametrize("wrapper", ["train_full_1p.sh", "train_performance_1p.sh"])
 def test_one_device_runs_refuse_a_list_of_devices(repo, wrapper):
     assert is_usage_error(repo.run(wrapper, "--device_list=0,1"))
-
-
-@pytest.mark.parametrize("wrapper", PERFORMANCE)
-@pytest.mark.parametrize("arguments", [["--epochs=2"], ["--epochs", "2"]])
-def test_performance_runs_refuse_epochs_and_say_why(repo, wrapper, arguments):
-    done = repo.run(wrapper, *arguments)
-    assert is_usage_error(done)
-    assert "25 steps" in done.stderr
 
 
 def test_the_callers_environment_gives_no_arguments(repo):
@@ -426,7 +413,7 @@ def fake_python(path):
     return str(path)
 
 
-def test_the_repositorys_environment_serves_where_none_is_active(repo, tmp_path):
+def test_the_repositorys_environment_serves_unless_another_is_asked_for(repo, tmp_path):
     on_path = fake_python(tmp_path / "bin" / "python3")
     of_repo = fake_python(repo.path / ".venv" / "bin" / "python3")
     asked = fake_python(tmp_path / "my python" / "python3")
@@ -436,8 +423,8 @@ def test_the_repositorys_environment_serves_where_none_is_active(repo, tmp_path)
         ({"PYTHON": asked, "VIRTUAL_ENV": "/x"}, asked),
         ({"PYTHON": None}, of_repo),
         ({"PYTHON": ""}, of_repo),
-        ({"PYTHON": None, "VIRTUAL_ENV": "/x"}, on_path),
-        ({"PYTHON": None, "CONDA_PREFIX": "/x"}, on_path),
+        ({"PYTHON": None, "VIRTUAL_ENV": "/x"}, of_repo),
+        ({"PYTHON": None, "CONDA_PREFIX": "/x"}, of_repo),
     ):
         assert repo.run("train_full_1p.sh", **{"PATH": path} | changes).returncode == 0
         assert repo.recorded()["env"]["MARK"] == expected

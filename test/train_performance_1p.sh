@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Training speed on one device: 25 steps, the last 20 of them timed.
+# Training speed on one device: one epoch, gone round again until 25 steps are done.
 # `bash test/train_performance_1p.sh --help` lists the arguments and what it writes; common.sh does the work.
 set -euo pipefail
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Training speed on eight devices, or as many as there are: 25 steps, the last 20 of them timed.
+# Training speed on eight devices, or as many as there are: one epoch, gone
+# round again until 25 steps are done.
 # `bash test/train_performance_8p.sh --help` lists the arguments and what it writes; common.sh does the work.
 set -euo pipefail
 
