@@ -6,6 +6,7 @@ Step lines keep the original's form: means since the last line, in brackets mean
 """
 
 import sys
+import threading
 import time
 
 import torch
@@ -17,6 +18,10 @@ from errors import UserError
 
 WARM_UP_STEPS = 5  # of a run: kernels are chosen and memory is claimed in them
 PATIENCE = 3  # lines in a row without a finite loss before the run is given up
+
+
+# tqdm would make a lock between processes, which a rank that is ended leaves behind; only rank 0 writes.
+tqdm.set_lock(threading.RLock())
 
 
 def say(line: str) -> None:

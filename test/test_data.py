@@ -232,7 +232,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(monkeypatch):
     lines = [f"{word} {index} Hunde bellen." for index in range(5) for word in DE]
     alone = data.tokenise(lines, "de", workers=4)
     monkeypatch.setattr(data, "LINES_PER_PROCESS", 10)
-    monkeypatch.setattr(data, "_cores", lambda: 8)
+    monkeypatch.setattr(data, "cores", lambda: 8)
     monkeypatch.setattr(data, "_tokenise_here", None)  # in this process; those spawned have their own
     assert data.tokenise(lines, "de", workers=4) == alone
     assert multiprocessing.active_children() == []

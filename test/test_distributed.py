@@ -135,6 +135,7 @@ def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
         sys.executable, *launcher, script, "--data_dir", str(tiny_corpus), *PUBLISHED, *SMALL, cwd=tmp_path
     )
     assert result.returncode == 0, result.stderr
+    assert "leaked" not in result.stderr
     assert " processes=2 " in result.stdout
     assert result.stdout.count("* FPS@all ") == 1, "rank 0 alone writes the log"
     assert result.stdout.count("BLEU score = ") == 1
