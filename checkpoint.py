@@ -6,6 +6,8 @@ It is written beside its place and then renamed, so that a run killed at any mom
 Only plain tensors, numbers and strings are ever read (`weights_only=True`): a checkpoint cannot run code.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import io
@@ -14,6 +16,7 @@ import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,17 +97,42 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def prepare(path: Path) -> None:
-    """Makes sure, before the training and not after it, that a checkpoint can be written to `path`.
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Keeps `path` for one run, and makes sure, before the training and not after it, that it can be written.
 
-    Clears what a killed run may have left half written.
+    Clears what a killed run may have left half written. The lock is a file beside `path`; it goes with the process.
 
     Raises:
-        UserError: io, the folder is not there or cannot be written to.
+        UserError: io; another run writes there, or the folder is not there or cannot be written to.
     """
+    lock = path.with_name(f".{path.name}.lock")
+    check_writable(path)
+    with open(lock, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            todo = "wait for it to end, or give --ckptpath another file"
+            raise UserError("io", f"in use by pid {file.read().strip()}", str(path), todo) from error
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+        clear_partial(path)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises an io UserError if no checkpoint can be written to `path`."""
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         what = "a folder, not a file" if path.is_dir() else f"cannot write into {path.parent.resolve()}"
         raise UserError("io", what, str(path), "give --ckptpath a file in a folder that exists and can be written to")
+
+
+def clear_partial(path: Path) -> None:
+    """Removes what a run that was killed in a save left beside `path`."""
     for stray in path.parent.glob(glob.escape(path.name + TEMPORARY) + "*"):
         stray.unlink(missing_ok=True)
 
@@ -141,6 +169,8 @@ def load(path: Path) -> Checkpoint:
         UserError: checkpoint; the file is missing, broken, of another kind, or holds code.
     """
     where = str(path)
+    if path.is_dir():
+        raise UserError("checkpoint", "a folder, not a file", where, "give the path of a checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -203,7 +203,10 @@ def load(
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
-    if (langs, names) == (("de", "en"), SPLITS) and not any_file(data_dir, langs, names):
+    if data_dir.is_file() or not data_dir.absolute().parent.is_dir():
+        what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"
+        raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
+    if (langs, names) == (("de", "en"), SPLITS) and not any_corpus(data_dir, langs):
         download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
     files = find_files(data_dir, langs, names)
     contents = [(read_file(src), read_file(trg)) for src, trg in files]
@@ -366,38 +369,42 @@ def pad(side: Side, indices: torch.Tensor, fixed_length: int = 0) -> tuple[torch
 def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> list[tuple[Path, Path]]:
     """The source and target file of train, val and test, all of one folder.
 
+    Args:
+        data_dir: the folder, or the one above `multi30k`.
+        langs: the files' suffixes, source and target.
+        names: the files' stems for train, val and test.
+
     Raises:
         UserError: data, with the paths that were tried, if no folder has them all.
     """
-    missing: list[Path] = []
+    tried: list[Path] = []
     for folder in _folders(data_dir):
+        missing: list[Path] = []
         pairs = [_find_pair(folder, name, langs, missing) for name in names]
         if all(pairs):
             return pairs
-    tried = ", ".join(map(str, missing))
-    todo = "put it there, or name another folder with --data-dir"
-    raise UserError("data", f"a file is missing; tried {tried}", str(data_dir), todo)
+        if folder.is_dir():
+            tried += missing
+    absent = tried or [data_dir]
+    todo = "put it there, or name other files (--src-lang, --trg-lang, --train-name, ...) or another --data-dir"
+    raise UserError("data", f"missing; tried {', '.join(map(str, absent))}", str(data_dir), todo)
 
 
-def any_file(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> bool:
-    """Whether one of the files that `find_files` looks for is there."""
-    candidates = (_candidates(folder, name, langs) for folder in _folders(data_dir) for name in names)
-    return any(os.path.isfile(path) for stems in candidates for sides in stems for paths in sides for path in paths)
+def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
+    """Whether a folder of `data_dir` has a file of one of the languages, whatever its stem."""
+    suffixes = tuple(f".{lang}{packed}" for lang in langs for packed in ("", ".gz"))
+    folders = (folder for folder in _folders(data_dir) if folder.is_dir())
+    return any(path.name.endswith(suffixes) for folder in folders for path in folder.iterdir())
 
 
 def _folders(data_dir: Path) -> list[Path]:
     return [data_dir / "multi30k", data_dir]
 
 
-def _candidates(folder: Path, name: str, langs: tuple[str, str]) -> list[list[list[Path]]]:
-    """Where a split may be: for each stem, for each language, plain and compressed."""
-    stems = ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]
-    return [[[folder / f"{stem}.{lang}{suffix}" for suffix in ("", ".gz")] for lang in langs] for stem in stems]
-
-
 def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, ...]:
     """A split's two files, under one stem, or (); the paths of a side that is not there are added to `missing`."""
-    for sides in _candidates(folder, name, langs):
+    for stem in ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]:
+        sides = [[folder / f"{stem}.{lang}{packed}" for packed in ("", ".gz")] for lang in langs]
         present = [[path for path in paths if os.path.isfile(path)] for paths in sides]
         if all(present):
             return tuple(paths[0] for paths in present)
@@ -719,6 +726,7 @@ def download_multi30k(
     directory = Path(directory)
     target, temporary = directory / "multi30k", directory / ".multi30k.part"
     sources = [url.rstrip("/") for url in (base_url or BASE_URL, mirror) if url]
+    made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / ".multi30k.lock", log):
@@ -728,6 +736,10 @@ def download_multi30k(
     except OSError as error:
         todo = "name a folder with --data-dir that can be written and has no multi30k/ of its own"
         raise UserError("io", f"Multi30k cannot be stored: {error}", str(directory), todo) from error
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty: the download is in it
+                directory.rmdir()
 
 
 def _place(bodies: dict[str, bytes], temporary: Path, target: Path) -> None:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from errors import UserError  # noqa: E402
+from errors import UserError
 
 KINDS = ("npu", "cuda", "cpu")  # in the order of preference
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -71,7 +71,7 @@ def choose_kind(wanted: str) -> str:
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
-        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", "try --device cpu")
+        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", "try --device cpu instead")
     return wanted
 
 

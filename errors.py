@@ -4,10 +4,13 @@ Exit codes: 0 done, 1 bug or out of memory, 2 usage, 3 data, 4 checkpoint, 5 I/O
 7 diverged, 130 Ctrl-C, 143 SIGTERM.
 """
 
+import errno
+import importlib.metadata
 import os
 import sys
 import traceback
 
+PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
 EXIT_CODES = {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
 
 
@@ -43,6 +46,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def check_packages() -> None:
+    """Ends the program with one line if a package is not installed; to be called before their imports."""
+    missing = []
+    for package in PACKAGES:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(package)
+    if missing:
+        what, todo = f"not installed: {', '.join(missing)}", "run python3 -m pip install -r requirements.txt"
+        print(UserError("usage", what, sys.executable, f"{todo}, or use the Python that has them"), file=sys.stderr)
+        sys.exit(EXIT_CODES["usage"])
+
+
 def run_main(main, argv: list[str]) -> int:
     """Calls `main(argv)` and turns what it raises into an exit code and, for expected errors, one line on stderr.
 
@@ -66,6 +83,17 @@ def run_main(main, argv: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`): nothing is wrong with the run, and nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        discard_output()
+        print(UserError("io", error.strerror, error.filename or "the output", "make room there"), file=sys.stderr)
+        return EXIT_CODES["io"]
     return 0
+
+
+def discard_output() -> None:
+    """Lets what is still to be flushed to stdout go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -21,6 +21,7 @@ Scoring a checkpoint on the test set:
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -30,9 +31,14 @@ import sys
 import time
 from pathlib import Path
 
-import devices  # before torch: it decides how torch is imported
+from errors import UserError, check_packages, printable, run_main
 
-import torch  # isort: skip
+check_packages()
+
+# Before torch: it decides how torch is imported.
+import devices  # isort: split
+
+import torch
 
 import checkpoint
 import data
@@ -41,7 +47,6 @@ import gru
 import launch
 import precision
 import scoring
-from errors import UserError, printable, run_main
 from progress import EpochLog, say
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
@@ -254,7 +259,8 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
         indices = (args.device_list or [0])[:1]
         if len(args.device_list or []) > 1:
             say(f"note: one process on device {indices[0]} alone; --multiprocessing-distributed takes the whole list")
-    devices.check_indices(kind, [*indices, args.bleu_npu], "--npu, --gpu, --device-list, --bleu-npu")
+    devices.check_indices(kind, indices, "--npu or --gpu" if chosen else "--device-list")
+    devices.check_indices(kind, [args.bleu_npu], "--bleu-npu")
     if args.batch_size is not None:
         check_divisible(args.batch_size, len(indices))
     return kind, indices
@@ -541,7 +547,7 @@ class BestKeeper:
         if not world.is_main:
             return
         bleu = scoring.bleu(translations, val.trg_tokens)
-        forced, free = ({"loss": loss, "perplexity": math.exp(min(loss, 700))} for loss in losses)
+        forced, free = ({"loss": loss, "perplexity": math.exp(loss) if loss < 50 else math.inf} for loss in losses)
         say(
             f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
             f"loss {forced['loss']:.4f} (perplexity {forced['perplexity']:.2f})  "
@@ -659,11 +665,25 @@ def main(argv: list[str]) -> None:
     kind, indices = choose_devices(args)
     worlds = make_worlds(args, kind, indices)
     is_main = worlds[0].is_main
-    if not args.evaluate and not args.performance and is_main:
-        checkpoint.prepare(Path(args.ckptpath))
     if args.amp and args.opt_level == "O3":
         raise UserError("usage", "O3, pure half, is not available", "--opt-level", "use O2, with fp32 master weights")
     meeting = meeting_point(args, worlds[0].nodes)
+    with contextlib.ExitStack() as held:
+        if is_main and not (args.evaluate or args.performance):
+            held.enter_context(checkpoint.claimed(Path(args.ckptpath)))
+        run(args, kind, worlds, meeting)
+
+
+def run(args: argparse.Namespace, kind: str, worlds: list[devices.World], meeting: tuple[str, int]) -> None:
+    """Trains and scores, or only scores.
+
+    Args:
+        args: the flags.
+        kind: the kind of device.
+        worlds: this node's processes; under torchrun, this one.
+        meeting: address and port at which spawned ranks meet.
+    """
+    is_main = worlds[0].is_main
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
 
     if args.evaluate:

@@ -167,15 +167,29 @@ def test_a_state_dict_whose_shapes_contradict_each_other_is_refused(tmp_path):
 def test_an_unwritable_place_is_refused_before_training(tmp_path):
     for path in (tmp_path / "no" / "folder" / "model", tmp_path):
         with pytest.raises(UserError) as caught:
-            checkpoint.prepare(path)
+            checkpoint.claimed(path).__enter__()
         assert caught.value.exit_code == 5
+
+
+def test_a_second_run_with_the_same_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "model"
+    with checkpoint.claimed(path):
+        with pytest.raises(UserError) as caught:
+            checkpoint.claimed(path).__enter__()
+        with checkpoint.claimed(tmp_path / "another"):
+            pass
+    assert caught.value.exit_code == 5
+    assert f"in use by pid {os.getpid()}" in str(caught.value)
+    with checkpoint.claimed(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path):
     stray = tmp_path / f"model{checkpoint.TEMPORARY}abc"
     stray.write_text("half a checkpoint")
-    checkpoint.prepare(tmp_path / "model")
-    assert not stray.exists()
+    with checkpoint.claimed(tmp_path / "model"):
+        assert not stray.exists()
 
 
 def test_an_earlier_runs_checkpoint_is_set_aside(saved):

@@ -390,10 +390,30 @@ def test_sentence_of_254_words_is_whole_and_one_of_255_is_cut(tmp_path, load):
 
 def test_missing_file_is_refused_with_the_paths_tried(folder, load):
     (folder / "test.en").unlink()
-    message = refused(lambda: load(folder), "data", *(f"{folder}/{below}test.en" for below in ("", "multi30k/")))
+    message = refused(lambda: load(folder), "data", f"{folder}/test.en")
     assert f"{folder}/test2016.en" in message
+    assert "train" not in message.partition(";")[0], "those are there"
     assert f"{folder}/test.en.gz" in message
     assert f"{folder}/test.de," not in message, "that one is there"
+
+
+def no_download(*args, **options):
+    raise AssertionError("nothing may be downloaded")
+
+
+def test_a_file_or_a_mistyped_path_is_refused_and_nothing_is_made(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(data, "download_multi30k", no_download)
+    (tmp_path / "file").write_text("")
+    refused(lambda: load(tmp_path / "file"), "data", "not a folder")
+    refused(lambda: load(tmp_path / "typo" / "deep"), "data", "no such folder")
+    assert not (tmp_path / "typo").exists()
+
+
+def test_another_corpus_in_the_folder_is_not_mistaken_for_nothing(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(data, "download_multi30k", no_download)
+    (tmp_path / "learn.fr").write_text("un\n")
+    (tmp_path / "learn.en").write_text("one\n")
+    refused(lambda: load(tmp_path), "data", "--train-name", f"{tmp_path}/train.de")
 
 
 def test_unreadable_file_is_an_io_error(folder, load):

@@ -382,6 +382,12 @@ def test_two_downloads_into_one_folder_fetch_once(tmp_path, start):
     assert len(server.paths) == 6
 
 
+def test_failed_download_leaves_no_folder_that_it_made(tmp_path):
+    with pytest.raises(UserError):
+        download(tmp_path / "new", "http://127.0.0.1:9")
+    assert not (tmp_path / "new").exists()
+
+
 def test_full_disk_keeps_nothing(tmp_path, start, monkeypatch):
     written, write = [], data._write_synced
 
