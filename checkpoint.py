@@ -162,14 +162,14 @@ def set_aside(path: Path) -> Path | None:
     return previous
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: str | Path) -> Checkpoint:
     """Reads a checkpoint of this program, or the original's bare state dict.
 
     Raises:
         UserError: checkpoint; the file is missing, broken, of another kind, or holds code.
     """
     where = str(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError("checkpoint", "a folder, not a file", where, "give the path of a checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -149,6 +149,9 @@ parse_arguments() {
         options+=("$@") # the lone -- is its first
         for argument in "$@"; do
             if [[ $argument == --help || $argument == -h ]]; then help_of_train=yes; fi
+            if [[ ${argument%%=*} == --evaluate ]]; then
+                fail 2 "error[usage]: --evaluate trains nothing, and a wrapper reports a training; test/$name; run python3 $repo/train_8p.py --evaluate CHECKPOINT"
+            fi
         done
     fi
 }

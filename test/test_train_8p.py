@@ -436,6 +436,26 @@ def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, f
     assert err.count(";") >= 2
 
 
+def test_missing_packages_are_named_with_what_to_do(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
+    assert "requirements.txt" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_for_the_output_is_an_io_error(tiny_corpus):
+    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", tiny_corpus, "--performance"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error[io]: No space left on device")
+    assert "Traceback" not in done.stderr
+
+
 def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(progress.time, "perf_counter", lambda: 0.0)

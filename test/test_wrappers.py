@@ -308,6 +308,13 @@ def test_a_lone_hyphen_pair_with_nothing_behind_it_changes_nothing(repo):
     assert repo.argv() == ["--amp", "--opt-level=O2"]
 
 
+@pytest.mark.parametrize("arguments", [["--evaluate", "model"], ["--evaluate=model"]])
+def test_evaluate_after_the_hyphens_is_refused_before_anything_is_replaced(repo, arguments):
+    done = repo.run("train_full_1p.sh", "--", *arguments)
+    assert is_usage_error(done)
+    assert "train_8p.py --evaluate" in done.stderr
+
+
 def test_help_after_the_hyphens_is_the_training_scripts_own(repo):
     done = repo.run("train_full_1p.sh", "--", "--help", behaviour="print('its help')")
     assert (done.returncode, done.stdout, done.stderr) == (0, "its help\n", "")
