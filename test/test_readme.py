@@ -72,11 +72,13 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
 
 @LANGUAGES
 def test_the_figures_of_the_results_stand_in_their_logs(text):
-    row = next(line for line in text.splitlines() if "`tuned`" in line and line.startswith("|"))
-    bleu, fps = (cell.strip() for cell in row.split("|")[4:6])
-    log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
-    assert re.search(rf"^BLEU score = {re.escape(bleu)}", log, re.MULTILINE)
-    assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
+    rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line and "`tuned`" in line]
+    assert len(rows) == 2
+    for row in rows:
+        bleu, fps = (cell.strip() for cell in row.split("|")[4:6])
+        log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
+        assert bleu == "" or re.search(rf"^BLEU score = {re.escape(bleu)}", log, re.MULTILINE)
+        assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
 
 
 @LANGUAGES
