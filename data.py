@@ -98,10 +98,6 @@ class Vocabulary:
         words = [self.itos[index] for index in itertools.takewhile(lambda index: index != EOS, ids)]
         return words[1:] if words[:1] == [SPECIALS[SOS]] else words
 
-    def fingerprint(self) -> str:
-        """Sha256, in hexadecimal, of the words in their order."""
-        return hashlib.sha256(json.dumps(self.itos).encode()).hexdigest()
-
 
 # ---------------------------------------------------------------- the corpus as tensors
 
@@ -264,14 +260,12 @@ class Batch(NamedTuple):
         src: [src_len, batch] int64. trg: [trg_len, batch] int64.
         src_len: [batch] int64, the source sentences' own lengths; None where the encoder shall read the padding.
         positions: [n] int64, increasing: where `trg[1:].reshape(-1)` is not padding.
-        pairs: how many pairs count; 0 where one stands in for none.
     """
 
     src: torch.Tensor
     trg: torch.Tensor
     src_len: torch.Tensor | None
     positions: torch.Tensor
-    pairs: int
 
     def to(self, device: torch.device | str) -> "Batch":
         return Batch(*(field.to(device) if isinstance(field, torch.Tensor) else field for field in self))
@@ -341,13 +335,13 @@ def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) ->
     >>> batch.positions.tolist()
     [0, 1, 2, 3, 4]
     """
-    pairs = len(indices)
-    if not pairs:
+    stands_in = not len(indices)
+    if stands_in:
         indices = torch.zeros(1, dtype=torch.int64)
     src, src_len = pad(split.src, indices, fixed_length)
     trg, _ = pad(split.trg, indices, fixed_length)
     positions = (trg[1:].reshape(-1) != PAD).nonzero().squeeze(1)  # [(trg_len - 1) * batch] -> [n]
-    return Batch(src, trg, None if fixed_length else src_len, positions if pairs else positions[:0], pairs)
+    return Batch(src, trg, None if fixed_length else src_len, positions[:0] if stands_in else positions)
 
 
 def pad(side: Side, indices: torch.Tensor, fixed_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -158,14 +158,14 @@ class World:
             dist.destroy_process_group()
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """`module`, its gradients averaged over the ranks."""
+        """`module` with its gradients averaged over the ranks in each backward pass; itself where there is one rank."""
         if self.size == 1:
             return module
         devices = None if self.kind == "cpu" else [self.index]
         return nn.parallel.DistributedDataParallel(module, device_ids=devices)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor` summed over the ranks, in place."""
+        """`tensor`, of any shape, summed over the ranks in place; it must be contiguous, and not float64 on an NPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor

@@ -319,7 +319,15 @@ def build(
     output_dropout: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Seq2Seq:
-    """The whole model; its sizes default to the published ones, and without dropout it is ready to translate."""
+    """The whole model; its sizes default to the published ones.
+
+    Args:
+        input_dim, output_dim: source and target vocabulary sizes.
+        emb_dim: size of the embeddings.
+        hid_dim: size of the hidden states and of the context.
+        dropout, output_dropout: as in `Decoder`; the encoder takes the former.
+        device: where the model is to be.
+    """
     encoder = Encoder(input_dim, emb_dim, hid_dim, dropout)
     decoder = Decoder(output_dim, emb_dim, hid_dim, dropout, output_dropout)
     return Seq2Seq(encoder, decoder, torch.device(device))

@@ -480,7 +480,11 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
 
 
 def epoch_plan(args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int) -> list[torch.Tensor]:
-    """The batches of one epoch over all ranks; a performance run goes round again until it has enough."""
+    """The batches of one epoch over all ranks; a performance run goes round again until it has enough.
+
+    Returns:
+        The indices of the pairs of each step, each [batch] int64.
+    """
     batches: list[torch.Tensor] = []
     rounds = epoch
     while not batches or (args.performance and len(batches) < PERFORMANCE_STEPS):
@@ -493,7 +497,7 @@ def epoch_plan(args: argparse.Namespace, world: devices.World, corpus: data.Corp
             like_length=args.batching == "like-length",
             drop_last=args.last_batch == "drop",
         )
-        # Whole rounds only, but for the last: a corpus of a few batches is not stopped in the middle of a step.
+        # The first round is whole; what a performance run adds to it ends with the last step that it needs.
         batches += one_round if not batches else one_round[: PERFORMANCE_STEPS - len(batches)]
         rounds += 1
     return batches
@@ -501,6 +505,11 @@ def epoch_plan(args: argparse.Namespace, world: devices.World, corpus: data.Corp
 
 def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
     """The rate of a step: a linear rise, then constant or a cosine's fall to 0 (Loshchilov and Hutter 2017).
+
+    Args:
+        args: the flags; lr, warmup and schedule are read.
+        step: counted from 0 over the whole run.
+        total_steps: of the run.
 
     >>> args = argparse.Namespace(lr=1.0, warmup=0.2, schedule="cosine")
     >>> [round(learning_rate(args, step, 10), 2) for step in (0, 1, 2, 6, 9)]
@@ -529,7 +538,17 @@ class BestKeeper:
         self._best = -math.inf
 
     def validate(self, model: gru.Seq2Seq, epoch: int, train_loss: float, rate: float) -> None:
-        """Scores the model on the validation pairs, prints the figures, and saves it if it is the best so far."""
+        """Scores the model on the validation pairs, prints the figures, and saves it if it is the best so far.
+
+        Args:
+            model: the fp32 model.
+            epoch: the epoch that has ended, from 0.
+            train_loss: its mean training loss.
+            rate: its last learning rate.
+
+        Raises:
+            UserError: diverged, a loss is not finite; on every rank.
+        """
         args, world, val = self._args, self._world, self._corpus.val
         model.eval()
         losses = [
@@ -595,7 +614,14 @@ class BestKeeper:
 
 
 def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) -> None:
-    """Translates the test set with a checkpoint and prints its BLEU."""
+    """Translates the test set with a checkpoint and prints its BLEU.
+
+    Args:
+        args: the flags; `--bleu-npu` says on which device.
+        kind: that device's kind.
+        path: the checkpoint.
+        corpus: the data, whose test pairs are used.
+    """
     saved = checkpoint.load(path)
     src_vocab, trg_vocab = vocabularies(saved, corpus, str(path))
     world = devices.World(kind=kind, index=args.bleu_npu)

@@ -1033,3 +1033,10 @@ def test_a_real_performance_run_takes_the_listed_devices(real):
     arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1"]
     done, output = real("train_performance_8p.sh", *arguments, timeout=600)
     check_real_run(done, output, ranks=8, kind="perf", processes=2)
+
+
+@needs_program
+@pytest.mark.slow
+def test_a_real_performance_run_of_eight_processes_ends_with_its_results(real):
+    done, output = real("train_performance_8p.sh", "--data_path=corpus", "--device=cpu", timeout=600)
+    check_real_run(done, output, ranks=8, kind="perf")
