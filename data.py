@@ -41,7 +41,6 @@ import torch
 
 from devices import cores
 from errors import UserError, printable
-from launch import end_with_parent
 
 SPECIALS = ["<unk>", "<pad>", "<sos>", "<eos>"]
 UNK, PAD, SOS, EOS = 0, 1, 2, 3
@@ -552,12 +551,17 @@ def _tokenise_in_processes(shares: list[list[str]], lang: str) -> list[tuple[lis
 
 
 def _serve_share(pipe, lang: str) -> None:
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         result = _tokenise_here(pipe.recv(), lang)
     except UserError as error:
         result = error
     pipe.send(result)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # a killed parent cannot end its children
 
 
 # ---------------------------------------------------------------- cache

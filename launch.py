@@ -102,7 +102,7 @@ def launch(worker: Callable, count: int, args: tuple) -> None:
     try:
         for index in range(count):
             pipe, child_end = context.Pipe(duplex=False)
-            process = context.Process(target=run_worker, args=(worker, index, args, child_end))
+            process = context.Process(target=run_worker, args=(worker, index, args, child_end, os.getpid()))
             process.start()
             child_end.close()
             workers.append(Worker(process, pipe))
@@ -169,9 +169,9 @@ def stop(processes: list) -> None:
             process.join()
 
 
-def run_worker(worker: Callable, index: int, args: tuple, pipe) -> None:
+def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int) -> None:
     """One child's life: works, reports how that ended, and goes when its parent goes."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
     try:
         worker(index, *args)
     except KeyboardInterrupt:
@@ -189,7 +189,8 @@ def run_worker(worker: Callable, index: int, args: tuple, pipe) -> None:
     os._exit(0)  # as above
 
 
-def end_with_parent() -> None:
-    """Ends this process once its parent has gone: a killed parent cannot end its children. For a thread of its own."""
-    multiprocessing.parent_process().join()
+def follow_parent(parent: int) -> None:
+    """Ends this process once its parent has gone, however the parent ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
     os._exit(1)

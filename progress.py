@@ -5,7 +5,6 @@ Step lines keep the original's form: means since the last line, in brackets mean
     [npu id: 0 ] Epoch: [0][ 50/57]	Time  0.270 ( 0.271)	Data  0.001 ( 0.001)	Loss 5.9470e+00 (5.9470e+00)
 """
 
-import math
 import sys
 import threading
 import time
@@ -110,7 +109,7 @@ class EpochLog:
                 say(line)
             else:
                 self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
-        self._not_finite = 0 if math.isfinite(loss) else self._not_finite + 1
+        self._not_finite = 0 if loss - loss == 0 else self._not_finite + 1
         if self._not_finite == PATIENCE:
             raise UserError(
                 "diverged",

@@ -334,7 +334,7 @@ def load_corpus(args: argparse.Namespace, log=say) -> data.Corpus:
     """The corpus that the flags name."""
     if args.data_dir is None:
         log("note: no --data-dir was given: using the bundled sample corpus")
-    corpus = data.load(
+    return data.load(
         SAMPLE if args.data_dir is None else args.data_dir,
         src_lang=args.src_lang,
         trg_lang=args.trg_lang,
@@ -346,9 +346,6 @@ def load_corpus(args: argparse.Namespace, log=say) -> data.Corpus:
         mirror=args.mirror,
         log=log,
     )
-    for note in corpus.notes:
-        log(printable(note))
-    return corpus
 
 
 def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -> None:
@@ -412,6 +409,8 @@ def describe(args: argparse.Namespace, world: devices.World, precision_name: str
         f"data: {len(corpus.train)} training, {len(corpus.val)} validation, {len(corpus.test)} test pairs; "
         f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
     )
+    for note in corpus.notes:
+        say(printable(note))
 
 
 # ---------------------------------------------------------------- training
@@ -668,30 +667,20 @@ def vocabularies(
 # ---------------------------------------------------------------- processes
 
 
-def run_rank(index: int, args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int]) -> None:
-    """The life of a spawned process.
+def run_rank(
+    index: int, args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int] | None
+) -> None:
+    """The life of one of several processes: meets the others, trains, leaves.
 
     Args:
         index: which of `worlds` is this process's.
         args: the flags, recipe resolved.
         worlds: this node's.
-        meeting: where the ranks meet.
+        meeting: where the ranks meet; None under torchrun, whose environment says.
     """
     world = worlds[index]
-    corpus = load_corpus(args, log=lambda line: None)  # from the cache that the parent has built
-    store = launch.join_store(*meeting, args.dist_timeout) if world.size > 1 else None
-    meet_and_train(args, world, corpus, store)
-
-
-def meet_and_train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus, store=None) -> None:
-    """Meets the other ranks, if there are any, trains, and leaves.
-
-    Args:
-        args: the flags, recipe resolved.
-        world: this rank's.
-        corpus: the data.
-        store: where the ranks meet; None under torchrun, whose environment says, and for one rank.
-    """
+    corpus = load_corpus(args, log=lambda line: None)  # from the cache that the parent, or the first rank, has built
+    store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
     world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
     train(args, world, corpus)
     world.stop()
@@ -725,15 +714,20 @@ def run(args: argparse.Namespace, kind: str, worlds: list[devices.World], meetin
 
     if args.evaluate:
         if is_main:
+            for note in corpus.notes:
+                say(printable(note))
             score(args, kind, Path(args.evaluate), corpus)
         return
 
     start = time.monotonic()
     resolve_recipe(args, len(corpus.train), worlds[0])
-    if not under_torchrun() and (args.multiprocessing_distributed or worlds[0].nodes > 1):
+    if under_torchrun():
+        run_rank(0, args, worlds, None)
+    elif args.multiprocessing_distributed or worlds[0].nodes > 1:
         train_in_processes(args, worlds, meeting)
     else:
-        meet_and_train(args, worlds[0], corpus)
+        worlds[0].start()
+        train(args, worlds[0], corpus)
     if is_main and not args.performance:
         score(args, kind, Path(args.ckptpath), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")

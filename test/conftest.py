@@ -2,8 +2,6 @@
 
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,18 +24,6 @@ def own_cache(tmp_path_factory):
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
-
-
-def run_python(*arguments, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
-    """Runs this Python with the repository's modules at hand; one that hangs for `timeout` seconds is an error."""
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
 
 
 def write_corpus(folder: Path, train: int, val: int = 4, test: int = 4) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_python, write_corpus
+from conftest import REPOSITORY, write_corpus
 
 import data
 import launch
@@ -118,6 +118,11 @@ def test_two_ranks_hold_equal_weights_after_ten_steps(runs):
     torch.testing.assert_close(first, one["steps"][9][1], rtol=1e-3, atol=1e-4)
 
 
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+
+
 PUBLISHED = ["--epoch", "1", "--batch-size", "16", "--multiprocessing-distributed", "--device-list", "0,1"]
 PUBLISHED += ["--device", "cpu", "--amp", "--addr", "127.0.0.1", "--workers", "2"]
 SMALL = ["--emb-dim", "8", "--hid-dim", "12"]
@@ -125,8 +130,10 @@ SMALL = ["--emb-dim", "8", "--hid-dim", "12"]
 
 @pytest.mark.parametrize("launcher", [["-m", "torch.distributed.run", "--nproc-per-node", "2"], []])
 def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
-    script = [*launcher, REPOSITORY / "train_8p.py"]
-    result = run_python(*script, "--data_dir", tiny_corpus, *PUBLISHED, *SMALL, cwd=tmp_path, OMP_NUM_THREADS="1")
+    script = str(REPOSITORY / "train_8p.py")
+    result = command(
+        sys.executable, *launcher, script, "--data_dir", str(tiny_corpus), *PUBLISHED, *SMALL, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "leaked" not in result.stderr
     assert " processes=2 " in result.stdout
@@ -176,24 +183,3 @@ def test_an_absent_master_is_an_error_within_the_timeout():
     with pytest.raises(UserError) as caught:
         launch.join_store("127.0.0.1", 1, 2.0)
     assert caught.value.exit_code == 6
-
-
-def wait_for_ever(index: int) -> None:
-    """A rank that says who it is and then never ends."""
-    print(os.getpid(), flush=True)
-    time.sleep(DEADLINE)
-
-
-def test_ranks_end_with_a_killed_launcher():
-    code = "import launch, test_distributed; launch.launch(test_distributed.wait_for_ever, 2, ())"
-    environment = os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'test'}"}
-    launcher = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
-    ranks = [Path("/proc", launcher.stdout.readline().strip()) for _ in range(2)]
-    assert all(rank.exists() for rank in ranks)
-    launcher.kill()
-    launcher.wait()
-    launcher.stdout.close()
-    deadline = time.monotonic() + 30
-    while any(rank.exists() for rank in ranks):
-        assert time.monotonic() < deadline, "the ranks have outlived their launcher"
-        time.sleep(0.1)

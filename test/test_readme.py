@@ -1,9 +1,12 @@
 """README's commands are those that CI runs, its links lead somewhere, and both languages say the same."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import REPOSITORY, run_python, write_corpus
+from conftest import REPOSITORY, write_corpus
 
 ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
@@ -54,8 +57,15 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
     assert programs[0] == programs[1]
     corpus = write_corpus(tmp_path / "corpus", 64)
     small = ["--data-dir", corpus, "--epochs", "1", "--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
-    assert run_python(REPOSITORY / "train_8p.py", *small, cwd=tmp_path).returncode == 0
-    done = run_python("-c", programs[0], cwd=tmp_path)
+    subprocess.run([sys.executable, REPOSITORY / "train_8p.py", *small], cwd=tmp_path, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", programs[0]],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
 

@@ -1,9 +1,12 @@
 """What the sample corpus is for: a model that reads the source learns it, and one that does not, does not."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from conftest import REPOSITORY, run_python
+from conftest import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +23,14 @@ sys.exit(run_main(train_8p.main, sys.argv[1:]))
 
 def bleu_of_ten_epochs(tmp_path, *program: str) -> float:
     """The test BLEU of ten epochs on the sample."""
-    done = run_python(*program, "--device", "cpu", "--amp", cwd=tmp_path, timeout=1800)
+    done = subprocess.run(
+        [sys.executable, *program, "--device", "cpu", "--amp"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
     assert done.returncode == 0, done.stderr
     return float(re.search(r"^BLEU score = (.*)$", done.stdout, re.MULTILINE).group(1))
 

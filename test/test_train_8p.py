@@ -1,6 +1,7 @@
 """The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_python, write_corpus
+from conftest import REPOSITORY, write_corpus
 
 import checkpoint
 import devices
@@ -78,8 +79,8 @@ def test_an_absent_gpu_is_refused(monkeypatch):
 def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
     (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
     code = "import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
-    path = f"{tmp_path}:{REPOSITORY}"
-    done = run_python("-c", code, cwd=tmp_path, PYTHONPATH=path, CUDA_VISIBLE_DEVICES="")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
 
 
@@ -258,8 +259,13 @@ def trained(tmp_path_factory):
     """A finished run of two epochs: its folder, the corpus, and what it printed."""
     folder = tmp_path_factory.mktemp("trained")
     corpus = write_corpus(folder / "corpus", 64, test=6)
-    arguments = [*SMALL, "--data-dir", corpus, "--epochs", "2", "-b", "4"]
-    done = run_python(REPOSITORY / "train_8p.py", *arguments, cwd=folder, timeout=300)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "2", "-b", "4"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return folder, corpus, done.stdout
 
@@ -431,7 +437,9 @@ def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, f
 
 
 def test_missing_packages_are_named_with_what_to_do(tmp_path):
-    done = run_python("-S", REPOSITORY / "train_8p.py", "--help", cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
     assert "requirements.txt" in done.stderr
