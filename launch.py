@@ -184,9 +184,14 @@ def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int) -> 
         # Not sys.exit: the interpreter's end would wait for collectives that no other rank will join.
         os._exit(1)
     pipe.send(Report(time.monotonic(), None))
+    leave(0)
+
+
+def leave(code: int) -> None:
+    """Ends a rank at once, its output written: at the interpreter's own end, threads of collectives can abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # as above
+    os._exit(code)
 
 
 def follow_parent(parent: int) -> None:

@@ -743,4 +743,7 @@ def train_in_processes(args: argparse.Namespace, worlds: list[devices.World], me
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main, sys.argv[1:]))
+    exit_code = run_main(main, sys.argv[1:])
+    if under_torchrun():
+        launch.leave(exit_code)
+    sys.exit(exit_code)
