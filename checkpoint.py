@@ -25,6 +25,7 @@ from torch import Tensor
 
 import gru
 from errors import UserError
+from storage import sync_folder
 
 FORMAT = 1
 TEMPORARY = ".partial-"
@@ -250,12 +251,3 @@ def current_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,37 +1,22 @@
-"""The data: parallel text files in, batches of token ids out.
+"""The data: parallel text files in, batches of token ids out. Here one starts to read.
 
     corpus = data.load("sample")                                    # finds or downloads, tokenises, caches
-    for indices in data.epoch_batches(corpus.train.src.lengths, corpus.train.trg.lengths, 128, seed=1234, epoch=0):
-        batch = data.make_batch(corpus.train, data.rank_share(indices, rank, world_size))
+    loader = data.Loader(corpus.train, device)
+    for indices in data.epoch_batches(corpus.train, 128, seed=1234, epoch=0):
+        batch = loader(data.rank_share(indices, rank, world_size))
 
-From top to bottom: the vocabulary, the corpus as tensors, batches, text files, tokenising, the cache, the download.
-Everything lives on the CPU until `Batch.to`. Nothing is pickled.
+From top to bottom: the vocabulary, the corpus as tensors, loading it, the batches of an epoch, a batch. Around it:
+`textfiles` reads and checks the files, `textwords` makes words of lines, `cache` keeps the result on disk, `download`
+fetches Multi30k. A corpus may be larger than memory: its ids stay in mapped files. Nothing is pickled.
 """
 
-import concurrent.futures
-import contextlib
-import fcntl
 import functools
-import gzip
-import hashlib
-import http.client
 import importlib.metadata
-import io
 import itertools
 import json
-import multiprocessing
-import os
-import shutil
-import sys
-import tempfile
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-import zlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,17 +24,44 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import cache
+import textfiles
+import textwords
 from devices import cores
-from errors import UserError, printable
+from download import download_multi30k
+from errors import UserError
+from storage import Log, sha256
+from textfiles import any_corpus, find_files
+from textwords import MAX_WORDS, tokenise
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "EOS",
+    "EpochBatches",
+    "Loader",
+    "PAD",
+    "SOS",
+    "SPECIALS",
+    "SPLITS",
+    "Side",
+    "Split",
+    "UNK",
+    "Vocabulary",
+    "download_multi30k",
+    "epoch_batches",
+    "find_files",
+    "load",
+    "make_batch",
+    "pad",
+    "rank_share",
+    "tokenise",
+]
 
 SPECIALS = ["<unk>", "<pad>", "<sos>", "<eos>"]
 UNK, PAD, SOS, EOS = 0, 1, 2, 3
 SPLITS = ("train", "val", "test")
-MAX_CHARACTERS = 10_000  # of a line
-MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
-POOL = 50  # batches that are sorted by length together
-
-Log = Callable[[str], object]
+FORMAT = 2  # of what is cached: raise it with every change of that, or of how lines become tokens
 
 
 # ---------------------------------------------------------------- vocabulary
@@ -79,12 +91,11 @@ class Vocabulary:
         self._ids = {word: index for index, word in enumerate(itos) if index >= len(SPECIALS)}
 
     @classmethod
-    def build(cls, token_lists: Iterable[list[str]], min_freq: int = 2) -> "Vocabulary":
-        """The words seen at least `min_freq` times, by frequency, ties alphabetical: torchtext 0.6's order."""
+    def build(cls, counts: Mapping[str, int], min_freq: int = 2) -> "Vocabulary":
+        """The words counted at least `min_freq` times, by frequency, ties alphabetical: torchtext 0.6's order."""
         from torchtext.vocab import Vocab  # here, because a start from the cache does not need it
 
-        counter = Counter(itertools.chain.from_iterable(token_lists))
-        return cls(Vocab(counter, min_freq=min_freq, specials=SPECIALS).itos)
+        return cls(Vocab(Counter(counts), min_freq=min_freq, specials=SPECIALS).itos)
 
     def __len__(self) -> int:
         return len(self.itos)
@@ -104,7 +115,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Side:
-    """One language of a split: all sentences in one flat tensor.
+    """One language of a split: all sentences in one flat tensor, which may be a mapped file.
 
     Args:
         ids: [tokens] int32, every sentence with its `<sos>` and `<eos>`.
@@ -121,14 +132,32 @@ class Side:
 
     @classmethod
     def encode(cls, sentences: list[list[str]], vocab: Vocabulary) -> "Side":
-        offsets = np.cumsum([0] + [len(words) + 2 for words in sentences], dtype=np.int64)
-        ids = itertools.chain.from_iterable([SOS, *vocab.encode(words), EOS] for words in sentences)
-        return cls(torch.from_numpy(np.fromiter(ids, np.int32, offsets[-1])), torch.from_numpy(offsets))
+        lengths = np.array([len(words) for words in sentences], np.int64)
+        ids = np.fromiter(vocab.encode(itertools.chain.from_iterable(sentences)), np.int32, lengths.sum())
+        return cls(*map(torch.from_numpy, _with_ends(ids, lengths)))
 
     @property
     def lengths(self) -> torch.Tensor:
         """[sentences] int64, in tokens, `<sos>` and `<eos>` counted."""
         return self.offsets.diff()
+
+    def lengths_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """[indices] int64, the same for some sentences: it costs nothing for the others."""
+        return self.offsets[indices + 1] - self.offsets[indices]
+
+
+def _with_ends(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sentences one after the other, `ids` [tokens] int32, `lengths` [sentences]: the same with `SOS` and `EOS` around
+    each, [tokens + 2 * sentences] int32, and the sentences' offsets in that, [sentences + 1] int64."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths + 2, out=offsets[1:])
+    whole = np.empty(offsets[-1], np.int32)
+    inner = np.ones(len(whole), bool)
+    for token, places in ((SOS, offsets[:-1]), (EOS, offsets[1:] - 1)):
+        whole[places] = token
+        inner[places] = False
+    whole[inner] = ids
+    return whole, offsets
 
 
 @dataclass(frozen=True)
@@ -164,6 +193,9 @@ class Corpus:
     trg_lang: str
     fingerprint: str
     notes: list[str]
+
+
+# ---------------------------------------------------------------- loading
 
 
 def load(
@@ -205,108 +237,198 @@ def load(
     if (langs, names) == (("de", "en"), SPLITS) and not any_corpus(data_dir, langs):
         download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
     files = find_files(data_dir, langs, names)
-    contents = [(read_file(src), read_file(trg)) for src, trg in files]
-    fingerprint = _sha256(*(hashlib.sha256(content).digest() for pair in contents for content in pair))
-
-    def build() -> Corpus:
-        log(f"tokenising {files[0][0].parent}: no readable cache has these contents")
-        return _build(files, contents, langs, min_freq, workers, fingerprint)
-
+    paths = list(itertools.chain.from_iterable(files))
     versions = [importlib.metadata.version(package) for package in ("spacy", "torchtext")]
-    key = _sha256(json.dumps([CACHE_FORMAT, fingerprint, langs, min_freq, versions]).encode())
-    return _from_cache(_cache_folder(cache_dir, log), key, build, log)
+
+    def key(digests: list[str]) -> str:
+        return sha256(json.dumps([FORMAT, digests, langs, min_freq, versions]).encode())
+
+    folder = cache.find_folder(cache_dir, log)
+    digests = cache.known_digests(folder, paths)
+    entry = digests and cache.read(folder, key(digests))
+    if not entry:
+        digests = cache.read_digests(folder, paths, log)
+
+        def build(writer: cache.Writer) -> dict:
+            log(f"tokenising {files[0][0].parent}: no readable cache has these contents")
+            return _build(writer, files, digests, langs, min_freq, workers)
+
+        entry = cache.read_or_build(folder, key(digests), build, log)
+    vocabs, splits = map(Vocabulary, entry.about["vocabs"]), (_split(entry, name) for name in SPLITS)
+    return Corpus(*vocabs, *splits, *langs, sha256(*map(bytes.fromhex, digests)), entry.about["notes"])
 
 
-def _sha256(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def _split(entry: cache.Entry, name: str) -> Split:
+    src, trg = (
+        Side(*(torch.from_numpy(entry.arrays[f"{name}.{side}.{part}"]) for part in ("ids", "offsets")))
+        for side in ("src", "trg")
+    )
+    return Split(src, trg, *entry.about["words"][name])
+
+
+class _SideBuilder:
+    """One language of a split as chunk after chunk comes in. A word gets a provisional id when it is first seen; the
+    vocabulary, and with it the final ids, are known after the last chunk of train.
+
+    Args:
+        writer: takes the arrays `{name}.ids` and `{name}.offsets`.
+    """
+
+    def __init__(self, writer: cache.Writer, name: str):
+        self._writer, self._name = writer, name
+        self._seen: dict[str, int] = {}  # provisional ids, the special words not counted
+        self._counts = np.zeros(0, np.int64)  # of the words in `_seen`
+        self._size = 0
+        self.cut = 0
+        writer.append(f"{name}.offsets", np.zeros(1, np.int64))
+
+    def add(self, tokens: textwords.Tokens) -> None:
+        """Writes a chunk's sentences, in provisional ids."""
+        places = np.array([self._seen.setdefault(word, len(self._seen)) for word in tokens.words], np.int32)
+        self._counts = np.pad(self._counts, (0, len(self._seen) - len(self._counts)))
+        self._counts[places] += np.bincount(tokens.ids, minlength=len(places))
+        ids, offsets = _with_ends(len(SPECIALS) + places[tokens.ids], tokens.lengths)
+        self._writer.append(f"{self._name}.ids", ids)
+        self._writer.append(f"{self._name}.offsets", self._size + offsets[1:])
+        self._size += len(ids)
+        self.cut += tokens.cut
+
+    def counts(self) -> dict[str, int]:
+        """How often each word has come."""
+        return dict(zip(self._seen, self._counts.tolist(), strict=True))
+
+    def finish(self, vocab: Vocabulary) -> None:
+        """Replaces the provisional ids by those of `vocab`."""
+        table = np.array([*range(len(SPECIALS)), *vocab.encode(self._seen)], np.int32)
+        self._writer.translate(f"{self._name}.ids", table)
 
 
 def _build(
+    writer: cache.Writer,
     files: list[tuple[Path, Path]],
-    contents: list[tuple[bytes, bytes]],
+    digests: list[str],
     langs: tuple[str, str],
     min_freq: int,
     workers: int,
-    fingerprint: str,
-) -> Corpus:
-    vocabs, splits, notes = [], [], []
-    for name, paths, texts in zip(SPLITS, files, contents, strict=True):
-        sides, words = [], []
-        for index, lines in enumerate(_read_pairs(paths, texts, notes)):
-            sentences, cut = tokenise(lines, langs[index], workers)
-            if cut:
-                notes.append(f"warning: {cut} sentences of {paths[index].name} cut to {MAX_WORDS} words")
+) -> dict:
+    """Tokenises the files: the ids go to `writer`, all that is no array is returned. See `load` for the arguments."""
+    vocabs, words, notes = [], {}, []
+    text_bytes = sum(textfiles.text_bytes(path) for paths in files for path in paths)
+    processes = min(workers, cores(), text_bytes // textwords.BYTES_PER_PROCESS)
+    with textwords.tokenised(langs, processes) as tokenised:
+        for index, (name, paths) in enumerate(zip(SPLITS, files, strict=True)):
+            sides = [_SideBuilder(writer, f"{name}.{side}") for side in ("src", "trg")]
+            sentences: tuple[list, list] = ([], [])
+            pairs = dropped = 0
+            for chunk in tokenised(textfiles.pair_chunks(paths, digests[2 * index : 2 * index + 2])):
+                for side, tokens, kept in zip(sides, (chunk.src, chunk.trg), sentences, strict=True):
+                    # White-space tokens stay among the ids, as in the original: they have their places in the
+                    # vocabulary.
+                    side.add(tokens)
+                    if name != "train":
+                        kept += tokens.sentences()
+                pairs += len(chunk.src.lengths)
+                dropped += chunk.dropped
+            if not pairs:
+                where = " and ".join(map(str, paths))
+                raise UserError("data", "0 usable pairs", where, "both files need text on the same lines")
+            if dropped:
+                notes.append(f"{dropped} pairs dropped: empty in {paths[0].name} or {paths[1].name}")
+            for side, path in zip(sides, paths, strict=True):
+                if side.cut:
+                    notes.append(f"warning: {side.cut} sentences of {path.name} cut to {MAX_WORDS} words")
             if name == "train":
-                vocabs.append(Vocabulary.build(sentences, min_freq))
-            else:
-                words.append(sentences if index == 0 else [_drop_spaces(tokens) for tokens in sentences])
-            # White-space tokens stay among the ids, as in the original: they have their places in the vocabulary.
-            sides.append(Side.encode(sentences, vocabs[index]))
-        splits.append(Split(*sides, *words))
-    return Corpus(*vocabs, *splits, *langs, fingerprint, notes)
+                vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
+            for side, vocab in zip(sides, vocabs, strict=True):
+                side.finish(vocab)
+            src_words, trg_words = sentences
+            spaceless = [[token for token in tokens if not token.isspace()] for tokens in trg_words]
+            words[name] = [None, None] if name == "train" else [src_words, spaceless]
+    return {"vocabs": [vocab.itos for vocab in vocabs], "words": words, "notes": notes}
 
 
-def _drop_spaces(tokens: list[str]) -> list[str]:
-    return [token for token in tokens if not token.isspace()]
+# ---------------------------------------------------------------- the batches of an epoch
+
+POOL = 100  # batches whose pairs are grouped by length together
 
 
-# ---------------------------------------------------------------- batches
+class EpochBatches(Sequence):
+    """One epoch's batches over all ranks, in training order; see `epoch_batches`. What is held is one permutation of
+    the pairs, drawn when the first batch is asked for, and one pool of batches."""
 
+    def __init__(self, split: Split, batch_size: int, seed: int, epoch: int, like_length: bool, drop_last: bool):
+        whole, rest = divmod(len(split), batch_size)
+        self._steps = whole + bool(rest and not (drop_last and whole))
+        self._pools = max(1, round(self._steps / POOL))
+        self._split, self._batch_size, self._like_length = split, batch_size, like_length
+        self._seeds = [seed, epoch]
+        self._pool, self._batches = -1, []  # the pool that is laid out
 
-class Batch(NamedTuple):
-    """Some pairs, time first and padded.
+    def __len__(self) -> int:
+        return self._steps
 
-    Args:
-        src: [src_len, batch] int64. trg: [trg_len, batch] int64.
-        src_len: [batch] int64, the source sentences' own lengths; None where the encoder shall read the padding.
-        positions: [n] int64, increasing: where `trg[1:].reshape(-1)` is not padding.
-    """
+    def __getitem__(self, step: int) -> torch.Tensor:
+        """[batch] int64: the indices of the pairs of a step."""
+        if not 0 <= step < self._steps:
+            raise IndexError(step)
+        # Pool p has the steps from steps * p / pools to steps * (p + 1) / pools, rounded down.
+        pool = ((step + 1) * self._pools - 1) // self._steps
+        first, end = (self._steps * edge // self._pools for edge in (pool, pool + 1))
+        if pool != self._pool:
+            indices = self._order[first * self._batch_size : end * self._batch_size].astype(np.int64)
+            if self._like_length:
+                indices = self._group(indices)
+            self._batches = torch.from_numpy(indices).split(self._batch_size)
+            if self._like_length:
+                order = np.random.default_rng([*self._seeds, pool]).permutation(end - first)
+                self._batches = [self._batches[place] for place in order]
+            self._pool = pool
+        return self._batches[step - first]
 
-    src: torch.Tensor
-    trg: torch.Tensor
-    src_len: torch.Tensor | None
-    positions: torch.Tensor
+    @functools.cached_property
+    def _order(self) -> np.ndarray:
+        order = np.arange(len(self._split), dtype=np.int32 if len(self._split) < 1 << 31 else np.int64)
+        np.random.default_rng(self._seeds).shuffle(order)
+        return order[: self._steps * self._batch_size]
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(field.to(device) if isinstance(field, torch.Tensor) else field for field in self))
+    def _group(self, indices: np.ndarray) -> np.ndarray:
+        """[pairs of a pool] int64, in an order in which each batch has pairs of like length in both languages.
+
+        Sorted by one language alone, a batch pads the other: a pair's lengths are only about proportional. So the pool
+        is sorted by source and cut into stripes of whole batches, and each stripe is sorted by target. With s stripes
+        of b batches, the sources of a batch spread over 1/s of all, the targets over s/b of what a stripe has: of b
+        batches, about the square root as stripes makes both alike."""
+        pairs = torch.from_numpy(indices)
+        src, trg = (side.lengths_of(pairs).numpy() for side in (self._split.src, self._split.trg))
+        batches = -(-len(indices) // self._batch_size)
+        stripes = round(math.sqrt(batches))
+        by_src = np.lexsort((trg, src))
+        stripe = np.arange(len(indices)) // self._batch_size * stripes // batches
+        return indices[by_src[np.lexsort((src[by_src], trg[by_src], stripe))]]
 
 
 def epoch_batches(
-    lengths_src: torch.Tensor,
-    lengths_trg: torch.Tensor,
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    like_length: bool = True,
-    drop_last: bool = False,
-) -> list[torch.Tensor]:
+    split: Split, batch_size: int, *, seed: int, epoch: int, like_length: bool = True, drop_last: bool = False
+) -> EpochBatches:
     """One epoch's batches over all ranks, in training order, drawn from (seed, epoch) alone.
 
     Args:
-        lengths_src, lengths_trg: [pairs] the sentences' lengths.
+        split: the pairs.
         batch_size: pairs in a batch, over all ranks.
-        like_length: batches of pairs of about one length, which need little padding: the shuffled pairs are sorted
-            within pools of `POOL` batches, and the batches are shuffled.
+        like_length: batches of pairs of about one length in each language, which need little padding: the shuffled
+            pairs are grouped by length within pools of about `POOL` batches, and the batches of a pool are shuffled.
         drop_last: leave the incomplete batch out, unless it is the only one.
 
     Returns:
-        [batch] int64 indices of pairs for each batch; each pair in one batch, one batch at most incomplete.
+        A sequence of [batch] int64 indices of pairs; each pair in one batch, one batch at most incomplete.
 
-    >>> lengths = torch.tensor([9, 4, 8, 5, 9])
-    >>> batches = epoch_batches(lengths, lengths, 2, seed=1, epoch=0)
-    >>> sorted(lengths[batch].tolist() for batch in batches)
-    [[4, 5], [8, 9], [9]]
+    >>> vocab = Vocabulary(SPECIALS + ["ein"])
+    >>> side = Side.encode([["ein"] * words for words in (7, 2, 6, 3, 7)], vocab)
+    >>> batches = epoch_batches(Split(side, side), 2, seed=1, epoch=0)
+    >>> len(batches), sorted(side.lengths_of(batch).tolist() for batch in batches)
+    (3, [[4, 5], [8, 9], [9]])
     """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths_src))
-    if like_length:
-        pool = np.arange(len(order)) // (POOL * batch_size)
-        order = order[np.lexsort((lengths_src.numpy()[order], lengths_trg.numpy()[order], pool))]
-    batches = list(torch.from_numpy(order).split(batch_size))
-    if drop_last and len(batches) > 1 and len(batches[-1]) < batch_size:
-        batches.pop()
-    return [batches[index] for index in generator.permutation(len(batches))] if like_length else batches
+    return EpochBatches(split, batch_size, seed, epoch, like_length, drop_last)
 
 
 def rank_share(indices: torch.Tensor, rank: int, world_size: int) -> torch.Tensor:
@@ -318,506 +440,200 @@ def rank_share(indices: torch.Tensor, rank: int, world_size: int) -> torch.Tenso
     return indices[rank::world_size]
 
 
-def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) -> Batch:
-    """The pairs `indices` of `split`, padded to the longest, or to `fixed_length`.
+# ---------------------------------------------------------------- a batch
+
+LENGTH_STEP = 4  # on an NPU or GPU lengths are rounded up to multiples of this, to have few distinct shapes
+
+
+class Batch(NamedTuple):
+    """Sentence pairs as the model reads them: the tokens of step 0, then those of step 1, and so on.
+
+    The pairs are ordered by the lengths of their targets, the longest first, and the sources once more by their own.
+    So the sentences that have a step t are the first `counts[t]`, and without padding there is a row for each token.
+    With padding each step has a row for each sentence.
+
+    Attributes:
+        src: [source rows] int64 token ids. src_counts: how many of them each step has.
+        src_last: [batch] int64 the row of each source's last token, in the order of the targets.
+        trg: [target rows] int64 the token in front of each target: `SOS` in step 0. trg_counts: as `src_counts`.
+        targets: [target rows] int64 the tokens to predict; `PAD` where there is none.
+        count: how many of the targets are none of padding.
+    """
+
+    src: torch.Tensor
+    src_counts: list[int]
+    src_last: torch.Tensor
+    trg: torch.Tensor
+    trg_counts: list[int]
+    targets: torch.Tensor
+    count: int
+
+
+class Loader:
+    """Makes the batches of a split on a device.
+
+    On a CPU that is `make_batch`, without padding. NPUs and GPUs want few distinct shapes and get padding, with lengths
+    rounded up. There the ids stay on the device if they fit, and batches are laid out by indexing; else they are laid
+    out here, and copied while the device computes. Either way nothing waits for the device: the host knows the lengths.
 
     Args:
-        indices: [batch] int64. Empty (a rank's share of an incomplete batch): the split's first pair stands in, with
-            no `positions`, so that the rank takes part in the step with weight 0.
-        fixed_length: if not 0, every sentence has this many tokens, `<sos>` and `<eos>` counted: a longer one keeps
-            its first `fixed_length - 2` words and `<eos>`.
+        split: the pairs.
+        device: where the batches are wanted.
+        fixed_length: as in `make_batch`.
+        resident_bytes: what the split's ids may take of the device's memory.
+        padded: whether batches are padded; None where the device is no CPU.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        device: torch.device | str,
+        *,
+        fixed_length: int = 0,
+        resident_bytes: int = 1 << 30,
+        padded: bool | None = None,
+    ):
+        self._split, self._device, self._fixed_length = split, torch.device(device), fixed_length
+        self._padded = self._device.type != "cpu" if padded is None else padded
+        ids = split.src.ids, split.trg.ids
+        self._is_resident = sum(each.nbytes for each in ids) <= resident_bytes
+        self._ids = tuple(each.to(self._device) for each in ids) if self._is_resident else ids
+
+    def __call__(self, indices: torch.Tensor) -> Batch:
+        """The pairs `indices`, [batch] int64 on the CPU; empty as in `make_batch`."""
+        if not self._padded:
+            return make_batch(self._split, indices, fixed_length=self._fixed_length)
+        plan = _plan(self._split, indices, self._fixed_length, LENGTH_STEP)
+        if self._is_resident:
+            return _padded_batch(plan._replace(spans=self._send(plan.spans)), *self._ids)
+        batch = _padded_batch(plan, *self._ids)
+        return Batch(*(self._send(field) if isinstance(field, torch.Tensor) else field for field in batch))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)  # a copy from pinned memory waits for nothing
+
+
+def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) -> Batch:
+    """The pairs `indices` of `split` on the CPU, without padding.
+
+    Args:
+        split: the pairs.
+        indices: [batch] int64. Empty (a rank's share of an incomplete batch): the split's first pair stands in, and
+            none of its targets counts, so that the rank takes part in the step with weight 0.
+        fixed_length: if not 0, a sentence with more tokens, `<sos>` and `<eos>` counted, keeps its first
+            `fixed_length - 2` words and `<eos>`; and sources with fewer are padded, and the padding is read.
 
     >>> vocab = Vocabulary(SPECIALS + ["ein", "hund"])
-    >>> side = Side.encode([["ein", "hund"], ["hund"]], vocab)
+    >>> side = Side.encode([["hund"], ["ein", "hund"]], vocab)
     >>> batch = make_batch(Split(side, side), torch.tensor([0, 1]))
-    >>> batch.trg.tolist()
-    [[2, 2], [4, 5], [5, 3], [3, 1]]
-    >>> batch.positions.tolist()
-    [0, 1, 2, 3, 4]
+    >>> batch.src.tolist(), batch.src_counts, batch.src_last.tolist()
+    ([2, 2, 4, 5, 5, 3, 3], [2, 2, 2, 1], [6, 5])
+    >>> batch.trg.tolist(), batch.targets.tolist(), batch.trg_counts, batch.count
+    ([2, 2, 4, 5, 5], [4, 5, 5, 3, 3], [2, 2, 1], 5)
     """
-    stands_in = not len(indices)
-    if stands_in:
-        indices = torch.zeros(1, dtype=torch.int64)
-    src, src_len = pad(split.src, indices, fixed_length)
-    trg, _ = pad(split.trg, indices, fixed_length)
-    positions = (trg[1:].reshape(-1) != PAD).nonzero().squeeze(1)  # [(trg_len - 1) * batch] -> [n]
-    return Batch(src, trg, None if fixed_length else src_len, positions[:0] if stands_in else positions)
-
-
-def pad(side: Side, indices: torch.Tensor, fixed_length: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sentences as columns, [length, batch] int64, and their own lengths, [batch] int64; see `make_batch`."""
-    starts = side.offsets[indices]  # [batch]
-    lengths = side.offsets[indices + 1] - starts  # [batch]
-    steps = torch.arange(fixed_length or int(lengths.max())).unsqueeze(1)  # [length, 1]
-    real = steps < lengths  # [length, batch]
-    columns = side.ids[torch.where(real, starts + steps, 0)].long()  # [length, batch]
-    columns = torch.where(real, columns, PAD)
-    if fixed_length:
-        columns[-1, lengths > fixed_length] = EOS
-    return columns, lengths
-
-
-# ---------------------------------------------------------------- text files
-
-
-def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> list[tuple[Path, Path]]:
-    """The source and target file of train, val and test, all of one folder.
-
-    Args:
-        data_dir: the folder, or the one above `multi30k`.
-        langs: the files' suffixes, source and target.
-        names: the files' stems for train, val and test.
-
-    Raises:
-        UserError: data, with the paths that were tried, if no folder has them all.
-    """
-    tried: list[Path] = []
-    for folder in _folders(data_dir):
-        missing: list[Path] = []
-        pairs = [_find_pair(folder, name, langs, missing) for name in names]
-        if all(pairs):
-            return pairs
-        if folder.is_dir():
-            tried += missing
-    absent = tried or [data_dir]
-    todo = "put it there, or name other files (--src-lang, --trg-lang, --train-name, ...) or another --data-dir"
-    raise UserError("data", f"missing; tried {', '.join(map(str, absent))}", str(data_dir), todo)
-
-
-def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
-    """Whether a folder of `data_dir` has a file of one of the languages, whatever its stem."""
-    suffixes = tuple(f".{lang}{packed}" for lang in langs for packed in ("", ".gz"))
-    folders = (folder for folder in _folders(data_dir) if folder.is_dir())
-    return any(path.name.endswith(suffixes) for folder in folders for path in folder.iterdir())
-
-
-def _folders(data_dir: Path) -> list[Path]:
-    return [data_dir / "multi30k", data_dir]
-
-
-def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, ...]:
-    """A split's two files, under one stem, or (); the paths of a side that is not there are added to `missing`."""
-    for stem in ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]:
-        sides = [[folder / f"{stem}.{lang}{packed}" for packed in ("", ".gz")] for lang in langs]
-        present = [[path for path in paths if os.path.isfile(path)] for paths in sides]
-        if all(present):
-            return tuple(paths[0] for paths in present)
-        missing += [path for paths, found in zip(sides, present, strict=True) if not found for path in paths]
-    return ()
-
-
-def read_file(path: Path) -> bytes:
-    """The file's contents, decompressed if its name ends in `.gz`.
-
-    Raises:
-        UserError: io (it cannot be read) or data (it is no whole gzip file).
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError("io", f"cannot read: {error.strerror}", str(path), "check its permissions") from error
-    if path.suffix != ".gz":
-        return content
-    try:
-        if not content:
-            raise EOFError("the file is empty")
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError("data", f"not a whole gzip file: {error}", str(path), "fetch the file again") from error
-
-
-def split_lines(content: bytes, name: str | Path) -> list[str]:
-    r"""The stripped lines of a text, which end at `\n` alone; a byte order mark is left out.
-
-    Raises:
-        UserError: data, with the line and the byte, if the text is not UTF-8 or has a NUL.
-
-    >>> split_lines("\ufeffEin Hund\u2028bellt. \r\n\nJa!".encode(), "train.de")
-    ['Ein Hund\u2028bellt.', '', 'Ja!']
-    """
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise _bad_byte(content, error.start, name, "is not UTF-8", "convert the file to UTF-8") from error
-    if "\0" in text:
-        raise _bad_byte(content, content.index(b"\0"), name, "is a NUL", "remove it, or convert the file to UTF-8")
-    lines = text.removeprefix("\ufeff").split("\n")
-    if not lines[-1]:
-        lines.pop()  # the end of the last line begins no other
-    return [line.strip() for line in lines]
-
-
-def _bad_byte(content: bytes, offset: int, name: str | Path, fault: str, todo: str) -> UserError:
-    line = content.count(b"\n", 0, offset) + 1
-    byte = offset - content.rfind(b"\n", 0, offset)
-    return UserError("data", f"byte {byte} of line {line}, {content[offset]:#04x}, {fault}", f"{name}:{line}", todo)
-
-
-def _read_pairs(paths: tuple[Path, Path], texts: tuple[bytes, bytes], notes: list[str]) -> tuple[list[str], list[str]]:
-    """The lines of both files, without the pairs of which one is empty."""
-    src, trg = (split_lines(text, path) for text, path in zip(texts, paths, strict=True))
-    where = " and ".join(map(str, paths))
-    if len(src) != len(trg):
-        todo = "line n of one must be the translation of line n of the other"
-        raise UserError("data", f"{len(src)} lines and {len(trg)} lines", where, todo)
-    kept = [pair for pair in zip(src, trg, strict=True) if all(pair)]
-    if not kept:
-        raise UserError("data", "0 usable pairs", where, "both files need text on the same lines")
-    if len(kept) < len(src):
-        notes.append(f"{len(src) - len(kept)} pairs dropped: empty in {paths[0].name} or {paths[1].name}")
-    return [line for line, _ in kept], [line for _, line in kept]
-
-
-# ---------------------------------------------------------------- tokenising
-
-# A process takes about 3 s to import spaCy and tokenises some 30,000 lines a second: fewer lines are done sooner here.
-LINES_PER_PROCESS = 100_000
-
-
-def tokenise(lines: list[str], lang: str, workers: int = 1) -> tuple[list[list[str]], int]:
-    """Lower-cased tokens of each line, by the rules of spaCy's blank pipeline, cut to `MAX_WORDS`.
-
-    Args:
-        lines: stripped; of each, the first `MAX_CHARACTERS` are read.
-        lang: spaCy's code of the language.
-        workers: processes at most; the result does not depend on it.
-
-    Returns:
-        The tokens of each line, white-space tokens among them, and how many lines were cut.
-
-    Raises:
-        UserError: usage, if spaCy has no tokenizer for the language, or not without a package that is missing.
-
-    >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
-    ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
-    """
-    processes = min(workers, cores(), len(lines) // LINES_PER_PROCESS)
-    if processes < 2:
-        return _tokenise_here(lines, lang)
-    size = -(-len(lines) // processes)
-    shares = [lines[start : start + size] for start in range(0, len(lines), size)]
-    results = _tokenise_in_processes(shares, lang)
-    return list(itertools.chain.from_iterable(sentences for sentences, _ in results)), sum(cut for _, cut in results)
-
-
-def _tokenise_here(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
-    tokenizer = _tokenizer(lang)
-    sentences, cut = [], 0
-    for line in lines:
-        # Interned, because a corpus has a hundred times as many tokens as different words.
-        words = [sys.intern(token.lower_) for token in tokenizer(line[:MAX_CHARACTERS])]
-        cut += len(line) > MAX_CHARACTERS or len(words) > MAX_WORDS
-        sentences.append(words[:MAX_WORDS])
-    return sentences, cut
-
-
-@functools.cache
-def _tokenizer(lang: str):
-    import spacy  # here, because a start from the cache does not need the seconds that it takes
-
-    try:
-        return spacy.blank(lang).tokenizer
-    except (ImportError, AttributeError) as error:  # AttributeError: one of spaCy's modules that is no language
-        reason = str(error).splitlines()[0]
-        todo = "install what it needs, or choose another of spaCy's languages (xx for one that has none)"
-        raise UserError("usage", f"no tokenizer for {lang!r}: {reason}", "--src-lang, --trg-lang", todo) from error
-
-
-def _tokenise_in_processes(shares: list[list[str]], lang: str) -> list[tuple[list[list[str]], int]]:
-    """`_tokenise_here` of each share, in order. Spawned, because a fork of a process with threads may hang."""
-    context = multiprocessing.get_context("spawn")
-    processes, pipes = [], []
-    try:
-        for _ in shares:
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_serve_share, args=(theirs, lang), daemon=True))
-            pipes.append(ours)
-            processes[-1].start()
-            theirs.close()
-        for pipe, share in zip(pipes, shares, strict=True):
-            pipe.send(share)
-        results = [pipe.recv() for pipe in pipes]
-    except (EOFError, ConnectionError) as error:
-        raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
-    finally:
-        for process, pipe in zip(processes, pipes, strict=True):
-            pipe.close()
-            process.terminate()
-            process.join()
-    for result in results:
-        if isinstance(result, UserError):
-            raise result
-    return results
-
-
-def _serve_share(pipe, lang: str) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        result = _tokenise_here(pipe.recv(), lang)
-    except UserError as error:
-        result = error
-    pipe.send(result)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # a killed parent cannot end its children
-
-
-# ---------------------------------------------------------------- cache
-
-CACHE_FORMAT = 1  # raise it with every change of what a cache holds or how lines become tokens
-
-
-def _from_cache(folder: Path | None, key: str, build: Callable[[], Corpus], log: Log) -> Corpus:
-    """The cached corpus, or a new one, cached; of many processes one builds and the others wait."""
-    if folder is None:
-        return build()
-    path = folder / f"{key}.npz"
-    with _locked(folder / f"{key}.lock", log):
-        corpus = _read_cache(path, log)
-        if corpus is None:
-            corpus = build()
-            try:
-                _write_cache(path, corpus)
-            except OSError as error:
-                log(f"not cached: {error}")
-        return corpus
-
-
-def _cache_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
-    """A folder that can be written: `cache_dir` or the user's, else one of our own among the temporary files."""
-    wanted = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gru-for-pytorch"
-    try:
-        return _check_writable(Path(wanted).expanduser())
-    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
-        log(f"the cache folder cannot be used: {error}")
-    spare = Path(tempfile.gettempdir()) / f"gru-for-pytorch-{os.getuid()}"
-    try:
-        spare.mkdir(mode=0o700, exist_ok=True)
-        status = spare.lstat()
-        if status.st_uid != os.getuid() or status.st_mode & 0o077:  # a link has all rights, too
-            raise PermissionError(f"{spare} is not this user's alone")
-        _check_writable(spare)
-    except OSError as error:
-        log(f"the data is not cached: {error}")
-        return None
-    log(f"caching in {spare} instead")
-    return spare
-
-
-def _check_writable(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path, log: Log) -> Iterator[None]:
-    """Holds the lock file `path`, which goes with the lock; the system frees it when its holder dies."""
-    while True:
-        with open(path, "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log(f"waiting for another process that prepares the same data ({path})")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before us removed the file that we waited for: then its lock keeps nobody out.
-            if _is_file_at(path, file.fileno()):
-                try:
-                    yield
-                finally:
-                    path.unlink(missing_ok=True)
-                return
-
-
-def _is_file_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _write_synced(path: Path, *parts: bytes) -> None:
-    with open(path, "wb") as file:
-        file.writelines(parts)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_cache(path: Path, corpus: Corpus) -> None:
-    """A line with the sha256 of the rest; the rest is an .npz of the ids, and of one JSON text for all words."""
-    sides = {
-        f"{name}.{language}": getattr(getattr(corpus, name), language) for name in SPLITS for language in ("src", "trg")
-    }
-    arrays = {f"{name}.ids": side.ids.numpy() for name, side in sides.items()}
-    arrays |= {f"{name}.offsets": side.offsets.numpy() for name, side in sides.items()}
-    text = {
-        "vocabs": [corpus.src_vocab.itos, corpus.trg_vocab.itos],
-        "words": {name: [getattr(corpus, name).src_tokens, getattr(corpus, name).trg_tokens] for name in SPLITS},
-        "rest": [corpus.src_lang, corpus.trg_lang, corpus.fingerprint, corpus.notes],
-    }
-    arrays["text"] = np.frombuffer(json.dumps(text).encode(), np.uint8)
-    body = io.BytesIO()
-    np.savez(body, **arrays)
-    temporary = path.with_suffix(".tmp")  # one name is enough, we hold the lock; what a killed run left is overwritten
-    try:
-        _write_synced(temporary, _sha256(body.getbuffer()).encode(), b"\n", body.getbuffer())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _read_cache(path: Path, log: Log) -> Corpus | None:
-    try:
-        header, _, body = path.read_bytes().partition(b"\n")
-    except OSError:
-        return None
-    if header.decode("latin-1") != _sha256(body):
-        log(f"the cache {path} is damaged and is built again")
-        return None
-    with np.load(io.BytesIO(body), allow_pickle=False) as arrays:
-        text = json.loads(arrays["text"].tobytes())
-
-        def split(name: str) -> Split:
-            sides = [
-                Side(*(torch.from_numpy(arrays[f"{name}.{language}.{part}"]) for part in ("ids", "offsets")))
-                for language in ("src", "trg")
-            ]
-            return Split(*sides, *text["words"][name])
-
-        return Corpus(*map(Vocabulary, text["vocabs"]), *map(split, SPLITS), *text["rest"])
-
-
-# ---------------------------------------------------------------- download
-
-BASE_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
-MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
-    "train.de": ("train.de", 637044, "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"),
-    "train.en": ("train.en", 568929, "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
-    "val.de": ("val.de", 24681, "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a"),
-    "val.en": ("val.en", 21650, "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"),
-    "test.de": ("test_2016_flickr.de", 22890, "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8"),
-    "test.en": ("test_2016_flickr.en", 21077, "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"),
-}
-SOCKET_TIMEOUT = 10.0  # seconds of silence
-
-
-def download_multi30k(
-    directory: Path, *, mirror: str | None = None, base_url: str | None = None, timeout: float = 300.0, log: Log = print
-) -> None:
-    """Multi30k into `directory`/multi30k: the six files, whole and checked, or none.
-
-    Args:
-        mirror: the address to try second; both have `train.de.gz` and so on right below them.
-        base_url: the address to try first, by default `BASE_URL`.
-        timeout: seconds for everything; of what is left, each address gets an equal share.
-
-    Raises:
-        UserError: io, with the failure of each address.
-    """
-    directory = Path(directory)
-    target, temporary = directory / "multi30k", directory / ".multi30k.part"
-    sources = [url.rstrip("/") for url in (base_url or BASE_URL, mirror) if url]
-    made = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with _locked(directory / ".multi30k.lock", log):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a download that was killed: we hold the lock
-            if not (target / "train.de").exists():  # else another process has been quicker
-                _place(_download(sources, timeout, target, log), temporary, target)
-    except OSError as error:
-        todo = "name a folder with --data-dir that can be written and has no multi30k/ of its own"
-        raise UserError("io", f"Multi30k cannot be stored: {error}", str(directory), todo) from error
-    finally:
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty: the download is in it
-                directory.rmdir()
-
-
-def _place(bodies: dict[str, bytes], temporary: Path, target: Path) -> None:
-    try:
-        temporary.mkdir()
-        for name, body in bodies.items():
-            _write_synced(temporary / name, gzip.decompress(body))
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dict[str, bytes]:
-    """The files' names and compressed contents, from the first source that has them all."""
-    deadline = time.monotonic() + timeout
-    failures = []
-    for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
-        log(f"downloading Multi30k (1.3 MB) from {source}")
-        share = time.monotonic() + (deadline - time.monotonic()) / left
-        try:
-            return _before(share, _fetch_all, source, share)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            failures.append(printable(f"{source}: {error}"))  # a server's own words
-            log(f"download failed: {failures[-1]}")
-    raise UserError(
-        "io",
-        f"Multi30k cannot be downloaded: {', '.join(failures)}",
-        str(target),
-        f"fetch {', '.join(f'{there}.gz' for there, _, _ in MULTI30K.values())} from {BASE_URL} by hand and put them "
-        "there as they are, or name another address with --mirror, or train with --data-dir sample, which needs none",
+    plan = _plan(split, indices, fixed_length)
+    padded = _padded_batch(plan, split.src.ids, split.trg.ids)
+    _, src_lengths, _, trg_lengths = plan.spans
+    trg_rows = torch.arange(1, plan.trg_steps).unsqueeze(1) < trg_lengths  # [trg_steps - 1, batch]
+    batch = padded._replace(
+        trg=padded.trg[trg_rows.flatten()],
+        trg_counts=trg_rows.sum(1).tolist(),
+        targets=padded.targets[trg_rows.flatten()],
+    )
+    if plan.reads_padding:
+        return batch
+    by_length = torch.argsort(src_lengths, descending=True, stable=True)
+    src_rows = torch.arange(plan.src_steps).unsqueeze(1) < src_lengths[by_length]  # [src_steps, batch]
+    counts = src_rows.sum(1)
+    first_rows = counts.cumsum(0) - counts  # of each step
+    return batch._replace(
+        src=padded.src.view(plan.src_steps, -1)[:, by_length][src_rows],
+        src_counts=counts.tolist(),
+        src_last=first_rows[src_lengths - 1] + torch.argsort(by_length),
     )
 
 
-def _before(deadline: float, function: Callable, *args):
-    """`function(*args)`, or TimeoutError at the deadline, whatever it waits for: a socket's timeout bounds neither the
-    look-up of a name nor headers that drip."""
-    future: concurrent.futures.Future = concurrent.futures.Future()
+def pad(
+    side: Side, indices: torch.Tensor, fixed_length: int = 0, *, length_step: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sentences as columns, [length, batch] int64, and their own lengths, [batch] int64.
 
-    def work() -> None:
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    seconds = max(0.0, deadline - time.monotonic())
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except concurrent.futures.TimeoutError as error:
-        raise TimeoutError(str(error) or f"not done within {seconds:.1f} s") from error
+    Args:
+        side: the sentences.
+        indices: [batch] int64 those that are wanted.
+        fixed_length: the columns' length: a longer sentence is cut, and ends. 0: that of the longest.
+        length_step: that is rounded up to a multiple of this.
+    """
+    lengths = side.lengths_of(indices)  # [batch]
+    steps = fixed_length or _round_up(int(lengths.max()), length_step)
+    return _columns(side.ids, side.offsets[indices], lengths, steps), lengths
 
 
-def _fetch_all(source: str, deadline: float) -> dict[str, bytes]:
-    bodies = {}
-    for name, (there, size, sha256) in MULTI30K.items():
-        body = _fetch(f"{source}/{there}.gz", size + 1, deadline)
-        if len(body) != size:
-            more = "more than " if len(body) > size else ""
-            raise ValueError(f"{there}.gz has {more}{min(len(body), size)} bytes, expected {size}")
-        if _sha256(body) != sha256:
-            raise ValueError(f"{there}.gz has sha256 {_sha256(body)}, expected {sha256}")
-        bodies[name] = body
-    return bodies
+class _Plan(NamedTuple):
+    """What a batch looks like before anybody has read an id: all that needs the lengths, which the host knows.
+
+    Attributes:
+        spans: [4, batch] int64: offsets and lengths of the sources, offsets and lengths of the targets.
+        src_steps, trg_steps: the lengths of the columns.
+        reads_padding: whether the encoder reads the columns to their end.
+        count: as in `Batch`.
+    """
+
+    spans: torch.Tensor
+    src_steps: int
+    trg_steps: int
+    reads_padding: bool
+    count: int
 
 
-def _fetch(url: str, limit: int, deadline: float) -> bytes:
-    """The first `limit` bytes at `url`; proxies are the environment's."""
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError("not an http or https address")
-    opener = urllib.request.build_opener(_NoDowngrade)
-    body = bytearray()
-    with opener.open(url, timeout=max(0.1, min(SOCKET_TIMEOUT, deadline - time.monotonic()))) as response:
-        while chunk := response.read1(min(65536, limit - len(body))):
-            body += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{len(body)} bytes of {url} by the deadline")
-    return bytes(body)
+def _plan(split: Split, indices: torch.Tensor, fixed_length: int, length_step: int = 1) -> _Plan:
+    pairs = indices if len(indices) else torch.zeros(1, dtype=torch.int64)
+    pairs = pairs[torch.argsort(split.trg.lengths_of(pairs), descending=True, stable=True)]
+    lengths = [side.lengths_of(pairs) for side in (split.src, split.trg)]  # [batch] each
+    src_steps, trg_steps = (_round_up(int(each.max()), length_step) for each in lengths)
+    if fixed_length:
+        # Nothing reads a target's padding: it is there only where shapes are few.
+        src_steps, trg_steps = fixed_length, fixed_length if length_step > 1 else min(trg_steps, fixed_length)
+    return _Plan(
+        spans=torch.stack([split.src.offsets[pairs], lengths[0], split.trg.offsets[pairs], lengths[1]]),
+        src_steps=src_steps,
+        trg_steps=trg_steps,
+        reads_padding=bool(fixed_length),
+        count=int(lengths[1].clamp(max=trg_steps).sum()) - len(pairs) if len(indices) else 0,
+    )
 
 
-class _NoDowngrade(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https, and from http to http."""
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        schemes = [urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl)]
-        if schemes[1] != "https" and schemes != ["http", "http"]:
-            raise urllib.error.HTTPError(req.full_url, code, f"redirect to {newurl} refused", headers, fp)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+def _padded_batch(plan: _Plan, src_ids: torch.Tensor, trg_ids: torch.Tensor) -> Batch:
+    """The batch of a plan, with padding; the plan's spans are where the ids are. Nothing here makes the host wait for a
+    device: no value decides a shape."""
+    src_starts, src_lengths, trg_starts, trg_lengths = plan.spans
+    src = _columns(src_ids, src_starts, src_lengths, plan.src_steps)  # [src_steps, batch]
+    trg = _columns(trg_ids, trg_starts, trg_lengths, plan.trg_steps)  # [trg_steps, batch]
+    batch = len(src_starts)
+    last_steps = plan.src_steps - 1 if plan.reads_padding else src_lengths - 1
+    targets = trg[1:].flatten()
+    return Batch(
+        src=src.flatten(),
+        src_counts=[batch] * plan.src_steps,
+        src_last=last_steps * batch + torch.arange(batch, device=src.device),
+        trg=trg[:-1].flatten(),
+        trg_counts=[batch] * (plan.trg_steps - 1),
+        targets=targets if plan.count else torch.full_like(targets, PAD),
+        count=plan.count,
+    )
+
+
+def _columns(ids: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, steps: int) -> torch.Tensor:
+    """The sentences from `starts`, [batch], as columns, [steps, batch] int64; one that is longer is cut, and ends."""
+    step = torch.arange(steps, device=ids.device).unsqueeze(1)  # [steps, 1]
+    is_real = step < lengths  # [steps, batch]
+    columns = ids[torch.where(is_real, starts + step, 0)].long()
+    columns = torch.where(is_real, columns, PAD)
+    columns[-1] = torch.where(lengths > steps, EOS, columns[-1])
+    return columns

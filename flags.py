@@ -95,6 +95,14 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def zero_or_sentence_length(text: str) -> int:
+    """0, or room for `<sos>`, a word and `<eos>`."""
+    value = non_negative_int(text)
+    if value in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or at least 3")
+    return value
+
+
 def seed(text: str) -> int:
     """A number that every random generator takes."""
     value = non_negative_int(text)

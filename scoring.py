@@ -66,8 +66,9 @@ def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world:
     """
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
+    length_step = 1 if world.device.type == "cpu" else data.LENGTH_STEP
     for indices in batches(by_length, world):
-        tokens, lengths = data.pad(src, indices)  # [src len, batch], [batch]
+        tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         ids[indices] = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH).T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
@@ -89,11 +90,12 @@ def mean_loss(
         fixed_length: as in training.
     """
     criterion = gru.TrainingLoss(model)
+    loader = data.Loader(split, world.device, fixed_length=fixed_length)
     totals = torch.zeros(2, device=world.device)  # sum of the losses, number of positions
     by_length = torch.argsort(split.trg.lengths, stable=True)
     for indices in batches(by_length, world):
-        batch = data.make_batch(split, indices, fixed_length=fixed_length).to(world.device)
-        loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, teacher_forcing_ratio)
-        totals += torch.stack((loss_sum, loss_sum.new_full((), len(batch.positions))))
+        batch = loader(indices)
+        loss_sum = criterion(batch, teacher_forcing_ratio)
+        totals += torch.stack((loss_sum, loss_sum.new_full((), batch.count)))
     loss_sum, count = world.sum(totals).tolist()
     return loss_sum / count

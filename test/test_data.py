@@ -3,23 +3,30 @@
 import doctest
 import fcntl
 import gzip
+import hashlib
 import json
-import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import spacy
 import torch
 from conftest import MULTI30K, needs_multi30k
 
+import cache
 import data
+import storage
+import textfiles
+import textwords
 from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,8 +90,9 @@ def sentences(side):
     return [side.ids[a:b].tolist() for a, b in zip(side.offsets[:-1], side.offsets[1:], strict=True)]
 
 
-def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(data).failed == 0
+@pytest.mark.parametrize("module", [data, textfiles, textwords])
+def test_the_examples_in_the_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
 
 
 # ---------------------------------------------------------------- vocabulary
@@ -95,8 +103,8 @@ def test_vocabulary_has_torchtexts_order_and_the_special_ids():
 
     generator = random.Random(1)
     token_lists = [[generator.choice("äbcdefgzß ") for _ in range(9)] for _ in range(9)] + [["<pad>"] * 50, ["rare"]]
-    vocab = data.Vocabulary.build(token_lists, min_freq=2)
     counter = Counter(token for tokens in token_lists for token in tokens)
+    vocab = data.Vocabulary.build(counter, min_freq=2)
     assert vocab.itos == Vocab(counter, min_freq=2, specials=["<unk>", "<pad>", "<sos>", "<eos>"]).itos
     assert vocab.itos[:4] == ["<unk>", "<pad>", "<sos>", "<eos>"]
     assert (data.UNK, data.PAD, data.SOS, data.EOS) == (0, 1, 2, 3)
@@ -104,21 +112,21 @@ def test_vocabulary_has_torchtexts_order_and_the_special_ids():
 
 
 def test_vocabulary_is_by_frequency_and_ties_are_alphabetical():
-    assert data.Vocabulary.build([["b", "c", "a", "c"], ["b", "c", "a", "d"]]).itos[4:] == ["c", "a", "b"]
+    assert data.Vocabulary.build({"b": 2, "c": 3, "a": 2, "d": 1}).itos[4:] == ["c", "a", "b"]
 
 
 def test_encoding_never_adds_a_word():
-    vocab = data.Vocabulary.build([["a", "a"]])
+    vocab = data.Vocabulary.build({"a": 2})
     assert vocab.encode(["a", "new", "new"]) == [4, 0, 0]
     assert len(vocab) == 5
 
 
 def test_special_words_in_a_text_are_unknown_words():
-    assert data.Vocabulary.build([["a", "a"]]).encode(["<pad>", "<eos>", "a"]) == [0, 0, 4]
+    assert data.Vocabulary.build({"a": 2}).encode(["<pad>", "<eos>", "a"]) == [0, 0, 4]
 
 
 def test_decoding_ends_at_eos_and_skips_a_leading_sos():
-    vocab = data.Vocabulary.build([["a", "a"]])
+    vocab = data.Vocabulary.build({"a": 2})
     assert vocab.decode([2, 4, 0, 3, 4]) == ["a", "<unk>"]
     assert vocab.decode([4, 4]) == ["a", "a"]
     assert vocab.decode([3, 4]) == []
@@ -222,54 +230,155 @@ def test_language_without_a_tokenizer_is_a_usage_error(lang):
     refused(lambda: data.tokenise(["a"], lang), "usage", f"no tokenizer for '{lang}'", "--src-lang")
 
 
+def chunks(lines, size=3):
+    """Chunks of `size` lines, which are on both sides."""
+    texts = [
+        "".join(f"{line}\n" for line in lines[first : first + size]).encode() for first in range(0, len(lines), size)
+    ]
+    paths = Path("train.de"), Path("train.en")
+    return [textfiles.Chunk(paths, 1 + size * index, (text, text)) for index, text in enumerate(texts)]
+
+
+def plain(result):
+    """A `TokenChunk` as lists."""
+    return result.src.sentences(), result.src.cut, result.trg.sentences(), result.trg.cut, result.dropped
+
+
+def test_tokens_are_those_of_spacy_line_by_line():
+    """However many lines it is given together, white space and special cases at their ends and all."""
+    generator = random.Random(3)
+    for lang in ("de", "en", "zh", "xx"):
+        tokenizer = spacy.blank(lang).tokenizer
+        special = list(getattr(tokenizer, "rules", [])) or ["a"]
+        letters = "aäßA.,'’-–:)(!?&/%$ \u00a0\u2028\t\x0b\r…019zB\"„“\U0001f600@"
+        lines = []
+        for _ in range(500):
+            words = [
+                generator.choice(special) if generator.random() < 0.5 else "".join(generator.choices(letters, k=5))
+                for _ in range(generator.randint(0, 8))
+            ]
+            lines.append(generator.choice(["", " "]).join(words).replace("\n", "").strip())
+        assert "" in lines
+        expected = [[token.lower_ for token in tokenizer(line)] for line in lines]
+        assert textwords.tokenise(lines, lang) == (expected, 0)
+
+
+def test_lines_that_are_not_stripped_keep_their_words_to_themselves():
+    expected = [["zwei", "."], ["ein", "hund", "."], ["a", "b"], []]
+    assert textwords.tokenise(["Zwei.", " Ein Hund. \n", "a\nb", "\n"], "de") == (expected, 0)
+
+
+def test_tokenizer_that_has_seen_too_many_words_starts_anew(monkeypatch):
+    lines = ["Ein Hund bellt.", "Geht's?"]
+    tokens = textwords.tokenise(lines, "de")
+    first = textwords._tokenizer("de")
+    assert textwords.tokenise(lines, "de") == tokens
+    assert textwords._tokenizer("de") is first
+    monkeypatch.setattr(textwords, "WORDS_KEPT", 10)
+    assert textwords.tokenise(lines, "de") == tokens
+    assert textwords._tokenizer("de") is not first
+
+
 def test_tokens_do_not_depend_on_the_number_of_processes(monkeypatch):
-    lines = [f"{word} {index} Hunde bellen." for index in range(5) for word in DE]
-    alone = data.tokenise(lines, "de", workers=4)
-    monkeypatch.setattr(data, "LINES_PER_PROCESS", 10)
-    monkeypatch.setattr(data, "cores", lambda: 8)
-    monkeypatch.setattr(data, "_tokenise_here", None)  # in this process; those spawned have their own
-    assert data.tokenise(lines, "de", workers=4) == alone
-    assert multiprocessing.active_children() == []
+    lines = [f"{word} {index} Hunde bellen." if index != 3 else "" for index in range(11) for word in DE]
+    with textwords.tokenised(("de", "en"), 1) as results:
+        alone = list(map(plain, results(chunks(lines))))
+    assert sum(result[-1] for result in alone) == 4
+    monkeypatch.setattr(textwords, "tokenise_chunk", None)  # in this process; the others have their own
+    with textwords.tokenised(("de", "en"), 2) as results:
+        assert list(map(plain, results(chunks(lines)))) == alone
+        assert list(map(plain, results(chunks(lines[:4])))) == alone[:1] + list(map(plain, results(chunks(lines[3:4]))))
+
+
+def test_corpus_does_not_depend_on_the_number_of_processes(tmp_path, load, monkeypatch):
+    folder = write_corpus(tmp_path / "corpus", train=([f"{line} {n}" for n in range(50) for line in DE], EN * 50))
+    alone = load(folder, cache_dir=tmp_path / "other")
+    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 100)
+    assert same(load(folder, cache_dir=tmp_path / "chunks"), alone)
+    monkeypatch.setattr(textwords, "BYTES_PER_PROCESS", 100)
+    monkeypatch.setattr(textwords, "tokenise_chunk", None)  # in this process
+    monkeypatch.setattr(data, "cores", lambda: 2)
+    assert same(load(folder), alone)
 
 
 def test_killed_tokenising_process_is_an_error_and_leaves_none(monkeypatch):
-    def kill_the_first():
-        while not multiprocessing.active_children():
-            pass
-        multiprocessing.active_children()[0].kill()
-
-    killer = threading.Thread(target=kill_the_first)
-    killer.start()
-    with pytest.raises(RuntimeError, match="tokenising process ended early"):
-        data._tokenise_in_processes([["a"], ["b"]], "de")
-    killer.join()
-    assert multiprocessing.active_children() == []
+    started = watch_processes(monkeypatch)
+    with (
+        pytest.raises(RuntimeError, match="tokenising process ended early"),
+        textwords.tokenised(("de", "en"), 2) as results,
+    ):
+        for _ in results(chunks(DE * 1000)):
+            started[0].kill()
+    assert [process.poll() is not None for process in started] == [True, True]
 
 
-def test_error_in_a_tokenising_process_reaches_the_caller():
-    refused(lambda: data._tokenise_in_processes([["a"]], "qq"), "usage", "no tokenizer for 'qq'")
+def watch_processes(monkeypatch):
+    """A list that grows with each process that is started."""
+    started, start = [], subprocess.Popen
+
+    def watched(*args, **options):
+        started.append(start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(textwords.subprocess, "Popen", watched)
+    return started
+
+
+def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
+    started = watch_processes(monkeypatch)
+    with textwords.tokenised(("de", "qq"), 2) as results:
+        refused(lambda: list(results(chunks(DE))), "usage", "no tokenizer for 'qq'")
+    assert [process.poll() is not None for process in started] == [True, True]
+
+
+def test_tokenising_process_that_has_stopped_is_ended_too(monkeypatch):
+    started = watch_processes(monkeypatch)
+    with textwords.tokenised(("de", "en"), 2):
+        started[1].send_signal(signal.SIGSTOP)
+    assert [process.poll() is not None for process in started] == [True, True]
+
+
+def test_tokenising_process_imports_no_torch(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    with textwords.tokenised(("de", "en"), 2) as results:
+        assert len(list(results(chunks(DE)))) == 2
+    modules = {line.rpartition("|")[2].strip() for line in capfd.readouterr().err.splitlines()}
+    assert "spacy" in modules
+    assert not any(module.startswith("torch.") for module in modules)
 
 
 def test_tokenising_processes_end_with_a_killed_parent():
     code = (
-        "import data, multiprocessing, time;"
-        "context = multiprocessing.get_context('spawn');"
-        "ours, theirs = context.Pipe();"
-        "child = context.Process(target=data._serve_share, args=(theirs, 'de'));"
-        "child.start();"
-        "ours.send([f'{index}' + '(' * 2000 for index in range(1000)]);"  # slow, and too long for a pipe: sent is begun
-        "print(child.pid, flush=True); time.sleep(60)"
+        "import subprocess, textwords, time; start = subprocess.Popen;"
+        "subprocess.Popen = lambda *args, **options: print((p := start(*args, **options)).pid, flush=True) or p;"
+        "stack = textwords.tokenised(('de', 'en'), 2); stack.__enter__(); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    child = Path("/proc", parent.stdout.readline().strip())
-    assert "spawn_main" in (child / "cmdline").read_text()
+    children = [Path("/proc", parent.stdout.readline().strip()) for _ in range(2)]
+    assert all("textwords.py" in (child / "cmdline").read_text() for child in children)
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while child.exists() and time.monotonic() < deadline:
+    while any(child.exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not child.exists()
+    assert not any(child.exists() for child in children)
+
+
+def test_interrupt_is_left_to_the_parent(monkeypatch):
+    started = watch_processes(monkeypatch)
+    with textwords.tokenised(("de", "en"), 2) as results:
+        first, *rest = results(interrupted(chunks(DE * 20), started))
+    assert len([first, *rest]) == len(chunks(DE * 20))
+
+
+def interrupted(items, processes):
+    """`items`; Ctrl-C is sent after so many that the processes must have begun."""
+    for index, item in enumerate(items):
+        if index == 2 * textwords.AHEAD + 1:
+            for process in processes:
+                process.send_signal(signal.SIGINT)
+        yield item
 
 
 # ---------------------------------------------------------------- bad input (FAULTS 18 to 28)
@@ -346,6 +455,52 @@ def test_bom_and_crlf_give_the_same_batches(folder, load, tmp_path, change):
     assert same(load(folder, cache_dir=tmp_path / "other"), plain)
 
 
+@pytest.mark.parametrize("fault", ["UTF-8", "NUL", "more lines", "fewer lines"])
+def test_fault_far_behind_the_first_chunk_is_told_with_its_place(tmp_path, load, monkeypatch, fault):
+    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 50)
+    folder = write_corpus(tmp_path / "corpus", train=(DE * 10, EN * 10))
+    lines = (folder / "train.en").read_bytes().splitlines(keepends=True)
+    if fault == "more lines":
+        lines += lines[:3]
+    elif fault == "fewer lines":
+        lines = lines[:-3]
+    else:
+        lines[29] = b"A \xff\n" if fault == "UTF-8" else b"A \0\n"
+    (folder / "train.en").write_bytes(b"".join(lines))
+    place = {"UTF-8": "byte 3 of line 30, 0xff", "NUL": "byte 3 of line 30, 0x00"}
+    words = place.get(fault) or f"40 lines and {len(lines)} lines"
+    refused(lambda: load(folder), "data", words, "train.en")
+    assert list((tmp_path / "cache").iterdir()) == [], "no half of a cache"
+
+
+def test_file_is_read_in_chunks_of_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 40)
+    folder = write_corpus(tmp_path, train=(DE, EN))
+    paths = folder / "train.de", folder / "train.en"
+    found = list(textfiles.pair_chunks(paths, [textfiles.content_sha256(path) for path in paths]))
+    assert [chunk.first for chunk in found] == [1, 4]
+    assert [text.decode().splitlines() for chunk in found for text in chunk.texts] == [DE[:3], EN[:3], DE[3:], EN[3:]]
+
+
+def test_byte_order_mark_is_one_at_the_files_start_alone(tmp_path, load, monkeypatch):
+    monkeypatch.setattr(textfiles, "CHUNK_BYTES", 20)
+    mark = "\ufeff"
+    corpus = load(write_corpus(tmp_path / "marks", train=([mark + line for line in DE], EN)), min_freq=1)
+    assert [word for word in corpus.src_vocab.itos if mark in word] == [f"{mark}der", f"{mark}ein", f"{mark}eine"]
+    assert corpus.train.src.lengths.tolist() == [6, 6, 6, 6]
+
+
+def test_file_that_changes_while_it_is_read_is_refused(folder, load, monkeypatch):
+    pair_chunks = textfiles.pair_chunks
+
+    def changed(paths, digests):
+        paths[1].write_text(paths[1].read_text().replace("A", "B"))
+        return pair_chunks(paths, digests)
+
+    monkeypatch.setattr(textfiles, "pair_chunks", changed)
+    refused(lambda: load(folder), "data", "the file changed while it was read", "train.en")
+
+
 def test_nul_byte_is_refused_with_its_line(folder, load):
     (folder / "train.en").write_bytes(b"a\nb\nc\0d\ne\n")
     refused(lambda: load(folder), "data", "byte 2 of line 3, 0x00, is a NUL", "train.en:3")
@@ -368,17 +523,29 @@ def test_pair_with_an_empty_side_is_dropped_and_counted(tmp_path, load):
 
 def test_long_line_is_cut_before_it_is_tokenised(tmp_path, load, monkeypatch):
     seen = []
-    tokenizer = data._tokenizer("de")
-    monkeypatch.setattr(data, "_tokenizer", lambda lang: lambda line: seen.append(len(line)) or tokenizer(line))
-    corpus = load(write_corpus(tmp_path / "long", train=(["Hund " * 200_000, "a" * 1_000_000, *DE[2:]], EN)))
-    assert max(seen) == data.MAX_CHARACTERS
-    assert corpus.train.src.lengths.tolist()[:2] == [256, 3]
-    assert corpus.notes == ["warning: 2 sentences of train.de cut to 254 words"]
+
+    class Spy:
+        def __init__(self, tokenizer):
+            self._tokenizer, self.vocab = tokenizer, tokenizer.vocab
+
+        def __call__(self, text):
+            seen.append(len(text))
+            return self._tokenizer(text)
+
+    tokenizer = textwords._tokenizer
+    monkeypatch.setattr(textwords, "_tokenizer", lambda lang: Spy(tokenizer(lang)))
+    lines = ["Hund " * 200_000, "a" * 20_000, "a" * (textwords.MAX_CHARACTERS - 2) + "  b", DE[3]]
+    corpus = load(write_corpus(tmp_path / "long", train=(lines, EN)))
+    assert max(seen) <= textwords.MAX_CHARACTERS
+    assert corpus.train.src.lengths.tolist() == [256, 3, 3, 6]
+    assert corpus.train.src.ids[corpus.train.src.offsets[1:] - 1].tolist() == [data.EOS] * 4
+    assert corpus.notes == ["warning: 3 sentences of train.de cut to 254 words"]
 
 
 def test_sentence_of_254_words_is_whole_and_one_of_255_is_cut(tmp_path, load):
-    corpus = load(write_corpus(tmp_path / "long", train=(["Hund " * 254, "Hund " * 255, *DE[2:]], EN)))
+    corpus = load(write_corpus(tmp_path / "long", train=(["Hund " * 254, "Hund " * 255, *DE[2:]], EN)), min_freq=1)
     assert corpus.train.src.lengths.tolist()[:2] == [256, 256]
+    assert corpus.src_vocab.decode(sentences(corpus.train.src)[2]) == ["eine", "katze", "schläft", "."]
     assert corpus.notes == ["warning: 1 sentences of train.de cut to 254 words"]
 
 
@@ -437,8 +604,8 @@ def builds(monkeypatch):
 
 
 def cached(tmp_path):
-    (path,) = (tmp_path / "cache").iterdir()
-    assert path.suffix == ".npz"
+    (path,) = (path for path in (tmp_path / "cache").iterdir() if path.name != cache.DIGESTS)
+    assert (path / cache.INDEX).is_file()
     return path
 
 
@@ -447,6 +614,76 @@ def test_second_start_reads_the_same_corpus_from_the_cache(folder, load, builds)
     assert same(load(folder), built)
     assert load(folder).fingerprint == built.fingerprint
     assert len(builds) == 1
+
+
+def test_corpus_from_the_cache_is_mapped_and_may_be_written_without_harm(folder, load, tmp_path):
+    built = load(folder)
+    ids = load(folder).train.src.ids
+    assert str(cached(tmp_path) / "train.src.ids") in Path("/proc/self/maps").read_text()
+    before = ids.clone()
+    ids += 1
+    assert torch.equal(load(folder).train.src.ids, before)
+    assert torch.equal(built.train.src.ids, before)
+
+
+def test_start_from_the_cache_gives_no_warning(folder, load, recwarn):
+    load(folder)
+    load(folder)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """The clock is so late that nothing has changed of late."""
+    now = time.time_ns
+    monkeypatch.setattr(cache.time, "time_ns", lambda: now() + 2 * cache.RACY_NS)
+
+
+def opened_files(folder, cache_dir):
+    """What a new process that loads the corpus opens below its folder."""
+    code = (
+        "import sys; opened = []; sys.addaudithook(lambda name, args: name == 'open' and opened.append(str(args[0])));"
+        "import data; data.load(sys.argv[1], cache_dir=sys.argv[2], log=lambda line: None);"
+        "print(*(path for path in opened if path.startswith(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(cache_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [Path(path).name for path in done.stdout.split()]
+
+
+def test_warm_start_opens_no_text_file(folder, load, tmp_path, settled):
+    load(folder)
+    assert opened_files(folder, tmp_path / "cache") == []
+
+
+def test_file_that_has_just_changed_is_read_again(folder, load, tmp_path, monkeypatch):
+    changed = max(max(path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in folder.iterdir())
+    monkeypatch.setattr(cache.time, "time_ns", lambda: changed + cache.RACY_NS)
+    load(folder)
+    assert len(opened_files(folder, tmp_path / "cache")) == 6
+
+
+@pytest.mark.parametrize("damage", ["bit", "other JSON", "gone"])
+def test_damaged_memory_of_digests_costs_a_look_at_the_files(folder, load, tmp_path, settled, builds, damage):
+    corpus = load(folder)
+    path = tmp_path / "cache" / cache.DIGESTS
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-9] + b"0" + content[-8:] if damage == "bit" else b"[]")
+    assert same(load(folder), corpus)
+    assert len(builds) == 1
+    assert path.read_bytes() == content, "and they are known again"
+
+
+def test_memory_of_digests_forgets_files_that_are_gone(folder, load, tmp_path, settled):
+    load(write_corpus(tmp_path / "other"))
+    for path in (tmp_path / "other").iterdir():
+        path.unlink()
+    load(folder)
+    known = json.loads((tmp_path / "cache" / cache.DIGESTS).read_bytes().split(b"\n", 1)[1])
+    assert sorted(known) == sorted(map(str, folder.iterdir()))
 
 
 def test_start_from_the_cache_imports_neither_spacy_nor_torchtext(folder, load, tmp_path):
@@ -461,7 +698,7 @@ def test_start_from_the_cache_imports_neither_spacy_nor_torchtext(folder, load, 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds):
+def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds, settled):
     old = load(folder)
     path = folder / "train.de"
     status = path.stat()
@@ -492,51 +729,41 @@ def test_another_version_of_spacy_has_another_cache(folder, load, builds, monkey
     assert len(builds) == 2
 
 
-@pytest.mark.parametrize("damage", ["empty", "header only", "truncated", "bit", "header bit", "text"])
-def test_damaged_cache_is_rebuilt_and_says_so(folder, load, builds, tmp_path, damage):
+@pytest.mark.parametrize("damage", ["empty", "half", "truncated", "longer", "bit", "first bit", "text", "gone"])
+@pytest.mark.parametrize("name", ["index.json", "train.src.ids", "val.trg.offsets"])
+def test_damaged_cache_is_rebuilt_and_says_so(folder, load, builds, tmp_path, name, damage):
     good = load(folder)
-    path = cached(tmp_path)
+    path = cached(tmp_path) / name
     content = path.read_bytes()
     middle = len(content) // 2
-    path.write_bytes(
-        {
-            "empty": b"",
-            "header only": content[:65],
-            "truncated": content[:-1],
-            "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
-            "header bit": bytes([content[0] ^ 128]) + content[1:],
-            "text": b"hello",
-        }[damage]
-    )
+    path.unlink()  # and not written to: `good` lies in this file
+    if damage != "gone":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": content[:middle],
+                "truncated": content[:-1],
+                "longer": content + bytes(4),
+                "bit": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+                "first bit": bytes([content[0] ^ 128]) + content[1:],
+                "text": b"hello",
+            }[damage]
+        )
     assert same(load(folder), good)
     assert any("is damaged and is built again" in line for line in load.lines)
-    assert cached(tmp_path).read_bytes() == content
+    assert path.read_bytes() == content
     load(folder)
     assert len(builds) == 2, "rebuilt once"
+    assert len(list((tmp_path / "cache").iterdir())) == 1, "nothing is left of the damaged one"
 
 
-class Spy:
-    """Its pickle creates a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_cache_never_unpickles(folder, load, tmp_path):
-    load(folder)
-    path = cached(tmp_path)
-    with open(tmp_path / "body", "wb") as file:
-        np.savez(file, text=np.array([Spy(tmp_path / "ran")], dtype=object), allow_pickle=True)
-    body = (tmp_path / "body").read_bytes()
-    path.write_bytes(data._sha256(body).encode() + b"\n" + body)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        load(folder)
-    assert not (tmp_path / "ran").exists()
-    with pytest.raises(ValueError, match="allow_pickle"):
-        np.load(tmp_path / "body", allow_pickle=False)["text"]
+def test_cache_is_numbers_and_json_and_no_pickle(folder, load, tmp_path):
+    corpus = load(folder)
+    raw = np.fromfile(cached(tmp_path) / "train.src.ids", np.int32)
+    assert raw.tolist() == corpus.train.src.ids.tolist()
+    header, body = (cached(tmp_path) / cache.INDEX).read_bytes().split(b"\n", 1)
+    assert header.decode() == hashlib.sha256(body).hexdigest()
+    assert json.loads(body)["about"]["words"]["train"] == [None, None]
 
 
 def test_cache_respects_the_umask(folder, load, tmp_path):
@@ -545,23 +772,24 @@ def test_cache_respects_the_umask(folder, load, tmp_path):
         load(folder)
     finally:
         os.umask(before)
-    assert cached(tmp_path).stat().st_mode & 0o777 == 0o640
+    assert cached(tmp_path).stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in cached(tmp_path).iterdir()} == {0o640}
 
 
 def test_cache_is_in_the_users_cache_folder(folder, load, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     load(folder, cache_dir=None)
-    assert len(list((tmp_path / "xdg" / "gru-for-pytorch").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "xdg" / "gru-for-pytorch").glob(f"*/{cache.INDEX}"))) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     load(folder, cache_dir=None)
-    assert len(list((tmp_path / "home" / ".cache" / "gru-for-pytorch").glob("*.npz"))) == 1
+    assert len(list((tmp_path / "home" / ".cache" / "gru-for-pytorch").glob(f"*/{cache.INDEX}"))) == 1
 
 
 @pytest.fixture
 def no_cache_folder(folder, tmp_path, monkeypatch):
     """A cache folder that cannot be made, and where the temporary files go instead."""
-    monkeypatch.setattr(data.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     return folder / "train.de" / "below a file"
 
@@ -589,15 +817,26 @@ def test_spare_cache_folder_that_others_may_write_is_not_used(folder, load, no_c
     assert any(line.startswith("the data is not cached") for line in load.lines)
 
 
-def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeypatch):
-    def full(path, *parts):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("call", ["append", "translate", "finish"])
+def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeypatch, call):
+    whole, write = load(folder, cache_dir=tmp_path / "other"), getattr(cache.Writer, call)
 
-    monkeypatch.setattr(data, "_write_synced", full)
-    assert len(load(folder).train) == 4
+    def full(writer, *args):
+        if writer._folder:
+            raise OSError(28, "No space left on device")
+        return write(writer, *args)
+
+    monkeypatch.setattr(cache.Writer, call, full)
+    assert same(load(folder), whole)
     assert list((tmp_path / "cache").iterdir()) == []
     assert any("not cached" in line and "No space left" in line for line in load.lines)
+
+
+def test_without_any_folder_the_corpus_stays_in_memory(folder, load, tmp_path, monkeypatch):
+    whole = load(folder)
+    monkeypatch.setattr(cache, "find_folder", lambda cache_dir, log: None)
+    monkeypatch.setattr(cache, "BLOCK", 3)
+    assert same(load(folder), whole)
 
 
 def test_two_runs_build_one_cache(folder, tmp_path, monkeypatch):
@@ -642,7 +881,7 @@ def test_lock_on_a_removed_file_lets_nobody_in(tmp_path):
         os.close(holders[len(events) - 1])
 
     hold()
-    with data._locked(path, log):
+    with storage.locked(path, log):
         events.append("is in")
     assert events == ["waits", "waits", "is in"]
     assert list(tmp_path.iterdir()) == []
@@ -651,9 +890,10 @@ def test_lock_on_a_removed_file_lets_nobody_in(tmp_path):
 def test_killed_holder_of_the_lock_keeps_nobody_waiting(folder, load, tmp_path):
     load(folder)
     path = cached(tmp_path)
-    path.unlink()
+    half = path.with_suffix(".tmp")
+    os.rename(path, half)  # what a run wrote that was killed before it could publish it
+    (half / "more").write_bytes(b"what no index tells")
     lock = path.with_suffix(".lock")
-    path.with_suffix(".tmp").write_bytes(b"what the killed run wrote")
     code = f"import fcntl, time; f = open({str(lock)!r}, 'ab'); fcntl.flock(f, 2); print(flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     holder.stdout.readline()
@@ -669,16 +909,7 @@ def test_killed_holder_of_the_lock_keeps_nobody_waiting(folder, load, tmp_path):
     assert any(line.startswith("waiting") for line in load.lines)
     holder.wait()
     holder.stdout.close()
-    assert cached(tmp_path), "and nothing else is left"
-
-
-def test_cache_holds_its_words_as_json(folder, load, tmp_path):
-    load(folder)
-    body = cached(tmp_path).read_bytes().split(b"\n", 1)[1]
-    (tmp_path / "body").write_bytes(body)
-    with np.load(tmp_path / "body", allow_pickle=False) as arrays:
-        assert json.loads(arrays["text"].tobytes())["words"]["train"] == [None, None]
-        assert arrays["train.src.ids"].dtype == np.int32
+    assert not (cached(tmp_path) / "more").exists(), "and nothing else is left"
 
 
 # ---------------------------------------------------------------- batches
@@ -699,13 +930,13 @@ def random_split(pairs, longest=60, seed=0):
 
 def batches_of(split, batch_size, **flags):
     flags = {"seed": 1234, "epoch": 0} | flags
-    return data.epoch_batches(split.src.lengths, split.trg.lengths, batch_size, **flags)
+    return data.epoch_batches(split, batch_size, **flags)
 
 
 @pytest.mark.parametrize("like_length", [True, False])
 @pytest.mark.parametrize(("pairs", "batch_size"), [(1, 8), (7, 8), (8, 8), (9, 8), (103, 1), (1003, 8)])
 def test_each_pair_comes_once_an_epoch(like_length, pairs, batch_size):
-    batches = batches_of(random_split(pairs), batch_size, like_length=like_length)
+    batches = list(batches_of(random_split(pairs), batch_size, like_length=like_length))
     assert sorted(torch.cat(batches).tolist()) == list(range(pairs))
     sizes = sorted(map(len, batches), reverse=True)
     assert sizes == [batch_size] * (pairs // batch_size) + [pairs % batch_size] * (pairs % batch_size > 0)
@@ -736,7 +967,7 @@ def test_order_is_drawn_from_seed_and_epoch_alone(like_length):
     split = random_split(500)
 
     def order(**flags):
-        return torch.cat(batches_of(split, 16, like_length=like_length, **flags)).tolist()
+        return torch.cat(list(batches_of(split, 16, like_length=like_length, **flags))).tolist()
 
     first = order()
     torch.manual_seed(5), np.random.seed(5), random.seed(5)
@@ -748,21 +979,81 @@ def test_order_is_drawn_from_seed_and_epoch_alone(like_length):
 
 def test_drawing_an_order_leaves_the_global_generators_alone():
     before = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
-    batches_of(random_split(50, seed=3), 16)
+    list(batches_of(random_split(50, seed=3), 16))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[2], random.getstate()) == before[1:]
 
 
-def padded(split, batches):
-    return sum(data.make_batch(split, batch).trg.numel() for batch in batches)
+def test_batch_can_be_asked_for_by_its_number(monkeypatch):
+    monkeypatch.setattr(data, "POOL", 4)
+    batches = batches_of(random_split(300), 16)
+    in_order = [batch.tolist() for batch in batches]
+    assert len(in_order) == len(batches) == 19
+    backwards = batches_of(random_split(300), 16)
+    assert [backwards[step].tolist() for step in reversed(range(19))] == in_order[::-1]
+    with pytest.raises(IndexError):
+        batches[19]
 
 
-def test_like_length_reduces_padding():
-    split = random_split(3000)
-    real = len(split.trg.ids)
-    by_length, shuffled = (padded(split, batches_of(split, 32, like_length=way)) for way in (True, False))
-    assert by_length < 1.1 * real
-    assert shuffled > 1.5 * real
+def test_nothing_is_drawn_before_a_batch_is_asked_for(monkeypatch):
+    split = random_split(300)
+    monkeypatch.setattr(data.np.random, "default_rng", None)
+    assert len(batches_of(split, 16)) == 19
+
+
+def test_an_epoch_holds_one_permutation_of_four_bytes_a_pair_and_one_pool(monkeypatch):
+    pairs = 100_000
+    offsets = torch.arange(0, 5 * (pairs + 1), 5)
+    side = data.Side(torch.zeros(1, dtype=torch.int32).expand(5 * pairs), offsets)
+    monkeypatch.setattr(data, "POOL", 4)
+    batches = batches_of(data.Split(side, side), 16)
+    tracemalloc.start()
+    for step in range(0, len(batches), 500):
+        batches[step]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 4 * pairs <= held < 4.2 * pairs
+
+
+def padding(split, batches):
+    """The share of the positions of padded batches that are padding, of the sources and of the targets."""
+    batches = list(batches)
+    shares = []
+    for side in (split.src, split.trg):
+        positions = sum(int(side.lengths_of(batch).max()) * len(batch) for batch in batches)
+        shares.append(1 - len(side.ids) / positions)
+    return shares
+
+
+def translated_split(pairs):
+    """A split in which a target is about as long as its source."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = 4 + torch.poisson(torch.full((pairs,), 10.0), generator=generator).long()
+    other = (lengths + torch.randint(-2, 3, (pairs,), generator=generator)).clamp(min=3)
+    sides = [
+        data.Side.encode([["x"] * n for n in each.tolist()], data.Vocabulary(data.SPECIALS))
+        for each in (lengths, other)
+    ]
+    return data.Split(*sides)
+
+
+def test_like_length_leaves_little_padding_in_either_language():
+    split = translated_split(6400)
+    grouped, shuffled = (padding(split, batches_of(split, 32, like_length=way)) for way in (True, False))
+    assert max(grouped) < 0.1
+    assert min(shuffled) > 0.3
+
+
+def test_pools_are_of_like_size_and_so_is_their_padding(monkeypatch):
+    monkeypatch.setattr(data, "POOL", 10)
+    split = translated_split(32 * 36 + 5)
+    batches = batches_of(split, 32)
+    assert len(batches) == 37
+    pools = []
+    for step in range(37):
+        batches[step]
+        pools.append(batches._pool)
+    assert [pools.count(pool) for pool in range(4)] == [9, 9, 9, 10]
 
 
 def test_like_length_does_not_train_the_short_sentences_first():
@@ -781,42 +1072,19 @@ def naive_columns(side, indices, fixed_length):
 
 
 @pytest.mark.parametrize("fixed_length", [0, 5, 46, 70])
-def test_batch_is_what_a_naive_loop_makes(fixed_length):
+def test_padded_sentences_are_what_a_naive_loop_makes(fixed_length):
     split = random_split(40)
     for indices in batches_of(split, 16):
-        batch = data.make_batch(split, indices, fixed_length=fixed_length)
-        assert batch.src.tolist() == naive_columns(split.src, indices, fixed_length)
-        assert batch.trg.tolist() == naive_columns(split.trg, indices, fixed_length)
-        assert (batch.src.dtype, batch.trg.dtype) == (torch.int64, torch.int64)
-        targets = [token for row in batch.trg.tolist()[1:] for token in row]
-        assert batch.positions.tolist() == [index for index, token in enumerate(targets) if token != data.PAD]
-
-
-def test_batch_knows_its_sentences_lengths_unless_they_are_fixed():
-    split = random_split(10)
-    indices = torch.tensor([3, 1, 4])
-    assert data.make_batch(split, indices).src_len.tolist() == split.src.lengths[indices].tolist()
-    assert data.make_batch(split, indices, fixed_length=46).src_len is None
+        for side in (split.src, split.trg):
+            columns, lengths = data.pad(side, indices, fixed_length)
+            assert columns.tolist() == naive_columns(side, indices, fixed_length)
+            assert columns.dtype == torch.int64
+            assert lengths.tolist() == side.lengths[indices].tolist() == side.lengths_of(indices).tolist()
 
 
 @pytest.mark.parametrize(("words", "kept"), [(43, 43), (44, 44), (45, 44), (200, 44)])
 def test_fixed_length_of_46_keeps_44_words_and_eos(words, kept):
     vocab = data.Vocabulary([*data.SPECIALS, "a"])
     side = data.Side.encode([["a"] * words], vocab)
-    column = data.make_batch(data.Split(side, side), torch.tensor([0]), fixed_length=46).src[:, 0].tolist()
-    assert column == [data.SOS, *[4] * kept, data.EOS, *[data.PAD] * (44 - kept)]
-
-
-@pytest.mark.parametrize("fixed_length", [0, 46])
-def test_rank_without_pairs_takes_part_with_weight_zero(fixed_length):
-    split = random_split(10)
-    nothing = data.rank_share(torch.tensor([7]), 1, 2)
-    batch = data.make_batch(split, nothing, fixed_length=fixed_length)
-    assert len(batch.positions) == 0
-    assert batch.src.tolist() == naive_columns(split.src, [0], fixed_length)
-
-
-def test_batch_moves_to_a_device_whole():
-    batch = data.make_batch(random_split(5), torch.tensor([0, 1])).to("meta")
-    assert {field.device.type for field in batch if isinstance(field, torch.Tensor)} == {"meta"}
-    assert data.make_batch(random_split(5), torch.tensor([0]), fixed_length=9).to("meta").src_len is None
+    column = data.pad(side, torch.tensor([0]), 46)[0][:, 0].tolist()
+    assert column == [data.SOS] + [4] * kept + [data.EOS] + [data.PAD] * (44 - kept)

@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import data
+import download
 from errors import UserError
 
-TEXTS = {name: f"{name}: ein Satz\n".encode() for name in data.MULTI30K}
-BODIES = {f"{there}.gz": gzip.compress(TEXTS[name], mtime=0) for name, (there, _, _) in data.MULTI30K.items()}
+TEXTS = {name: f"{name}: ein Satz\n".encode() for name in download.MULTI30K}
+BODIES = {f"{there}.gz": gzip.compress(TEXTS[name], mtime=0) for name, (there, _, _) in download.MULTI30K.items()}
 VICTIM = "val.en.gz"  # the file that goes wrong where only one does
 
 
@@ -71,9 +72,9 @@ def small_files(monkeypatch):
     """The table of files tells the tests' own sizes and sums; no proxy of this machine's is in the way."""
     table = {
         name: (there, len(BODIES[f"{there}.gz"]), hashlib.sha256(BODIES[f"{there}.gz"]).hexdigest())
-        for name, (there, _, _) in data.MULTI30K.items()
+        for name, (there, _, _) in download.MULTI30K.items()
     }
-    monkeypatch.setattr(data, "MULTI30K", table)
+    monkeypatch.setattr(download, "MULTI30K", table)
     for name in list(os.environ):
         if name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -138,14 +139,14 @@ def redirect(url):
     return lambda handler: send(handler, b"", 302, Location=url)
 
 
-def download(folder, base, log=lambda line: None, **flags):
-    data.download_multi30k(folder, base_url=base, log=log, **flags)
+def fetch(folder, base, log=lambda line: None, **flags):
+    download.download_multi30k(folder, base_url=base, log=log, **flags)
 
 
 def refused(folder, base, *words, **flags):
     """Asserts that the download ends with code 5, says `words`, and leaves nothing; returns the message."""
     with pytest.raises(UserError) as caught:
-        download(folder, base, **flags)
+        fetch(folder, base, **flags)
     assert caught.value.exit_code == 5
     for word in words:
         assert word in str(caught.value)
@@ -159,7 +160,7 @@ def contents(folder):
 
 
 def test_six_plain_files_are_laid_out(tmp_path, start):
-    download(tmp_path, start().url)
+    fetch(tmp_path, start().url)
     assert contents(tmp_path) == TEXTS
     assert sorted(TEXTS) == ["test.de", "test.en", "train.de", "train.en", "val.de", "val.en"]
 
@@ -167,7 +168,7 @@ def test_six_plain_files_are_laid_out(tmp_path, start):
 def test_folder_is_made_and_respects_the_umask(tmp_path, start):
     before = os.umask(0o027)
     try:
-        download(tmp_path / "new" / "er", start().url)
+        fetch(tmp_path / "new" / "er", start().url)
     finally:
         os.umask(before)
     folder = tmp_path / "new" / "er" / "multi30k"
@@ -176,12 +177,12 @@ def test_folder_is_made_and_respects_the_umask(tmp_path, start):
 
 
 def test_pinned_address_is_https():
-    assert data.BASE_URL.startswith("https://")
+    assert download.BASE_URL.startswith("https://")
 
 
 def test_load_downloads_into_an_empty_folder_once(tmp_path, start, monkeypatch):
     server = start()
-    monkeypatch.setattr(data, "BASE_URL", server.url)
+    monkeypatch.setattr(download, "BASE_URL", server.url)
     flags = {"cache_dir": tmp_path / "cache", "log": lambda line: None}
     corpora = [data.load(tmp_path / "data", **flags) for _ in range(2)]
     assert [corpus.test.trg_tokens for corpus in corpora] == [[["test.en", ":", "ein", "satz"]]] * 2
@@ -191,7 +192,7 @@ def test_load_downloads_into_an_empty_folder_once(tmp_path, start, monkeypatch):
 @pytest.mark.parametrize("flags", [{"src_lang": "fr"}, {"test_name": "test2017"}, {"train_name": "corpus"}, {}])
 def test_load_downloads_nothing_beside_a_users_own_data(tmp_path, start, monkeypatch, flags):
     server = start()
-    monkeypatch.setattr(data, "BASE_URL", server.url)
+    monkeypatch.setattr(download, "BASE_URL", server.url)
     folder = tmp_path / "data"
     folder.mkdir()
     if not flags:
@@ -227,7 +228,7 @@ def test_wrong_hash_is_told_with_the_actual_one(tmp_path, start):
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_mirror_is_tried_next(tmp_path, start, fault):
     first, second, lines = start(one=fault), start(), []
-    download(tmp_path, first.url, mirror=f"{second.url}/some/where/", log=lines.append)
+    fetch(tmp_path, first.url, mirror=f"{second.url}/some/where/", log=lines.append)
     assert contents(tmp_path) == TEXTS
     assert second.paths[0] == "/some/where/train.de.gz"
     assert any(line.startswith(f"download failed: {first.url}") for line in lines)
@@ -239,13 +240,13 @@ def test_every_failure_is_listed(tmp_path, start):
     mirror = start(all=not_found).url
     message = refused(tmp_path, gone.url, f"{gone.url}: ", "refused", f"{mirror}: HTTP Error 404", mirror=mirror)
     assert "train.de.gz" in message
-    assert data.BASE_URL in message
+    assert download.BASE_URL in message
 
 
 def test_words_of_a_server_cannot_write_to_the_terminal(tmp_path, start):
     lines = []
     with pytest.raises(UserError):
-        download(tmp_path, start(all=bell_and_404).url, log=lines.append)
+        fetch(tmp_path, start(all=bell_and_404).url, log=lines.append)
     assert "\\x1b[31m\\x07" in lines[-1]
     assert lines[-1].isprintable()
 
@@ -280,8 +281,8 @@ def test_endless_file_is_read_no_further_than_its_size(tmp_path, start):
 
 @pytest.mark.parametrize("fault", [hang, drip_body, drip_headers])
 def test_total_deadline_ends_a_server_that_never_does(tmp_path, start, fault, monkeypatch):
-    small = {name: (there, 10**9, sha256) for name, (there, _, sha256) in data.MULTI30K.items()}
-    monkeypatch.setattr(data, "MULTI30K", small)
+    small = {name: (there, 10**9, sha256) for name, (there, _, sha256) in download.MULTI30K.items()}
+    monkeypatch.setattr(download, "MULTI30K", small)
     server = start(all=fault)
     refused(tmp_path, server.url, "by hand", timeout=1.0)
     assert len(server.paths) == 1, "it was asked, and not for a second file"
@@ -289,24 +290,24 @@ def test_total_deadline_ends_a_server_that_never_does(tmp_path, start, fault, mo
 
 def test_fetching_itself_ends_at_the_deadline(start):
     with pytest.raises(TimeoutError, match="by the deadline"):
-        data._fetch(f"{start(all=drip_body).url}/train.de.gz", 40, time.monotonic() + 0.3)
+        download._fetch(f"{start(all=drip_body).url}/train.de.gz", 40, time.monotonic() + 0.3)
 
 
 def test_hanging_first_address_leaves_time_for_the_mirror(tmp_path, start):
-    download(tmp_path, start(all=hang).url, mirror=start().url, timeout=4.0)
+    fetch(tmp_path, start(all=hang).url, mirror=start().url, timeout=4.0)
     assert contents(tmp_path) == TEXTS
 
 
 def test_blocked_name_lookup_ends_at_the_deadline(tmp_path, monkeypatch):
     release = threading.Event()
-    monkeypatch.setattr(data, "_fetch", lambda *args: release.wait(30))
+    monkeypatch.setattr(download, "_fetch", lambda *args: release.wait(30))
     refused(tmp_path, "http://name.invalid", "not done within 0.2 s", timeout=0.2)
     release.set()
 
 
 def test_redirect_within_http_is_followed(tmp_path, start):
     other = start()
-    download(tmp_path, start(all=lambda handler: redirect(other.url + handler.path)(handler)).url)
+    fetch(tmp_path, start(all=lambda handler: redirect(other.url + handler.path)(handler)).url)
     assert contents(tmp_path) == TEXTS
     assert len(other.paths) == 6
 
@@ -329,7 +330,7 @@ def test_redirect_to_another_scheme_is_refused(tmp_path, start, url):
 def test_redirect_from_https_goes_to_https_alone(old, new, followed):
     request = urllib.request.Request(f"{old}://a.invalid/x")
     target = f"{new}://b.invalid/x"
-    follow = data._NoDowngrade().redirect_request
+    follow = download._NoDowngrade().redirect_request
     if followed:
         assert follow(request, None, 302, "Found", {}, target).full_url == target
     else:
@@ -340,7 +341,7 @@ def test_redirect_from_https_goes_to_https_alone(old, new, followed):
 def test_proxy_of_the_environment_is_used(tmp_path, start, monkeypatch):
     proxy = start()
     monkeypatch.setenv("http_proxy", proxy.url)
-    download(tmp_path, "http://mirror.invalid/raw")
+    fetch(tmp_path, "http://mirror.invalid/raw")
     assert contents(tmp_path) == TEXTS
     assert proxy.paths[0] == "http://mirror.invalid/raw/train.de.gz"
 
@@ -348,11 +349,11 @@ def test_proxy_of_the_environment_is_used(tmp_path, start, monkeypatch):
 def test_killed_download_leaves_nothing_for_the_next(tmp_path, start):
     server = start(one=hang)
     code = (
-        "import json, sys, data; data.MULTI30K = json.loads(sys.argv[3]);"
-        "data.download_multi30k(sys.argv[1], base_url=sys.argv[2])"
+        "import json, sys, download; download.MULTI30K = json.loads(sys.argv[3]);"
+        "download.download_multi30k(sys.argv[1], base_url=sys.argv[2])"
     )
-    arguments = [str(tmp_path), server.url, json.dumps(data.MULTI30K)]
-    killed = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=Path(data.__file__).parent)
+    arguments = [str(tmp_path), server.url, json.dumps(download.MULTI30K)]
+    killed = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=Path(download.__file__).parent)
     while f"/{VICTIM}" not in server.paths:
         assert killed.poll() is None
         server.stop.wait(0.01)
@@ -361,7 +362,7 @@ def test_killed_download_leaves_nothing_for_the_next(tmp_path, start):
     assert (tmp_path / ".multi30k.lock").exists()
     (tmp_path / ".multi30k.part").mkdir()  # as if it had been killed a moment later
     (tmp_path / ".multi30k.part" / "train.de").write_text("half")
-    download(tmp_path, start().url)
+    fetch(tmp_path, start().url)
     assert contents(tmp_path) == TEXTS
 
 
@@ -373,7 +374,7 @@ def test_two_downloads_into_one_folder_fetch_once(tmp_path, start):
         if line.startswith("waiting"):
             waiting.set()
 
-    runs = [threading.Thread(target=download, args=(tmp_path, server.url, log)) for _ in range(2)]
+    runs = [threading.Thread(target=fetch, args=(tmp_path, server.url, log)) for _ in range(2)]
     for run in runs:
         run.start()
     for run in runs:
@@ -384,12 +385,12 @@ def test_two_downloads_into_one_folder_fetch_once(tmp_path, start):
 
 def test_failed_download_leaves_no_folder_that_it_made(tmp_path):
     with pytest.raises(UserError):
-        download(tmp_path / "new", "http://127.0.0.1:9")
+        fetch(tmp_path / "new", "http://127.0.0.1:9")
     assert not (tmp_path / "new").exists()
 
 
 def test_full_disk_keeps_nothing(tmp_path, start, monkeypatch):
-    written, write = [], data._write_synced
+    written, write = [], download.write_synced
 
     def full(path, *parts):
         written.append(path)
@@ -397,7 +398,7 @@ def test_full_disk_keeps_nothing(tmp_path, start, monkeypatch):
             raise OSError(28, "No space left on device")
         write(path, *parts)
 
-    monkeypatch.setattr(data, "_write_synced", full)
+    monkeypatch.setattr(download, "write_synced", full)
     refused(tmp_path, start().url, "cannot be stored", "No space left on device")
     assert len(written) == 4
 
@@ -405,12 +406,12 @@ def test_full_disk_keeps_nothing(tmp_path, start, monkeypatch):
 def test_folder_that_is_a_file_is_told(tmp_path, start):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be stored"):
-        download(tmp_path / "file", start().url)
+        fetch(tmp_path / "file", start().url)
 
 
 def test_other_files_in_the_target_are_left_alone(tmp_path, start):
     (tmp_path / "multi30k").mkdir()
     (tmp_path / "multi30k" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="has no multi30k/ of its own"):
-        download(tmp_path, start().url)
+        fetch(tmp_path, start().url)
     assert contents(tmp_path) == {"notes.txt": b"mine"}

@@ -68,6 +68,13 @@ def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, mon
     assert loss_sum / count == pytest.approx(loss, rel=1e-5)
 
 
+def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split, model, monkeypatch):
+    """One by one on a CPU, by halves elsewhere; sources padded to a multiple."""
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+    assert scoring.translate(model, split.src, VOCAB, World()) == whole
+
+
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
     ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
     monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
@@ -79,10 +86,10 @@ def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatc
 def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, monkeypatch, ratio):
     total, count = 0.0, 0
     for index in range(3):
-        batch = data.make_batch(split, torch.tensor([index]))
-        logits = model(batch.src, batch.trg, ratio, batch.src_len)
-        for t in range(1, len(batch.trg)):
-            total -= logits[t, 0].log_softmax(0)[batch.trg[t, 0]].item()
+        (src, src_len), (trg, _) = (data.pad(side, torch.tensor([index])) for side in (split.src, split.trg))
+        logits = model(src, trg, ratio, src_len)
+        for t in range(1, len(trg)):
+            total -= logits[t, 0].log_softmax(0)[trg[t, 0]].item()
             count += 1
     monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
     assert scoring.mean_loss(model, split, World(), teacher_forcing_ratio=ratio) == pytest.approx(

@@ -1,0 +1,229 @@
+"""Text to words: spaCy's rules, in this process or in several, a chunk of lines at a time.
+
+What a process hands on is compact, numbers and the chunk's distinct words, so that the process that collects the
+chunks has little to do. torch is not imported here.
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+import multiprocessing
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import numpy as np
+
+import textfiles
+from errors import UserError
+
+MAX_CHARACTERS = 10_000  # of a line
+MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
+# That spaCy is given together: a call costs more than a line, and a longer text leaves the processor's cache.
+LINES_PER_DOC = 30
+WORDS_KEPT = 1_000_000  # by a tokenizer: it never forgets one of its own accord
+BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy: less text than that is done sooner without it
+AHEAD = 3  # chunks that a process has been given and not yet given back
+
+
+class Tokens(NamedTuple):
+    """Tokenised lines.
+
+    Attributes:
+        words: the distinct tokens, lower-cased.
+        ids: [tokens] int32, each token's place in `words`, line after line.
+        lengths: [lines] int64, in tokens.
+        cut: how many lines were too long.
+    """
+
+    words: list[str]
+    ids: np.ndarray
+    lengths: np.ndarray
+    cut: int
+
+    def sentences(self) -> list[list[str]]:
+        """The tokens of each line, white-space tokens among them."""
+        tokens = map(self.words.__getitem__, self.ids.tolist())
+        return [list(itertools.islice(tokens, length)) for length in self.lengths.tolist()]
+
+
+def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
+    """Lower-cased tokens of each line, by the rules of spaCy's blank pipeline, cut to `MAX_WORDS`.
+
+    Args:
+        lines: of each, stripped, the first `MAX_CHARACTERS` are read; a line end within is a space.
+        lang: spaCy's code of the language.
+
+    Returns:
+        The tokens of each line, white-space tokens among them, and how many lines were cut.
+
+    Raises:
+        UserError: usage, if spaCy has no tokenizer for the language, or not without a package that is missing.
+
+    >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
+    ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
+    """
+    tokens = tokenise_lines([line.replace("\n", " ").strip() for line in lines], lang)
+    return tokens.sentences(), tokens.cut
+
+
+def tokenise_lines(lines: list[str], lang: str) -> Tokens:
+    """As `tokenise`, in its compact form; the lines must be stripped, and hold no line end."""
+    from spacy.attrs import LOWER
+    from spacy.tokenizer import Tokenizer
+
+    tokenizer = _tokenizer(lang)
+    strings = tokenizer.vocab.strings
+    newline = strings.add("\n")
+    # A rule-based tokenizer makes a token of each line's end and looks no further than it, so that many lines can be
+    # one text. Others, such as the Chinese one, are given line by line.
+    together = LINES_PER_DOC if isinstance(tokenizer, Tokenizer) else 1
+    heads = [line[:MAX_CHARACTERS].rstrip() for line in lines]
+    texts = [head for head in heads if head]
+    pieces = []
+    for start in range(0, len(texts), together):
+        pieces.append(tokenizer("\n".join(texts[start : start + together])).to_array(LOWER))
+        pieces.append(np.array([newline], np.uint64))
+    hashes = np.concatenate(pieces) if pieces else np.zeros(0, np.uint64)
+
+    is_end = hashes == newline
+    lengths = np.zeros(len(heads), np.int64)
+    lengths[np.array([bool(head) for head in heads], bool)] = np.diff(np.flatnonzero(is_end), prepend=-1) - 1
+    hashes = hashes[~is_end]
+    cut = (lengths > MAX_WORDS) | np.array([len(line) > MAX_CHARACTERS for line in lines], bool)
+    if cut.any():
+        starts = np.cumsum(lengths) - lengths
+        hashes = hashes[np.arange(len(hashes)) - np.repeat(starts, lengths) < MAX_WORDS]
+        lengths = np.minimum(lengths, MAX_WORDS)
+    distinct, ids = np.unique(hashes, return_inverse=True)
+    words = [strings[key] for key in distinct.tolist()]
+    if len(strings) > WORDS_KEPT:
+        _tokenizer.cache_clear()
+    return Tokens(words, ids.astype(np.int32), lengths, int(cut.sum()))
+
+
+@functools.cache
+def _tokenizer(lang: str):
+    import spacy  # here, because a start from the cache does not need the seconds that it takes
+
+    try:
+        return spacy.blank(lang).tokenizer
+    except (ImportError, AttributeError) as error:  # AttributeError: one of spaCy's modules that is no language
+        reason = str(error).splitlines()[0]
+        todo = "install what it needs, or choose another of spaCy's languages (xx for one that has none)"
+        raise UserError("usage", f"no tokenizer for {lang!r}: {reason}", "--src-lang, --trg-lang", todo) from error
+
+
+class TokenChunk(NamedTuple):
+    """What becomes of a `textfiles.Chunk`: both sides' tokens, and how many pairs had an empty side."""
+
+    src: Tokens
+    trg: Tokens
+    dropped: int
+
+
+def tokenise_chunk(chunk: textfiles.Chunk, langs: tuple[str, str]) -> TokenChunk:
+    """The tokens of a chunk's pairs; raises what reading and tokenising it raises."""
+    src, trg, dropped = textfiles.read_pairs(chunk)
+    return TokenChunk(tokenise_lines(src, langs[0]), tokenise_lines(trg, langs[1]), dropped)
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextlib.contextmanager
+def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iterable[textfiles.Chunk]], Iterator]]:
+    """A `map` of `tokenise_chunk` that keeps the order; while the body runs, processes share the chunks.
+
+    Args:
+        langs: spaCy's codes of both languages.
+        processes: fewer than 2 stand for this one.
+
+    Raises:
+        RuntimeError: from the map, a process was killed or has failed.
+        UserError: from the map, as `tokenise_chunk`.
+    """
+    if processes < 2:
+        yield functools.partial(map, functools.partial(tokenise_chunk, langs=langs))
+        return
+    children, pipes = [], []
+    try:
+        for _ in range(processes):
+            ours, theirs = multiprocessing.Pipe()
+            with theirs:
+                # This file as a program, and not a process of multiprocessing: that would import the main program
+                # again, and with it torch, which takes longer than to tokenise a hundred thousand lines.
+                command = [sys.executable, __file__, str(theirs.fileno()), *langs]
+                children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]))
+            pipes.append(ours)
+        yield functools.partial(_in_turn, pipes)
+    finally:
+        for pipe, child in zip(pipes, children, strict=True):
+            pipe.close()
+            child.kill()
+            child.wait()
+
+
+def _in_turn(pipes: list[Connection], chunks: Iterable[textfiles.Chunk]) -> Iterator[TokenChunk]:
+    """The results of `chunks`, which go to the processes in turn. One pipe each: a shared one could break in the hands
+    of a process that is killed, and leave the others and us waiting."""
+    waiting: collections.deque[Connection] = collections.deque()
+    for pipe, chunk in zip(itertools.cycle(pipes), chunks, strict=False):
+        if len(waiting) == AHEAD * len(pipes):
+            yield _receive(waiting.popleft())
+        with _named_failure():
+            pipe.send(chunk)
+        waiting.append(pipe)
+    while waiting:
+        yield _receive(waiting.popleft())
+
+
+def _receive(pipe: Connection) -> TokenChunk:
+    with _named_failure():
+        result = pipe.recv()
+    if isinstance(result, UserError):
+        raise result
+    return result
+
+
+@contextlib.contextmanager
+def _named_failure() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
+
+
+def serve(pipe: Connection, langs: tuple[str, str]) -> None:
+    """The life of a process that tokenises what another sends it, and ends with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other, who ends us
+    sys.modules["torch"] = None  # spaCy imports it where it finds it, and needs it for no tokenizer
+    chunks: queue.SimpleQueue = queue.SimpleQueue()
+    threading.Thread(target=_take_in, args=(pipe, chunks), daemon=True).start()
+    while True:
+        try:
+            result = tokenise_chunk(chunks.get(), langs)
+        except UserError as error:
+            result = error
+        pipe.send(result)
+
+
+def _take_in(pipe: Connection, chunks: queue.SimpleQueue) -> None:
+    """Takes in while the process computes or sends. So the other never waits until it takes, and neither can block."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            chunks.put(pipe.recv())
+    os._exit(1)  # the other has gone, killed perhaps
+
+
+if __name__ == "__main__":
+    import textwords  # results are pickled by the name that this module has for the other process
+
+    textwords.serve(Connection(int(sys.argv[1])), (sys.argv[2], sys.argv[3]))
