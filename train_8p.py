@@ -23,12 +23,14 @@ Scoring a checkpoint on the test set:
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError, check_packages, printable, run_main
@@ -151,7 +153,10 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--label-smoothing", type=flags.fraction, metavar="P", help="mass spread over the vocabulary")
     group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
     group.add_argument(
-        "--fixed-length", type=flags.non_negative_int, metavar="N", help="pad or cut to N tokens; 0 to the batch's own"
+        "--fixed-length",
+        type=flags.zero_or_sentence_length,
+        metavar="N",
+        help="pad or cut to N tokens; 0 to the batch's own",
     )
     group.add_argument("--batching", choices=["like-length", "random"], help="which pairs share a batch")
     group.add_argument("--last-batch", choices=["keep", "drop"], help="an epoch's incomplete batch")
@@ -442,24 +447,24 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
         if args.amp and args.opt_level != "O0" and precise.name.startswith("float32"):
             say("note: this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32")
     keeper = BestKeeper(args, world, corpus)
+    loader = data.Loader(corpus.train, device, fixed_length=args.fixed_length)
 
-    total_steps = args.epochs * len(epoch_plan(args, world, corpus, epoch=0))
+    total_steps = args.epochs * len(EpochPlan(args, world, corpus, epoch=0))
     step = 0
     for epoch in range(args.epochs):
         criterion.train()
-        batches = epoch_plan(args, world, corpus, epoch)
+        batches = EpochPlan(args, world, corpus, epoch)
         log = EpochLog(world, epoch, args.epochs, len(batches), step, args.print_freq)
         for indices in batches:
             # 1. this rank's pairs
             share = data.rank_share(indices, world.rank, world.size)
-            batch = data.make_batch(corpus.train, share, fixed_length=args.fixed_length)
+            batch = loader(share)
             log.data_ready()
-            batch = batch.to(device)
 
-            # 2. the loss: the mean over the target positions of all ranks
+            # 2. the loss: the mean over the targets of all ranks
             with precise.forward_context():
-                loss_sum = criterion(batch.src, batch.trg, batch.src_len, batch.positions, args.teacher_forcing_ratio)
-            count = loss_sum.new_full((), len(batch.positions))
+                loss_sum = criterion(batch, args.teacher_forcing_ratio)
+            count = loss_sum.new_full((), batch.count)
             totals = world.sum(torch.stack((loss_sum.detach(), count)))  # [2]
             loss = loss_sum * (world.size / totals[1])  # DDP will divide the gradients by the world's size
 
@@ -479,28 +484,34 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
             keeper.validate(model, epoch, mean_loss, rate)
 
 
-def epoch_plan(args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int) -> list[torch.Tensor]:
-    """The batches of one epoch over all ranks; a performance run goes round again until it has enough.
+class EpochPlan:
+    """The steps of one epoch; a performance run goes round again until it has enough.
 
-    Returns:
-        The indices of the pairs of each step, each [batch] int64.
+    Iterating gives the indices of the pairs of each step, over all ranks, each [batch] int64.
     """
-    batches: list[torch.Tensor] = []
-    rounds = epoch
-    while not batches or (args.performance and len(batches) < PERFORMANCE_STEPS):
-        one_round = data.epoch_batches(
-            corpus.train.src.lengths,
-            corpus.train.trg.lengths,
-            args.batch_size * world.nodes,
-            seed=args.seed,
-            epoch=rounds,
-            like_length=args.batching == "like-length",
-            drop_last=args.last_batch == "drop",
+
+    def __init__(self, args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int):
+        self._args, self._world, self._corpus, self._epoch = args, world, corpus, epoch
+        self._steps = len(self._round(0))
+        if args.performance:
+            self._steps = max(self._steps, PERFORMANCE_STEPS)
+
+    def _round(self, number: int) -> data.EpochBatches:
+        return data.epoch_batches(
+            self._corpus.train,
+            self._args.batch_size * self._world.nodes,
+            seed=self._args.seed,
+            epoch=self._epoch + number,
+            like_length=self._args.batching == "like-length",
+            drop_last=self._args.last_batch == "drop",
         )
-        # The first round is whole; what a performance run adds to it ends with the last step that it needs.
-        batches += one_round if not batches else one_round[: PERFORMANCE_STEPS - len(batches)]
-        rounds += 1
-    return batches
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        rounds = itertools.chain.from_iterable(map(self._round, itertools.count()))
+        return itertools.islice(rounds, self._steps)
 
 
 def learning_rate(args: argparse.Namespace, step: int, total_steps: int) -> float:
@@ -668,7 +679,11 @@ def vocabularies(
 
 
 def run_rank(
-    index: int, args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int] | None
+    index: int,
+    args: argparse.Namespace,
+    worlds: list[devices.World],
+    meeting: tuple[str, int] | None,
+    corpus: data.Corpus | None = None,
 ) -> None:
     """The life of one of several processes: meets the others, trains, leaves.
 
@@ -677,9 +692,10 @@ def run_rank(
         args: the flags, recipe resolved.
         worlds: this node's.
         meeting: where the ranks meet; None under torchrun, whose environment says.
+        corpus: the data; None in a spawned process, which reads it from the cache that its parent has built.
     """
     world = worlds[index]
-    corpus = load_corpus(args, log=lambda line: None)  # from the cache that the parent, or the first rank, has built
+    corpus = corpus or load_corpus(args, log=lambda line: None)
     store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
     world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
     train(args, world, corpus)
@@ -722,7 +738,7 @@ def run(args: argparse.Namespace, kind: str, worlds: list[devices.World], meetin
     start = time.monotonic()
     resolve_recipe(args, len(corpus.train), worlds[0])
     if under_torchrun():
-        run_rank(0, args, worlds, None)
+        run_rank(0, args, worlds, None, corpus)
     elif args.multiprocessing_distributed or worlds[0].nodes > 1:
         train_in_processes(args, worlds, meeting)
     else:
