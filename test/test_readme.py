@@ -30,9 +30,10 @@ def test_both_languages_have_the_same_headings_and_tables():
     assert ENGLISH.count("\n|") == CHINESE.count("\n|")
 
 
-def test_both_languages_have_the_same_numbers_in_the_results():
-    results = [text.split("\n## ")[1] for text in (ENGLISH, CHINESE)]
-    numbers = [sorted(re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", text))) for text in results]
+@pytest.mark.parametrize("section", [1, 2], ids=["results", "speed"])
+def test_both_languages_have_the_same_numbers(section):
+    texts = [text.split("\n## ")[section] for text in (ENGLISH, CHINESE)]
+    numbers = [sorted(re.findall(r"\d[\d.,]*\d|\d", re.sub(r"\]\([^)]*\)", "", text))) for text in texts]
     assert [n for n in numbers[0] if "." in n] == [n for n in numbers[1] if "." in n]
 
 
@@ -77,8 +78,21 @@ def test_the_figures_of_the_results_stand_in_their_logs(text):
     for row in rows:
         bleu, fps = (cell.strip() for cell in row.split("|")[4:6])
         log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
-        assert bleu == "" or re.search(rf"^BLEU score = {re.escape(bleu)}", log, re.MULTILINE)
+        scores = re.findall(r"^BLEU score = (\S+)", log, re.MULTILINE)
+        assert [bleu] == [f"{float(score):.2f}" for score in scores] if bleu else not scores
         assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
+
+
+@LANGUAGES
+def test_the_figures_of_the_speed_table_stand_in_their_logs(text):
+    rows = [line for line in text.splitlines() if line.startswith("|") and "](bench/results/" in line]
+    assert len(rows) >= 7
+    for row in rows:
+        log = (REPOSITORY / re.search(r"\]\((bench/results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
+        figures = re.findall(r"[\d.]*\d", " ".join(row.split("|")[2:6]))
+        assert figures
+        printed = re.findall(r"[\d.]*\d", log)
+        assert all(figure in printed for figure in figures), row
 
 
 @LANGUAGES

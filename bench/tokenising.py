@@ -1,0 +1,67 @@
+"""Tokenising and caching a large corpus from cold, with one worker and with two in turn.
+
+    python bench/tokenising.py
+
+Generates a million pairs with `sample/generate.py` (or takes `--data-dir`), and loads them with an empty cache folder
+each time: reading, tokenising, building the vocabularies, writing the cache and checking it. A process's own imports
+are not counted, those of its workers are.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import machine
+
+LOAD = """
+import sys, time
+import data
+start = time.perf_counter()
+corpus = data.load(sys.argv[1], cache_dir=sys.argv[2], workers=int(sys.argv[3]), log=lambda line: None)
+print("loaded:", len(corpus.train), time.perf_counter() - start)
+"""
+
+
+def generate(folder: Path, pairs: int) -> Path:
+    """Writes a corpus of so many training pairs into `folder`; returns it."""
+    command = [sys.executable, str(machine.ROOT / "sample" / "generate.py"), f"--pairs={pairs}", f"--out={folder}"]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def load_command(data_dir: Path, cache_dir: Path | str, workers: int) -> list[str]:
+    """Loads a corpus and prints `loaded:`, its training pairs, and the seconds that it took."""
+    return [sys.executable, "-c", LOAD, str(data_dir.resolve()), str(cache_dir), str(workers)]
+
+
+def pairs_per_second(data_dir: Path, workers: int) -> float:
+    """Training pairs a second, from cold."""
+    with tempfile.TemporaryDirectory() as cache_dir:
+        command = load_command(data_dir, cache_dir, workers)
+        _, found = machine.first_line(command, "loaded: ([0-9]+) ([0-9.e-]+)")
+    return int(found[1]) / float(found[2])
+
+
+def main(argv: list[str]) -> None:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], formatter_class=formatter)
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", help="a corpus of one's own; left out: a generated one")
+    parser.add_argument("--pairs", type=int, default=1_000_000, metavar="N", help="training pairs to generate")
+    parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="rounds, for the medians")
+    args = parser.parse_args(argv)
+    print(machine.describe())
+    with tempfile.TemporaryDirectory() as folder:
+        data_dir = args.data_dir or generate(Path(folder), args.pairs)
+        print("training pairs a second")
+
+        def measure(_: int) -> dict[str, float]:
+            return {f"{workers} workers": pairs_per_second(data_dir, workers) for workers in (1, 2)}
+
+        middle = machine.repeat(args.repetitions, measure)
+    machine.print_figure("two workers / one", middle["2 workers"] / middle["1 workers"], ">= 1.7")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

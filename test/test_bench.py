@@ -1,0 +1,211 @@
+"""bench/: the plain loop is the model, the figures follow from what was measured, and each script runs."""
+
+import doctest
+import json
+import random
+import re
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from torch import nn
+from torch.nn import functional as F
+
+import data
+import decoding
+import gru
+import large_corpus
+import machine
+import plain
+import startup
+import time_to_bleu
+import tokenising
+import training
+
+SAMPLE = REPOSITORY / "sample"
+SIZES = {"input_dim": 13, "output_dim": 11, "emb_dim": 5, "hid_dim": 7}
+
+
+@pytest.fixture
+def models():
+    """The plain model and the port's with the same weights, in float64 and without dropout."""
+    torch.manual_seed(3)
+    own = plain.Seq2Seq(**SIZES, dropout=0.0).double()
+    for parameter in own.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        own.decoder.fc_out.bias[data.EOS] += 2  # so that some sentences end and some do not
+    port = gru.build(**SIZES).double()
+    port.load_state_dict(own.state_dict())
+    return own, port
+
+
+@pytest.fixture
+def no_products(monkeypatch):
+    """A product rate that takes no time to measure."""
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype, device: 1e9)
+
+
+def figures(text: str) -> dict[str, float]:
+    """Name and value of each figure that a script has printed."""
+    return {
+        name: float(value) for name, value in re.findall(r"^figure: (.+) = (\S+) \(must: .+\)$", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("module", [decoding, machine], ids=lambda module: module.__name__)
+def test_the_examples_in_the_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# ---------------------------------------------------------------- the plain loop
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_the_plain_loop_has_the_models_loss_and_gradients(models, ratio):
+    src, trg = torch.randint(4, 11, (6, 4)), torch.randint(4, 11, (8, 4))
+    trg[5:, :2] = data.PAD
+    own, port = models
+    random.seed(3)
+    own_loss = plain.mean_loss(own(src, trg, ratio), trg)
+    random.seed(3)
+    logits = port(src, trg, ratio)
+    port_loss = F.cross_entropy(logits[1:].flatten(0, 1), trg[1:].flatten(), ignore_index=data.PAD)
+    assert own_loss.item() == pytest.approx(port_loss.item(), abs=1e-10)
+    own_loss.backward()
+    port_loss.backward()
+    for (name, ours), theirs in zip(own.named_parameters(), port.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-10, msg=name)
+
+
+def test_plain_decoding_translates_as_the_model_does(models):
+    own, port = models
+    src = torch.randint(4, 13, (6, 12))
+    expected = port.greedy(src, torch.full((12,), 6), data.SOS, data.EOS, plain.MAX_LENGTH)
+    ended = 0
+    for column in range(12):
+        ids = own.greedy(src[:, column : column + 1])
+        ended += ids[-1] == data.EOS
+        assert ids + [data.EOS] * (plain.MAX_LENGTH - len(ids)) == expected[:, column].tolist()
+    assert 0 < ended < 12
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def test_the_limit_by_hand():
+    # 4 source positions, 4 steps: encoder 4*5*9, decoder 4*5*9 + 3*9, output layer 4*5*10 + 3*10.
+    lengths = torch.tensor([3, 5]), torch.tensor([4, 6])
+    assert machine.flops_per_pair(*lengths, output_dim=10, emb_dim=2, hid_dim=3) == 6 * (180 + 207 + 230)
+
+
+def test_the_product_rate_counts_two_operations_for_each_multiply_add(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(machine, "clock", lambda device: next(ticks))
+    monkeypatch.setattr(machine, "PRODUCT", (4, 3, 2))
+    assert machine.matmul_rate(torch.float32) == 2 * 4 * 3 * 2  # a second each
+
+
+def test_the_figures_of_training_by_hand():
+    middle = {"plain": 20.0, "amp": 400.0, "fp32": 120.0, "amp 0.5": 300.0, "MB amp": 1400.0, "MB fp32": 1450.0}
+    middle |= {"GFLOP/s amp": 300.0, "GFLOP/s fp32": 100.0}
+    values = {name: value for name, value, _ in training.figures(middle, flops=0.6e9, device="cpu")}
+    assert values == pytest.approx(
+        {
+            "training --amp / plain": 20.0,
+            "training fp32 / plain": 6.0,
+            "share of the limit, --amp": 0.8,  # 400 pairs of 0.6 GFLOP are 240 of 300 GFLOP/s
+            "share of the limit, fp32": 0.72,
+            "peak memory --amp, MB": 1400.0,
+            "peak memory fp32, MB": 1450.0,
+            "forcing 0.5 / 1.0, --amp": 0.75,
+        }
+    )
+    on_gpu = training.figures(middle, flops=0.6e9, device="cuda")
+    assert on_gpu[0] == ("training --amp, pairs/s", 400.0, ">= 150000")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_a_process_has_its_own_peak_memory_and_not_its_parents():
+    program = "import time\nfor size in (0, 300_000_000): print(len(b'x' * size), flush=True); time.sleep(0.5)"
+    peaks = [line.peak_mb for line in machine.follow([sys.executable, "-c", program])]
+    assert peaks[0] < 100 < machine.peak_rss_mb()
+    assert 300 < peaks[1] < 400
+
+
+def test_a_command_that_fails_ends_the_script_with_its_last_lines():
+    with pytest.raises(SystemExit, match="failed:\nsome reason"):
+        list(machine.follow([sys.executable, "-c", "import sys; sys.exit('some reason')"]))
+
+
+def test_a_command_is_ended_at_the_line_that_was_awaited():
+    program = "import time; print('a 1', flush=True); print('b 2', flush=True); time.sleep(600)"
+    line, found = machine.first_line([sys.executable, "-c", program], r"b (\d)")
+    assert (line.text, found[1]) == ("b 2", "2")
+
+
+def test_a_line_that_never_comes_is_an_error():
+    with pytest.raises(SystemExit, match="printed no line"):
+        machine.first_line([sys.executable, "-c", "print('a')"], "b")
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+def test_the_plain_loop_runs(tmp_path):
+    measured = plain.measure(steps=1, data_dir=SAMPLE, cache_dir=tmp_path, batch_size=4)
+    assert measured["pairs_per_second"] > 0 and measured["peak_mb"] > 100
+
+
+def test_the_plain_loop_times_each_step_but_the_first(tmp_path, monkeypatch, capsys):
+    ticks = iter([0, 100, 200, 202, 300, 302])
+    monkeypatch.setattr(machine, "clock", lambda device: next(ticks))
+    arguments = ["train", "--data-dir", str(SAMPLE), "--cache-dir", str(tmp_path), "--steps", "2", "--batch-size", "4"]
+    plain.main(arguments)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs_per_second"] == 2  # 8 pairs in 4 seconds
+
+
+def test_training_runs(tiny_corpus, no_products, capsys):
+    training.main(["--data-dir", str(tiny_corpus), "--batch-size", "8", "--plain-steps", "1", "--repetitions", "1"])
+    values = figures(capsys.readouterr().out)
+    assert len(values) == 7 and all(value > 0 for value in values.values())
+
+
+def test_decoding_runs_and_all_agree_in_float32(tiny_corpus, no_products, capsys):
+    decoding.main(["--data-dir", str(tiny_corpus), "--repetitions", "1"])
+    values = figures(capsys.readouterr().out)
+    assert values["equal to plain, fp32"] == 1
+    assert values["decoding bf16 / plain fp32"] > 0
+
+
+def test_startup_runs(tiny_corpus, capsys):
+    startup.main(["--data-dir", str(tiny_corpus), "--repetitions", "1"])
+    values = figures(capsys.readouterr().out)
+    assert values["import of torch, s"] > 0 and values["warm start, s"] > 0
+
+
+def test_time_to_bleu_stops_at_the_first_validation_that_reaches_it(tiny_corpus, capsys):
+    flags = ["--epochs", "50", "--emb-dim", "8", "--hid-dim", "8"]
+    where = ["--data-dir", str(tiny_corpus)]
+    time_to_bleu.main([*where, "--repetitions", "1", "--plain-rate", "10", "--bleu", "0", "--", *flags])
+    values = figures(capsys.readouterr().out)
+    seconds = values["seconds to BLEU 0"]
+    assert values["time to BLEU 0, plain / port"] == pytest.approx(29000 / seconds, rel=1e-2)
+    with pytest.raises(SystemExit, match="below 101"):
+        time_to_bleu.seconds_to_bleu([f"--data-dir={tiny_corpus}", *flags[2:], "--epochs", "1"], bleu=101.0)
+
+
+def test_tokenising_runs(capsys):
+    tokenising.main(["--pairs=300", "--repetitions=1"])
+    assert "figure: two workers / one = " in capsys.readouterr().out
+
+
+def test_large_corpus_runs(capsys):
+    """With a corpus of 300 pairs for the small one and of 900 for the large one."""
+    large_corpus.main(["--small=300", "--large=900", "--batch-size=32", "--steps=3", "--repetitions=1"])
+    figures = re.findall(r"figure: memory \((\w+)\).* = ([0-9.]+) ", capsys.readouterr().out)
+    assert [name for name, _ in figures] == ["peak", "end"]
+    assert all(0.5 < float(ratio) < 2 for _, ratio in figures)
