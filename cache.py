@@ -72,18 +72,23 @@ class Writer:
 
     def finish(self, about: Any) -> None:
         """Writes the index, and waits until all is on the disk."""
-        arrays = {}
-        for name, file in self._files.items():
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            arrays[name] = [self._dtypes[name], stream_sha256(file)]
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            digests = threads.map(_settle, self._files.values())
+        arrays = {name: [self._dtypes[name], digest] for name, digest in zip(self._files, digests, strict=True)}
         _write_checked(self._folder / INDEX, {"arrays": arrays, "about": about})
         sync_folder(self._folder)
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _settle(file: BinaryIO) -> str:
+    """Waits until a file is on the disk; returns the sha256 of what the system then has for it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.seek(0)
+    return stream_sha256(file)
 
 
 Build = Callable[[Writer], Any]
@@ -95,11 +100,12 @@ def read(folder: Path | None, key: str, log: Log = lambda line: None) -> Entry |
         return None
     try:
         index = _read_checked(path / INDEX)
-        arrays = {}
-        for name, (dtype, digest) in index["arrays"].items():
-            # Copy-on-write: torch warns of tensors that cannot be written. Nobody writes, so nothing is copied.
-            arrays[name] = np.asarray(np.memmap(path / name, dtype, "c"))
-            if sha256(arrays[name]) != digest:
+        # Copy-on-write: torch warns of tensors that cannot be written. Nobody writes, so nothing is copied.
+        arrays = {name: np.asarray(np.memmap(path / name, dtype, "c")) for name, (dtype, _) in index["arrays"].items()}
+        with concurrent.futures.ThreadPoolExecutor() as threads:
+            found = dict(zip(arrays, threads.map(sha256, arrays.values()), strict=True))
+        for name, (_, digest) in index["arrays"].items():
+            if found[name] != digest:
                 raise ValueError(f"{name} has another sha256 than it was written with")
     except (OSError, ValueError):  # ValueError: from memmap too, for a size that is none
         log(f"the cache {path} is damaged and is built again")

@@ -316,6 +316,8 @@ def _build(
     text_bytes = sum(textfiles.text_bytes(path) for paths in files for path in paths)
     processes = min(workers, cores(), text_bytes // textwords.BYTES_PER_PROCESS)
     with textwords.tokenised(langs, processes) as tokenised:
+        import torchtext.vocab  # noqa: F401  for `Vocabulary.build`: now, while the processes start
+
         for index, (name, paths) in enumerate(zip(SPLITS, files, strict=True)):
             sides = [_SideBuilder(writer, f"{name}.{side}") for side in ("src", "trg")]
             sentences: tuple[list, list] = ([], [])

@@ -7,6 +7,7 @@ chunks has little to do. torch is not imported here.
 import collections
 import contextlib
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -15,9 +16,10 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import Connection
-from typing import NamedTuple
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
@@ -30,7 +32,8 @@ MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
 LINES_PER_DOC = 30
 WORDS_KEPT = 1_000_000  # by a tokenizer: it never forgets one of its own accord
 BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy: less text than that is done sooner without it
-AHEAD = 3  # chunks that a process has been given and not yet given back
+PATIENCE = 5.0  # seconds that processes have for ending by themselves
+AHEAD = 3  # chunks for each process that are read and not yet handed on, in order
 
 
 class Tokens(NamedTuple):
@@ -38,7 +41,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         words: the distinct tokens, lower-cased.
-        ids: [tokens] int32, each token's place in `words`, line after line.
+        ids: [tokens] unsigned integers, each token's place in `words`, line after line.
         lengths: [lines] int64, in tokens.
         cut: how many lines were too long.
     """
@@ -106,7 +109,7 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
     words = [strings[key] for key in distinct.tolist()]
     if len(strings) > WORDS_KEPT:
         _tokenizer.cache_clear()
-    return Tokens(words, ids.astype(np.int32), lengths, int(cut.sum()))
+    return Tokens(words, ids.astype(np.min_scalar_type(len(words))), lengths, int(cut.sum()))
 
 
 @functools.cache
@@ -153,44 +156,62 @@ def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iter
     if processes < 2:
         yield functools.partial(map, functools.partial(tokenise_chunk, langs=langs))
         return
-    children, pipes = [], []
+    pipes, ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
+    descriptors = [end.fileno() for end in ends]
+    # This file as a program, and not a process of multiprocessing: that would import the main program again, and with
+    # it torch, which takes longer than to tokenise a hundred thousand lines. In a session of its own Ctrl-C does not
+    # reach it. And numpy starts no threads for products, which nobody needs there: a process is to fork before it has
+    # any.
+    server = subprocess.Popen(
+        [sys.executable, __file__, *langs, *map(str, descriptors)],
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+        pass_fds=descriptors,
+        start_new_session=True,
+    )
     try:
-        for _ in range(processes):
-            ours, theirs = multiprocessing.Pipe()
-            with theirs:
-                # This file as a program, and not a process of multiprocessing: that would import the main program
-                # again, and with it torch, which takes longer than to tokenise a hundred thousand lines.
-                command = [sys.executable, __file__, str(theirs.fileno()), *langs]
-                children.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]))
-            pipes.append(ours)
+        for end in ends:
+            end.close()
         yield functools.partial(_in_turn, pipes)
     finally:
-        for pipe, child in zip(pipes, children, strict=True):
+        for pipe in pipes:
             pipe.close()
-            child.kill()
-            child.wait()
+        try:
+            server.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def _in_turn(pipes: list[Connection], chunks: Iterable[textfiles.Chunk]) -> Iterator[TokenChunk]:
-    """The results of `chunks`, which go to the processes in turn. One pipe each: a shared one could break in the hands
-    of a process that is killed, and leave the others and us waiting."""
-    waiting: collections.deque[Connection] = collections.deque()
-    for pipe, chunk in zip(itertools.cycle(pipes), chunks, strict=False):
-        if len(waiting) == AHEAD * len(pipes):
-            yield _receive(waiting.popleft())
-        with _named_failure():
-            pipe.send(chunk)
-        waiting.append(pipe)
-    while waiting:
-        yield _receive(waiting.popleft())
+    """The results of `chunks`, in their order, whichever process is done first; that one gets the next chunk. One pipe
+    each: a shared one could break in the hands of a process that is killed, and leave the others and us waiting."""
+    numbered = enumerate(chunks)
+    out: dict[Connection, collections.deque[int]] = {pipe: collections.deque() for pipe in pipes}
+    results: dict[int, TokenChunk | UserError] = {}  # that wait for their turn
+    turn = 0
+    while True:
+        while sum(map(len, out.values())) + len(results) < AHEAD * len(pipes) and (given := next(numbered, None)):
+            pipe = min(pipes, key=lambda pipe: len(out[pipe]))
+            with _named_failure():
+                pipe.send(given[1])
+            out[pipe].append(given[0])
+        if turn in results:
+            result = results.pop(turn)
+            if isinstance(result, UserError):
+                raise result
+            yield result
+            turn += 1
+        elif busy := [pipe for pipe in pipes if out[pipe]]:
+            for pipe in wait(busy):
+                results[out[pipe].popleft()] = _receive(pipe)
+        else:
+            return
 
 
-def _receive(pipe: Connection) -> TokenChunk:
+def _receive(pipe: Connection) -> TokenChunk | UserError:
     with _named_failure():
-        result = pipe.recv()
-    if isinstance(result, UserError):
-        raise result
-    return result
+        return pipe.recv()
 
 
 @contextlib.contextmanager
@@ -201,29 +222,60 @@ def _named_failure() -> Iterator[None]:
         raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
 
 
-def serve(pipe: Connection, langs: tuple[str, str]) -> None:
-    """The life of a process that tokenises what another sends it, and ends with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other, who ends us
-    sys.modules["torch"] = None  # spaCy imports it where it finds it, and needs it for no tokenizer
+def serve(langs: tuple[str, str], descriptors: list[int]) -> NoReturn:
+    """Imports spaCy once, becomes as many processes as there are pipes, and waits for them; they end with their pipes.
+
+    Processes that all import it for themselves, at the same time, are ready later.
+    """
+    # What a tokenizer does not need of spaCy takes most of the import: torch, which it imports where it finds it, and
+    # its commands, of which it offers one as a function.
+    sys.modules["torch"] = None
+    sys.modules["spacy.cli"] = types.ModuleType("spacy.cli")
+    sys.modules["spacy.cli.info"] = types.ModuleType("spacy.cli.info")
+    sys.modules["spacy.cli.info"].info = None
+    for lang in langs:
+        with contextlib.suppress(UserError):  # the first chunk raises it once more
+            _tokenizer(lang)
+    gc.disable()  # nothing here leaves cycles behind, and to look for them takes a twentieth of the time
+    for place, descriptor in enumerate(descriptors):
+        if not os.fork():
+            for later in descriptors[place + 1 :]:
+                os.close(later)  # else it would stay open when its process ends, and nobody would notice that
+            _serve(Connection(descriptor), langs)
+        os.close(descriptor)
+    for _ in descriptors:
+        os.wait()
+    os._exit(0)  # to tidy up what spaCy has made takes a tenth of a second
+
+
+def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
+    """The life of a process that tokenises what another sends it. Threads send and take in while it computes."""
     chunks: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_take_in, args=(pipe, chunks), daemon=True).start()
+    threading.Thread(target=_send_out, args=(pipe, results), daemon=True).start()
     while True:
         try:
-            result = tokenise_chunk(chunks.get(), langs)
+            results.put(tokenise_chunk(chunks.get(), langs))
         except UserError as error:
-            result = error
-        pipe.send(result)
+            results.put(error)
 
 
 def _take_in(pipe: Connection, chunks: queue.SimpleQueue) -> None:
-    """Takes in while the process computes or sends. So the other never waits until it takes, and neither can block."""
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             chunks.put(pipe.recv())
     os._exit(1)  # the other has gone, killed perhaps
 
 
+def _send_out(pipe: Connection, results: queue.SimpleQueue) -> None:
+    with contextlib.suppress(ConnectionError):
+        while True:
+            pipe.send(results.get())
+    os._exit(1)
+
+
 if __name__ == "__main__":
     import textwords  # results are pickled by the name that this module has for the other process
 
-    textwords.serve(Connection(int(sys.argv[1])), (sys.argv[2], sys.argv[3]))
+    textwords.serve((sys.argv[1], sys.argv[2]), [int(descriptor) for descriptor in sys.argv[3:]])

@@ -302,18 +302,19 @@ def test_corpus_does_not_depend_on_the_number_of_processes(tmp_path, load, monke
 
 
 def test_killed_tokenising_process_is_an_error_and_leaves_none(monkeypatch):
-    started = watch_processes(monkeypatch)
+    server = watch_server(monkeypatch)
     with (
         pytest.raises(RuntimeError, match="tokenising process ended early"),
         textwords.tokenised(("de", "en"), 2) as results,
     ):
-        for _ in results(chunks(DE * 1000)):
-            started[0].kill()
-    assert [process.poll() is not None for process in started] == [True, True]
+        for index, _ in enumerate(results(chunks(DE * 1000))):
+            if index == 0:
+                os.kill(children(server[0].pid)[-1], signal.SIGKILL)
+    assert_group_is_gone(server[0])
 
 
-def watch_processes(monkeypatch):
-    """A list that grows with each process that is started."""
+def watch_server(monkeypatch):
+    """A list of the process that is started, once it is: the one that becomes those that tokenise."""
     started, start = [], subprocess.Popen
 
     def watched(*args, **options):
@@ -324,18 +325,50 @@ def watch_processes(monkeypatch):
     return started
 
 
+def children(pid, count=2):
+    """The process's children, when there are so many."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+        fields = [(int(stat.split()[0]), stat.rpartition(")")[2].split()) for stat in stats]
+        found = [child for child, (state, parent, *_) in fields if int(parent) == pid and state != "Z"]
+        if len(found) == count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{found} are not {count} processes")
+
+
+def assert_group_is_gone(server):
+    """The server has been waited for, and none of its group is left; a killed child may need a moment to go."""
+    assert server.poll() is not None
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(server.pid, 0)
+            time.sleep(0.05)
+
+
 def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
-    started = watch_processes(monkeypatch)
+    server = watch_server(monkeypatch)
     with textwords.tokenised(("de", "qq"), 2) as results:
         refused(lambda: list(results(chunks(DE))), "usage", "no tokenizer for 'qq'")
-    assert [process.poll() is not None for process in started] == [True, True]
+    assert_group_is_gone(server[0])
 
 
-def test_tokenising_process_that_has_stopped_is_ended_too(monkeypatch):
-    started = watch_processes(monkeypatch)
+def test_chunk_that_takes_long_does_not_hold_up_the_others_and_keeps_its_turn():
+    lines = ["Hund " * 50_000] + [f"{word} {index}" for index in range(40) for word in DE]
+    with textwords.tokenised(("de", "en"), 2) as results:
+        words = [result[0] for result in map(plain, results(chunks(lines)))]
+    with textwords.tokenised(("de", "en"), 1) as results:
+        assert words == [result[0] for result in map(plain, results(chunks(lines)))]
+
+
+def test_tokenising_processes_that_have_stopped_are_ended_too(monkeypatch):
+    monkeypatch.setattr(textwords, "PATIENCE", 0.2)
+    server = watch_server(monkeypatch)
     with textwords.tokenised(("de", "en"), 2):
-        started[1].send_signal(signal.SIGSTOP)
-    assert [process.poll() is not None for process in started] == [True, True]
+        os.kill(children(server[0].pid)[1], signal.SIGSTOP)
+    assert_group_is_gone(server[0])
 
 
 def test_tokenising_process_imports_no_torch(monkeypatch, capfd):
@@ -354,31 +387,40 @@ def test_tokenising_processes_end_with_a_killed_parent():
         "stack = textwords.tokenised(('de', 'en'), 2); stack.__enter__(); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    children = [Path("/proc", parent.stdout.readline().strip()) for _ in range(2)]
-    assert all("textwords.py" in (child / "cmdline").read_text() for child in children)
+    server = int(parent.stdout.readline())
+    processes = [Path("/proc", str(pid)) for pid in [server, *children(server)]]
+    assert all("textwords.py" in (process / "cmdline").read_text() for process in processes)
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while any(child.exists() for child in children) and time.monotonic() < deadline:
+    while any(process.exists() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(child.exists() for child in children)
+    assert not any(process.exists() for process in processes)
 
 
-def test_interrupt_is_left_to_the_parent(monkeypatch):
-    started = watch_processes(monkeypatch)
-    with textwords.tokenised(("de", "en"), 2) as results:
-        first, *rest = results(interrupted(chunks(DE * 20), started))
-    assert len([first, *rest]) == len(chunks(DE * 20))
+INTERRUPTED = """
+import os, signal, time
+from test_data import DE, chunks
+import textwords
+with textwords.tokenised(("de", "en"), 2) as results:
+    for index, _ in enumerate(results(chunks(DE * 20))):
+        if index == 3:
+            try:
+                os.kill(0, signal.SIGINT)
+                time.sleep(10)
+            except KeyboardInterrupt:
+                print("interrupted")
+print(index + 1 == len(chunks(DE * 20)))
+"""
 
 
-def interrupted(items, processes):
-    """`items`; Ctrl-C is sent after so many that the processes must have begun."""
-    for index, item in enumerate(items):
-        if index == 2 * textwords.AHEAD + 1:
-            for process in processes:
-                process.send_signal(signal.SIGINT)
-        yield item
+def test_interrupt_is_left_to_the_parent():
+    """Ctrl-C goes to all processes of the terminal's foreground group, here to those of a program of its own."""
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "test")))
+    options = {"env": os.environ | {"PYTHONPATH": paths}, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], start_new_session=True, **options)
+    assert done.stdout.split() == ["interrupted", "True"], done.stderr
 
 
 # ---------------------------------------------------------------- bad input (FAULTS 18 to 28)
