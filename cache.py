@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +28,18 @@ INDEX = "index.json"
 DIGESTS = "digests.json"
 RACY_NS = 2_000_000_000  # a file that was changed less than this before it was read may change again unnoticed
 BLOCK = 1 << 20  # numbers that are in memory at a time
+
+
+class Unwritable(Exception):
+    """The cache folder is full or does not work; the message says what is wrong."""
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(str(error)) from error
 
 
 class Entry(NamedTuple):
@@ -43,7 +55,7 @@ class Writer:
     Args:
         folder: None for in memory.
 
-    Every method raises OSError if the disk is full or does not work.
+    What writes raises `Unwritable`.
     """
 
     def __init__(self, folder: Path | None):
@@ -51,6 +63,7 @@ class Writer:
         self._files: dict[str, BinaryIO] = {}
         self._dtypes: dict[str, str] = {}
 
+    @_writing()
     def append(self, name: str, values: np.ndarray) -> None:
         """Adds `values`, [n], of the same dtype as before, at the end of the array `name`."""
         if name not in self._files:
@@ -58,6 +71,7 @@ class Writer:
             self._dtypes[name] = values.dtype.str
         self._files[name].write(np.ascontiguousarray(values))
 
+    @_writing()
     def translate(self, name: str, table: np.ndarray) -> None:
         """Replaces each number of the array `name` by what `table` has at its place; the dtypes are the same."""
         file, place = self._files[name], 0
@@ -70,6 +84,7 @@ class Writer:
     def in_memory(self) -> dict[str, np.ndarray]:
         return {name: np.frombuffer(file.getbuffer(), self._dtypes[name]) for name, file in self._files.items()}
 
+    @_writing()
     def finish(self, about: Any) -> None:
         """Writes the index, and waits until all is on the disk."""
         with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -94,19 +109,20 @@ def _settle(file: BinaryIO) -> str:
 Build = Callable[[Writer], Any]
 
 
-def read(folder: Path | None, key: str, log: Log = lambda line: None) -> Entry | None:
-    """The corpus of this key, its arrays mapped from the disk; None if it is not there or not as it was written."""
+def read(folder: Path | None, key: str, log: Log = lambda line: None, verify: bool = True) -> Entry | None:
+    """The corpus of this key, its arrays mapped from the disk, not to be written to; None if it is not there or not as
+    it was written, which `verify` finds out by reading all of it."""
     if folder is None or not (path := folder / key).exists():
         return None
     try:
         index = _read_checked(path / INDEX)
-        # Copy-on-write: torch warns of tensors that cannot be written. Nobody writes, so nothing is copied.
-        arrays = {name: np.asarray(np.memmap(path / name, dtype, "c")) for name, (dtype, _) in index["arrays"].items()}
-        with concurrent.futures.ThreadPoolExecutor() as threads:
-            found = dict(zip(arrays, threads.map(sha256, arrays.values()), strict=True))
-        for name, (_, digest) in index["arrays"].items():
-            if found[name] != digest:
-                raise ValueError(f"{name} has another sha256 than it was written with")
+        # Read-only: the system counts pages that could be written as this process's memory, and may not have so many.
+        arrays = {name: np.asarray(np.memmap(path / name, dtype, "r")) for name, (dtype, _) in index["arrays"].items()}
+        if verify:
+            with concurrent.futures.ThreadPoolExecutor() as threads:
+                digests = list(threads.map(sha256, arrays.values()))
+            if digests != [digest for _, digest in index["arrays"].values()]:
+                raise ValueError("an array has another sha256 than it was written with")
     except (OSError, ValueError):  # ValueError: from memmap too, for a size that is none
         log(f"the cache {path} is damaged and is built again")
         return None
@@ -127,7 +143,7 @@ def read_or_build(folder: Path | None, key: str, build: Build, log: Log) -> Entr
         if entry is None:
             try:
                 _write(folder / key, build)
-            except OSError as error:
+            except Unwritable as error:
                 log(f"not cached: {error}")
             entry = read(folder, key, log) or _in_memory(build)
         return entry
@@ -142,13 +158,15 @@ def _in_memory(build: Build) -> Entry:
 def _write(path: Path, build: Build) -> None:
     temporary = path.with_name(f"{path.name}.tmp")  # one name is enough, we hold the lock
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
-    temporary.mkdir()
+    with _writing():
+        temporary.mkdir()
     try:
         with contextlib.closing(Writer(temporary)) as writer:
             writer.finish(build(writer))
         shutil.rmtree(path, ignore_errors=True)  # it is damaged
-        os.rename(temporary, path)
-        sync_folder(path.parent)
+        with _writing():
+            os.rename(temporary, path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

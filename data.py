@@ -15,6 +15,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -211,6 +212,7 @@ def load(
     cache_dir: str | Path | None = None,
     mirror: str | None = None,
     download_timeout: float = 300.0,
+    verify: bool = True,
     log: Log = print,
 ) -> Corpus:
     """The corpus in `data_dir`, from the cache where it has these contents; Multi30k is downloaded if nothing is there.
@@ -224,6 +226,7 @@ def load(
         cache_dir: where the tokenised corpus is kept, by default `${XDG_CACHE_HOME:-~/.cache}/gru-for-pytorch`.
         mirror: a second address to download from.
         download_timeout: seconds, for the whole download.
+        verify: whether a cached corpus is read through and checked; another process may just have done that.
         log: takes the lines that tell what is going on.
 
     Raises:
@@ -245,7 +248,7 @@ def load(
 
     folder = cache.find_folder(cache_dir, log)
     digests = cache.known_digests(folder, paths)
-    entry = digests and cache.read(folder, key(digests))
+    entry = digests and cache.read(folder, key(digests), verify=verify)
     if not entry:
         digests = cache.read_digests(folder, paths, log)
 
@@ -259,10 +262,12 @@ def load(
 
 
 def _split(entry: cache.Entry, name: str) -> Split:
-    src, trg = (
-        Side(*(torch.from_numpy(entry.arrays[f"{name}.{side}.{part}"]) for part in ("ids", "offsets")))
-        for side in ("src", "trg")
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        src, trg = (
+            Side(*(torch.from_numpy(entry.arrays[f"{name}.{side}.{part}"]) for part in ("ids", "offsets")))
+            for side in ("src", "trg")
+        )
     return Split(src, trg, *entry.about["words"][name])
 
 
@@ -354,7 +359,7 @@ def _build(
 POOL = 100  # batches whose pairs are grouped by length together
 
 
-class EpochBatches(Sequence):
+class EpochBatches(Sequence):  # without slices and negative indices
     """One epoch's batches over all ranks, in training order; see `epoch_batches`. What is held is one permutation of
     the pairs, drawn when the first batch is asked for, and one pool of batches."""
 

@@ -253,7 +253,7 @@ class OutputLoss(torch.autograd.Function):
         loss = share.new_zeros(())
         on_cpu = logits.device.type == "cpu"
         limit = max(OutputLoss.SOFTMAX_ROWS, counts[0]) if on_cpu else len(logits)
-        # Half is too coarse for a log-sum-exp. One place for all runs stays in the cache.
+        # Half is too coarse for a log-sum-exp. One buffer for all runs, so that it stays in the cache.
         work = share.new_empty(min(limit, len(logits)), logits.shape[1])
         ends = [row_slice.stop for row_slice in step_rows(counts)]
         for first, last in runs(counts, limit, alike=True):
@@ -327,7 +327,7 @@ def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 class Dropout(nn.Dropout):
     """`nn.Dropout`, on a CPU from fewer random bits: eight an element if they suffice, else sixteen.
 
-    So the probability is that of the next multiple of 2^-16, by which the kept elements are scaled, too.
+    So the probability is that of the nearest multiple of 2^-16, by which the kept elements are scaled, too.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -629,7 +629,7 @@ class TrainingLoss(nn.Module):
         """Cross entropy, summed over the real targets of a batch.
 
         Args:
-            batch: from `data.make_batch`.
+            batch: from a `data.Loader`.
             teacher_forcing_ratio: as in `Seq2Seq.forward`.
 
         Returns:

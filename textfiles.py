@@ -1,6 +1,6 @@
 """Parallel text files: finding the six, reading them a chunk of lines at a time, and refusing what is no text.
 
-Files may be larger than memory: nothing here holds more than a chunk of one.
+Files may be larger than memory: nothing here holds more of one than a chunk, or a line that is longer.
 """
 
 import contextlib
@@ -72,17 +72,21 @@ def text_bytes(path: Path) -> int:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file to read from, decompressed if its name ends in `.gz`. Nothing but reading it may go on in the body.
-
-    Raises:
-        UserError: io (it cannot be read) or data (it is no whole gzip file).
-    """
+    """The file to read from, decompressed if its name ends in `.gz`. Nothing but reading it may go on in the body, or
+    in a body of `_reading` of its own; both raise as that does."""
     packed = path.suffix == ".gz"
-    try:
+    with _reading(path):
         if packed and not path.stat().st_size:
             raise EOFError("the file is empty")
         with gzip.open(path) if packed else open(path, "rb") as file:
             yield file
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raises UserError: io (the file cannot be read) or data (it is no whole gzip file)."""
+    try:
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError("data", f"not a whole gzip file: {error}", str(path), "fetch the file again") from error
     except OSError as error:
@@ -122,10 +126,15 @@ def pair_chunks(paths: tuple[Path, Path], digests: tuple[str, str]) -> Iterator[
     seen = hashlib.sha256(), hashlib.sha256()
     first = 1
     with _opened(paths[0]) as src_file, _opened(paths[1]) as trg_file:
-        while src := src_file.read(CHUNK_BYTES):
-            src += src_file.readline()
+        while True:
+            with _reading(paths[0]):
+                src = src_file.read(CHUNK_BYTES)
+                src += src_file.readline()
+            if not src:
+                break
             lines = count_lines(src)
-            trg = list(itertools.islice(trg_file, lines))
+            with _reading(paths[1]):
+                trg = list(itertools.islice(trg_file, lines))
             if len(trg) < lines:
                 _raise_unlike(paths, first - 1 + lines + sum(1 for _ in src_file), first - 1 + len(trg))
             texts = (src, b"".join(trg))

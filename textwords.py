@@ -28,12 +28,12 @@ from errors import UserError
 
 MAX_CHARACTERS = 10_000  # of a line
 MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
-# That spaCy is given together: a call costs more than a line, and a longer text leaves the processor's cache.
+# Lines that spaCy is given as one text: a call costs more than a line, and a longer text leaves the processor's cache.
 LINES_PER_DOC = 30
 WORDS_KEPT = 1_000_000  # by a tokenizer: it never forgets one of its own accord
 BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy: less text than that is done sooner without it
 PATIENCE = 5.0  # seconds that processes have for ending by themselves
-AHEAD = 3  # chunks for each process that are read and not yet handed on, in order
+AHEAD = 3  # chunks that each process may have, and results for each that may wait for their turn
 
 
 class Tokens(NamedTuple):
@@ -143,7 +143,8 @@ def tokenise_chunk(chunk: textfiles.Chunk, langs: tuple[str, str]) -> TokenChunk
 
 @contextlib.contextmanager
 def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iterable[textfiles.Chunk]], Iterator]]:
-    """A `map` of `tokenise_chunk` that keeps the order; while the body runs, processes share the chunks.
+    """A `map` of `tokenise_chunk` that keeps the order; while the body runs, processes share the chunks. A map that was
+    not followed to its end, or has raised an error, must be the last one.
 
     Args:
         langs: spaCy's codes of both languages.
@@ -156,12 +157,11 @@ def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iter
     if processes < 2:
         yield functools.partial(map, functools.partial(tokenise_chunk, langs=langs))
         return
-    pipes, ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
-    descriptors = [end.fileno() for end in ends]
+    pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
+    descriptors = [end.fileno() for end in far_ends]
     # This file as a program, and not a process of multiprocessing: that would import the main program again, and with
     # it torch, which takes longer than to tokenise a hundred thousand lines. In a session of its own Ctrl-C does not
-    # reach it. And numpy starts no threads for products, which nobody needs there: a process is to fork before it has
-    # any.
+    # reach it. Only a process without threads can be forked safely, so numpy is told to start none.
     server = subprocess.Popen(
         [sys.executable, __file__, *langs, *map(str, descriptors)],
         stdin=subprocess.DEVNULL,
@@ -170,7 +170,7 @@ def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iter
         start_new_session=True,
     )
     try:
-        for end in ends:
+        for end in far_ends:
             end.close()
         yield functools.partial(_in_turn, pipes)
     finally:
@@ -191,8 +191,11 @@ def _in_turn(pipes: list[Connection], chunks: Iterable[textfiles.Chunk]) -> Iter
     results: dict[int, TokenChunk | UserError] = {}  # that wait for their turn
     turn = 0
     while True:
-        while sum(map(len, out.values())) + len(results) < AHEAD * len(pipes) and (given := next(numbered, None)):
-            pipe = min(pipes, key=lambda pipe: len(out[pipe]))
+        while (
+            len(out[pipe := min(pipes, key=lambda pipe: len(out[pipe]))]) < AHEAD
+            and len(results) < AHEAD * len(pipes)
+            and (given := next(numbered, None))
+        ):
             with _named_failure():
                 pipe.send(given[1])
             out[pipe].append(given[0])
@@ -218,7 +221,7 @@ def _receive(pipe: Connection) -> TokenChunk | UserError:
 def _named_failure() -> Iterator[None]:
     try:
         yield
-    except (EOFError, ConnectionError) as error:
+    except (EOFError, OSError) as error:  # OSError: in the midst of a message
         raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
 
 
@@ -262,17 +265,19 @@ def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
 
 
 def _take_in(pipe: Connection, chunks: queue.SimpleQueue) -> None:
-    with contextlib.suppress(EOFError, ConnectionError):
+    try:
         while True:
             chunks.put(pipe.recv())
-    os._exit(1)  # the other has gone, killed perhaps
+    finally:
+        os._exit(1)  # the other has gone, killed perhaps
 
 
 def _send_out(pipe: Connection, results: queue.SimpleQueue) -> None:
-    with contextlib.suppress(ConnectionError):
+    try:
         while True:
             pipe.send(results.get())
-    os._exit(1)
+    finally:
+        os._exit(1)
 
 
 if __name__ == "__main__":

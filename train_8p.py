@@ -30,7 +30,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from errors import UserError, check_packages, printable, run_main
@@ -335,8 +335,8 @@ def meeting_point(args: argparse.Namespace, nodes: int) -> tuple[str, int]:
     return addr, int(port)
 
 
-def load_corpus(args: argparse.Namespace, log=say) -> data.Corpus:
-    """The corpus that the flags name."""
+def load_corpus(args: argparse.Namespace, *, verify: bool = True, log: Callable[[str], None] = say) -> data.Corpus:
+    """The corpus that the flags name; see `data.load`."""
     if args.data_dir is None:
         log("note: no --data-dir was given: using the bundled sample corpus")
     return data.load(
@@ -346,9 +346,10 @@ def load_corpus(args: argparse.Namespace, log=say) -> data.Corpus:
         train_name=args.train_name,
         val_name=args.val_name,
         test_name=args.test_name,
-        workers=max(1, args.workers),
+        workers=args.workers,
         cache_dir=args.cache_dir,
         mirror=args.mirror,
+        verify=verify,
         log=log,
     )
 
@@ -436,7 +437,6 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
     gru.INITIALISATIONS[args.init](model)
     model.to(device)
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
-    random.seed(args.seed)  # for teacher forcing: the ranks draw alike
 
     precise = precision.Precision(model, device, args.opt_level, args.loss_scale)
     criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
@@ -462,6 +462,7 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
             log.data_ready()
 
             # 2. the loss: the mean over the targets of all ranks
+            random.seed(f"{args.seed} {step}")  # teacher forcing: ranks draw alike, however long their sentences are
             with precise.forward_context():
                 loss_sum = criterion(batch, args.teacher_forcing_ratio)
             count = loss_sum.new_full((), batch.count)
@@ -695,7 +696,7 @@ def run_rank(
         corpus: the data; None in a spawned process, which reads it from the cache that its parent has built.
     """
     world = worlds[index]
-    corpus = corpus or load_corpus(args, log=lambda line: None)
+    corpus = corpus or load_corpus(args, verify=False, log=lambda line: None)
     store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
     world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
     train(args, world, corpus)

@@ -3,8 +3,8 @@
     python bench/tokenising.py
 
 Generates a million pairs with `sample/generate.py` (or takes `--data-dir`), and loads them with an empty cache folder
-each time: reading, tokenising, building the vocabularies, writing the cache and checking it. A process's own imports
-are not counted, those of its workers are.
+each time: reading, tokenising, building the vocabularies, writing the cache and checking it. The imports of spaCy and
+torchtext are counted, that of torch is not.
 """
 
 import argparse

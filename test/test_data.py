@@ -1,13 +1,17 @@
 """The data's claims: what is read, what is refused and with which words, what a batch holds, what a cache is worth."""
 
+import contextlib
 import doctest
 import fcntl
 import gzip
 import hashlib
+import io
 import json
+import multiprocessing.connection
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -325,27 +329,34 @@ def watch_server(monkeypatch):
     return started
 
 
+def processes(*, parent=None, group=None):
+    """The processes that have this parent, or are of this group; one that has only not been waited for is none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            stat = path.read_text()
+            state, its_parent, its_group = stat.rpartition(")")[2].split()[:3]
+            if state != "Z" and (int(its_parent) == parent or int(its_group) == group):
+                found.append(int(stat.split()[0]))
+    return found
+
+
 def children(pid, count=2):
     """The process's children, when there are so many."""
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
-        fields = [(int(stat.split()[0]), stat.rpartition(")")[2].split()) for stat in stats]
-        found = [child for child, (state, parent, *_) in fields if int(parent) == pid and state != "Z"]
-        if len(found) == count:
-            return found
+    while len(found := processes(parent=pid)) < count and time.monotonic() < deadline:
         time.sleep(0.05)
-    raise AssertionError(f"{found} are not {count} processes")
+    assert len(found) == count
+    return found
 
 
 def assert_group_is_gone(server):
     """The server has been waited for, and none of its group is left; a killed child may need a moment to go."""
     assert server.poll() is not None
     deadline = time.monotonic() + 20
-    with pytest.raises(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(server.pid, 0)
-            time.sleep(0.05)
+    while processes(group=server.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(group=server.pid) == []
 
 
 def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
@@ -355,12 +366,31 @@ def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
     assert_group_is_gone(server[0])
 
 
-def test_chunk_that_takes_long_does_not_hold_up_the_others_and_keeps_its_turn():
-    lines = ["Hund " * 50_000] + [f"{word} {index}" for index in range(40) for word in DE]
-    with textwords.tokenised(("de", "en"), 2) as results:
-        words = [result[0] for result in map(plain, results(chunks(lines)))]
-    with textwords.tokenised(("de", "en"), 1) as results:
-        assert words == [result[0] for result in map(plain, results(chunks(lines)))]
+def test_chunk_that_takes_long_keeps_its_turn_and_does_not_hold_up_the_others():
+    pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    got, count = [], 4 * textwords.AHEAD
+    thread = threading.Thread(target=lambda: got.extend(textwords._in_turn(pipes, range(count))), daemon=True)
+    thread.start()
+    slow = far_ends[0].recv()
+    quick = []
+    while far_ends[1].poll(1):
+        quick.append(far_ends[1].recv())
+        far_ends[1].send(-quick[-1])
+    assert slow == 0 and 2 * textwords.AHEAD <= len(quick) <= 3 * textwords.AHEAD, "but not without end"
+    far_ends[0].send(0)
+    while len(got) < count and thread.is_alive():
+        for end in multiprocessing.connection.wait(far_ends, 1):
+            end.send(-end.recv())
+    thread.join()
+    assert got == [-number for number in range(count)]
+
+
+def test_message_that_breaks_off_is_the_end_of_a_process():
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half")
+    theirs.close()
+    with pytest.raises(RuntimeError, match="tokenising process ended early"):
+        textwords._receive(ours)
 
 
 def test_tokenising_processes_that_have_stopped_are_ended_too(monkeypatch):
@@ -382,21 +412,21 @@ def test_tokenising_process_imports_no_torch(monkeypatch, capfd):
 
 def test_tokenising_processes_end_with_a_killed_parent():
     code = (
-        "import subprocess, textwords, time; start = subprocess.Popen;"
+        "import os, struct, subprocess, textwords, time; start = subprocess.Popen;"
         "subprocess.Popen = lambda *args, **options: print((p := start(*args, **options)).pid, flush=True) or p;"
-        "stack = textwords.tokenised(('de', 'en'), 2); stack.__enter__(); time.sleep(60)"
+        "stack = textwords.tokenised(('de', 'en'), 2); pipes = stack.__enter__().args[0];"
+        "os.write(pipes[0].fileno(), struct.pack('!i', 1000) + b'half a message'); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     server = int(parent.stdout.readline())
-    processes = [Path("/proc", str(pid)) for pid in [server, *children(server)]]
-    assert all("textwords.py" in (process / "cmdline").read_text() for process in processes)
+    assert all("textwords.py" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children(server))
     parent.kill()
     parent.wait()
     parent.stdout.close()
     deadline = time.monotonic() + 20
-    while any(process.exists() for process in processes) and time.monotonic() < deadline:
+    while processes(group=server) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(process.exists() for process in processes)
+    assert processes(group=server) == []
 
 
 INTERRUPTED = """
@@ -658,14 +688,24 @@ def test_second_start_reads_the_same_corpus_from_the_cache(folder, load, builds)
     assert len(builds) == 1
 
 
-def test_corpus_from_the_cache_is_mapped_and_may_be_written_without_harm(folder, load, tmp_path):
-    built = load(folder)
-    ids = load(folder).train.src.ids
-    assert str(cached(tmp_path) / "train.src.ids") in Path("/proc/self/maps").read_text()
-    before = ids.clone()
-    ids += 1
-    assert torch.equal(load(folder).train.src.ids, before)
-    assert torch.equal(built.train.src.ids, before)
+def test_corpus_from_the_cache_is_mapped_and_no_memory_of_its_own(folder, load, tmp_path):
+    load(folder)
+    corpus = load(folder)
+    assert corpus.train.src.ids.tolist()
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    rights = {fields[1] for fields in maps if fields[-1] == str(cached(tmp_path) / "train.src.ids")}
+    assert rights == {"r--s"}, "a page that could be written would count as this process's"
+
+
+def test_corpus_that_another_process_has_checked_is_not_read_through(folder, load, monkeypatch, settled):
+    load(folder)
+    hashed = []
+    monkeypatch.setattr(cache, "sha256", lambda *parts: hashed.append(type(parts[0])) or storage.sha256(*parts))
+    load(folder)
+    assert np.ndarray in hashed
+    hashed.clear()
+    load(folder, verify=False)
+    assert hashed and np.ndarray not in hashed
 
 
 def test_start_from_the_cache_gives_no_warning(folder, load, recwarn):
@@ -863,6 +903,7 @@ def test_spare_cache_folder_that_others_may_write_is_not_used(folder, load, no_c
 def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeypatch, call):
     whole, write = load(folder, cache_dir=tmp_path / "other"), getattr(cache.Writer, call)
 
+    @cache._writing()
     def full(writer, *args):
         if writer._folder:
             raise OSError(28, "No space left on device")
@@ -872,6 +913,34 @@ def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeyp
     assert same(load(folder), whole)
     assert list((tmp_path / "cache").iterdir()) == []
     assert any("not cached" in line and "No space left" in line for line in load.lines)
+
+
+def test_what_is_no_fault_of_the_cache_is_not_taken_for_one(folder, load, monkeypatch):
+    def fails(langs, processes):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(textwords, "tokenised", fails)
+    with pytest.raises(OSError, match="no more processes"):
+        load(folder)
+    assert not any("not cached" in line for line in load.lines)
+
+
+def test_read_error_names_the_file_that_it_is_of(folder, monkeypatch):
+    paths = folder / "train.de", folder / "train.en"
+
+    class Failing(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(5, "Input/output error")
+
+    real = textfiles._opened
+
+    @contextlib.contextmanager
+    def opened(path):
+        with real(path) as file:
+            yield Failing() if path == paths[0] else file
+
+    monkeypatch.setattr(textfiles, "_opened", opened)
+    refused(lambda: list(textfiles.pair_chunks(paths, ("", ""))), "io", "Input/output error", "train.de")
 
 
 def test_without_any_folder_the_corpus_stays_in_memory(folder, load, tmp_path, monkeypatch):

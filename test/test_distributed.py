@@ -54,7 +54,7 @@ def train_watched(corpus: Path, folder: Path, processes: int) -> list[dict]:
     folder.mkdir()
     args = train_8p.build_parser().parse_args(
         f"--data-dir {corpus} --device cpu --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
-        "--output-dropout 0 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
+        "--output-dropout 0 --teacher-forcing-ratio 0.5 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
         f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'}".split()
     )
     kind, indices = train_8p.choose_devices(args)
