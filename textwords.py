@@ -191,14 +191,15 @@ def _in_turn(pipes: list[Connection], chunks: Iterable[textfiles.Chunk]) -> Iter
     results: dict[int, TokenChunk | UserError] = {}  # that wait for their turn
     turn = 0
     while True:
-        while (
-            len(out[pipe := min(pipes, key=lambda pipe: len(out[pipe]))]) < AHEAD
-            and len(results) < AHEAD * len(pipes)
-            and (given := next(numbered, None))
-        ):
+        while min(map(len, out.values())) < AHEAD and len(results) < AHEAD * len(pipes):
+            given = next(numbered, None)
+            if given is None:
+                break
+            number, chunk = given
+            pipe = min(pipes, key=lambda pipe: len(out[pipe]))
             with _named_failure():
-                pipe.send(given[1])
-            out[pipe].append(given[0])
+                pipe.send(chunk)
+            out[pipe].append(number)
         if turn in results:
             result = results.pop(turn)
             if isinstance(result, UserError):
