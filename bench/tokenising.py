@@ -13,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import machine
+import textwords
 
 LOAD = """
 import sys, time
@@ -54,6 +57,8 @@ def main(argv: list[str]) -> None:
     print(machine.describe())
     with tempfile.TemporaryDirectory() as folder:
         data_dir = args.data_dir or generate(Path(folder), args.pairs)
+        if sum(path.stat().st_size for path in data_dir.rglob("train.*")) < 2 * textwords.BYTES_PER_PROCESS:
+            print("note: so little text is tokenised in one process, whatever the number of workers")
         print("training pairs a second")
 
         def measure(_: int) -> dict[str, float]:
