@@ -75,6 +75,8 @@ def choose_kind(wanted: str) -> str:
         return next(kind for kind in KINDS if device_count(kind))
     if not device_count(wanted):
         reason = NPU_IMPORT_ERROR or "torch_npu finds no NPU"
+        if visible := os.environ.get("ASCEND_RT_VISIBLE_DEVICES"):
+            reason += f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}, and its numbers must ascend)"
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
@@ -101,6 +103,20 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def set_hccl_timeouts(seconds: float) -> dict[str, str]:
+    """Has HCCL wait so long for the other ranks, in what the user's environment leaves open.
+
+    Left alone, HCCL gives up connecting after two minutes, and executing after 10 to 30, by its version.
+
+    Returns:
+        Both of its variables.
+    """
+    connect, execute = f"{min(max(seconds, 120), 7200):.0f}", f"{max(seconds, 1):.0f}"  # what it allows
+    for name, value in (("HCCL_CONNECT_TIMEOUT", connect), ("HCCL_EXEC_TIMEOUT", execute)):
+        os.environ.setdefault(name, value)
+    return {name: os.environ[name] for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")}
 
 
 def synchronize(device: torch.device) -> None:
@@ -153,9 +169,11 @@ class World:
             if "OMP_NUM_THREADS" not in os.environ:
                 torch.set_num_threads(max(1, cores() // self.local_size))
         else:
-            torch.accelerator.set_device_index(self.index)  # before the first collective, or all ranks take device 0
+            getattr(torch, self.kind).set_device(self.index)  # before the first collective, or all ranks take device 0
         if self.size == 1:
             return
+        if self.kind == "npu":
+            set_hccl_timeouts(timeout)
         if self.nodes == 1 and sys.platform == "linux":
             # One node needs no other interface than loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -171,6 +189,19 @@ class World:
                 f"rank {self.rank}",
                 "see that every node was started with the same --addr, port and --world-size",
             ) from error
+
+    def describe(self, backend: str | None, timeout: float) -> str:
+        """The device's name and how the ranks meet, for the log; the arguments are those of `start`."""
+        if self.kind == "cpu":
+            name = f"{platform.machine()} CPU, {cores()} cores, {torch.get_num_threads()} threads a process"
+        else:
+            name = getattr(torch, self.kind).get_device_name(self.index)
+        if self.size == 1:
+            return name
+        limits = [f"timeout {timeout:g} s"]
+        if self.kind == "npu":
+            limits += [f"{variable}={value}" for variable, value in set_hccl_timeouts(timeout).items()]
+        return f"{name}; {self.size} ranks by {backend or BACKENDS[self.kind]}, {', '.join(limits)}"
 
     def stop(self) -> None:
         """Leaves the process group."""

@@ -1,37 +1,143 @@
 """Mixed precision: which numbers the forward and the backward pass use, and how the weights stay exact.
 
-| level | weights that compute | products          | weights that the optimizer updates |
-|-------|----------------------|-------------------|------------------------------------|
-| O0    | fp32                 | fp32              | the same                           |
-| O1    | fp32                 | half, by autocast | the same                           |
-| O2    | half                 | half              | an fp32 master copy                |
+| level | weights that compute | products          | weights that the optimizer updates | loss scale   |
+|-------|----------------------|-------------------|------------------------------------|--------------|
+| O0    | fp32                 | fp32              | the same                           | 1            |
+| O1    | fp32                 | half, by autocast | the same                           | as asked for |
+| O2    | half                 | half              | an fp32 master copy                | as asked for |
+| O3    | half                 | half              | the same                           | none         |
 
-The levels' names and meaning are NVIDIA apex's. "Half" is float16 on NPU and CUDA. On a CPU it is bfloat16, which has
-float32's range and so needs no loss scale, and only where the processor computes in it: elsewhere float32 is faster.
+The levels' names and meaning are NVIDIA apex's. "Half" is float16 on NPUs, whose GRU knows no bfloat16, and on CUDA
+where nothing else is asked for. On a CPU it is bfloat16, which has float32's range and so needs no loss scale, and only
+where the processor computes in it: elsewhere float32 is faster.
 
-The fp32 model is the model: it is what is initialised, optimised, validated and saved. O2's half copy only computes
-gradients.
+`choose` decides, `start` makes what runs. The fp32 model is the model: it is what is initialised, validated and saved,
+and what O0 to O2 optimise. A half copy computes gradients; in O3 it is optimised, too.
 """
 
 import contextlib
 import copy
+import importlib
+import inspect
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-# float16 gradients below 6e-8 vanish; a dynamic scale starts high and is halved until nothing overflows.
+from errors import UserError
+
+LEVELS = ("O0", "O1", "O2", "O3")
+BACKENDS = ("auto", "apex", "native")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not fill the `out=` of those in gru.py
+
+# float16 gradients below 6e-8 vanish: hence a scale. A dynamic one starts high and is halved until nothing overflows.
+STATIC_SCALE = 32.0
 DYNAMIC_START = 65536.0
 GROWTH_INTERVAL = 2000
+HALF_EPSILON = 1e-4  # Adam's in float16, where its usual 1e-8 is 0
 
 
-def half_dtype(device: torch.device) -> torch.dtype | None:
-    """The 16-bit format that `device` computes in; None for a CPU that has none."""
-    if device.type == "cpu":
-        return torch.bfloat16 if cpu_has_bfloat16() else None
-    return torch.float16
+# ---------------------------------------------------------------- what is chosen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The precision of a run.
+
+    Attributes:
+        level: "O0" to "O3".
+        dtype: what "half" is; float32 in O0.
+        loss_scale: a number, or "dynamic".
+        backend: "native" or "apex".
+        note: what the user should know about it, or an empty string.
+    """
+
+    level: str = "O0"
+    dtype: torch.dtype = torch.float32
+    loss_scale: float | str = 1.0
+    backend: str = "native"
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """For the log: `bfloat16/O2`."""
+        return f"{str(self.dtype).removeprefix('torch.')}/{self.level}"
+
+
+def choose(
+    kind: str, level: str, *, dtype: str = "auto", loss_scale: float | str | None = None, backend: str = "auto"
+) -> Choice:
+    """What a device of `kind` runs with.
+
+    Args:
+        kind: "npu", "cuda" or "cpu".
+        level: "O0" to "O3".
+        dtype: "float16", "bfloat16", or "auto" for the device's own.
+        loss_scale: a number, "dynamic", or None for what `dtype` needs.
+        backend: "apex", "native", or "auto" for apex where it is installed and serves this device and level.
+
+    Raises:
+        UserError: usage, there is no such precision here.
+    """
+    own = torch.bfloat16 if kind == "cpu" else torch.float16
+    half = DTYPES.get(dtype, own)
+    if level != "O0":
+        check_dtype(kind, half)
+    if level == "O3" and loss_scale not in (None, 1.0):
+        raise UserError(
+            "usage",
+            f"{loss_scale} with O3",
+            "--loss-scale",
+            "leave it out: O3 has no float32 gradients to unscale into",
+        )
+    backend = choose_backend(kind, level, backend)
+    if level == "O0":
+        return Choice(loss_scale=loss_scale or 1.0)
+    if kind == "cpu" and not cpu_has_bfloat16():
+        note = "this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32"
+        return Choice(loss_scale=loss_scale or 1.0, note=note)
+    needed = STATIC_SCALE if half == torch.float16 and level != "O3" else 1.0
+    return Choice(level, half, loss_scale or needed, backend)
+
+
+def check_dtype(kind: str, half: torch.dtype) -> None:
+    """Raises a usage UserError if a device of `kind` should not compute in `half`."""
+    reason = ""
+    if kind == "npu" and half == torch.bfloat16:
+        reason = "the NPU's GRU computes in float16 and float32 only"
+    elif kind == "cpu" and half == torch.float16:
+        reason = "float16 products take a CPU about ten times as long"
+    elif kind == "cuda" and half == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        reason = "this GPU has no bfloat16"
+    if reason:
+        raise UserError("usage", f"{reason}", "--amp-dtype", "leave the flag out: auto is right for every device")
+
+
+def choose_backend(kind: str, level: str, wanted: str) -> str:
+    """ "apex" or "native"; see `choose`."""
+    if wanted == "native" or (wanted == "auto" and (kind == "cpu" or level not in APEX_LEVELS)):
+        return "native"
+    if kind == "cpu" or level not in APEX_LEVELS:
+        what = f"apex serves {' and '.join(APEX_LEVELS)} on NPUs and GPUs, not {level} on {kind}"
+        raise UserError("usage", what, "--amp-backend", "use native")
+    amp, reason = import_amp()
+    if amp is None and wanted == "apex":
+        todo = "install the apex that your device's vendor offers, or use native"
+        raise UserError("usage", f"no apex.amp here: {reason}", "--amp-backend", todo)
+    return "native" if amp is None else "apex"
+
+
+def import_amp() -> tuple[ModuleType | None, str]:
+    """`apex.amp`, or None and the reason: NVIDIA's apex has had no `amp` since May 2025."""
+    try:
+        return importlib.import_module("apex.amp"), ""
+    except Exception as error:  # it was built for some torch, and fails in many ways under another
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
@@ -45,90 +151,234 @@ def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-class Precision:
-    """Runs a training step in the chosen precision.
+# ---------------------------------------------------------------- what runs
 
-    Args:
-        model: the fp32 model, on its device.
-        device: that device.
-        level: "O0", "O1" or "O2".
-        loss_scale: a number, or "dynamic".
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Attributes:
-        working_model: the module to compute the loss with: `model` itself, or its half copy.
-        name: what is in use, for the log.
+        name: "adam" or "adamw".
+        lr: peak learning rate.
+        weight_decay: L2 penalty for Adam, decoupled decay for AdamW.
+        eps: keeps the division from one by zero.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, level: str, loss_scale: float | str):
-        dtype = half_dtype(device)
-        if dtype is None or level == "O0":
-            level, dtype = "O0", torch.float32
-        self.name = "float32/O0" if level == "O0" else f"{str(dtype).removeprefix('torch.')}/{level}"
-        self.model = model
-        self.working_model = copy.deepcopy(model).to(dtype) if level == "O2" else model
-        self._pairs = []  # (master, working) parameters
-        if level == "O2":
-            self._pairs = list(zip(model.parameters(), self.working_model.parameters(), strict=True))
-        self._device = device
-        self._autocast_dtype = dtype if level == "O1" else None
-        self._static_scale = None if loss_scale == "dynamic" else float(loss_scale)
-        self._scaler = torch.amp.GradScaler(
-            device.type, init_scale=self._static_scale or DYNAMIC_START, growth_interval=GROWTH_INTERVAL
-        )
+    name: str
+    lr: float
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+
+    def arguments(self) -> dict[str, float]:
+        """As an optimizer's class takes them."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
+
+
+class Precision:
+    """Runs a training step in the chosen precision; see `start`.
+
+    Attributes:
+        model: the fp32 model.
+        working_model: the module to compute the loss with: `model` itself, or its half copy.
+        optimizer: whose learning rate the loop sets.
+    """
+
+    model: nn.Module
+    working_model: nn.Module
+    optimizer: torch.optim.Optimizer
 
     def forward_context(self) -> contextlib.AbstractContextManager:
-        """The context of the forward pass: autocast under O1."""
-        if self._autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self._autocast_dtype)
+        """The context of the forward pass."""
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the scaled loss, in the working model's parameters."""
-        self._scaler.scale(loss).backward()
+        raise NotImplementedError
 
-    def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    def step(self, max_norm: float) -> None:
         """Unscales the gradients in fp32, clips their norm, updates the weights and drops the gradients.
 
-        A step whose gradients are not all finite changes no weight, whether the scale is static or dynamic.
-
         Args:
-            optimizer: over the fp32 model's parameters.
             max_norm: the largest norm of all gradients together; 0 does not clip.
         """
-        for master, working in self._pairs:
-            master.grad = working.grad.float()
-            working.grad = None
-        self._scaler.unscale_(optimizer)
+        raise NotImplementedError
+
+    def refresh_model(self) -> None:
+        """Brings `model` up to date, where it is not what is optimised."""
+        raise NotImplementedError
+
+    def skipped_steps(self) -> int:
+        """How many steps since this was last asked changed no weight, because their gradients overflowed.
+
+        Waits for the device.
+
+        Raises:
+            UserError: diverged, and no later step would change that.
+        """
+        raise NotImplementedError
+
+
+class NativePrecision(Precision):
+    """The levels by PyTorch's own means.
+
+    A step whose gradients are not all finite changes no weight, whether the scale is static or dynamic. O3 has no
+    scale and no such check.
+    """
+
+    def __init__(self, choice: Choice, model: nn.Module, device: torch.device, settings: OptimizerSettings):
+        self.model = model
+        self.working_model = copy.deepcopy(model).to(choice.dtype) if choice.level in ("O2", "O3") else model
+        optimised = self.working_model if choice.level == "O3" else model
+        self.optimizer = make_optimizer(settings, optimised.parameters(), device)
+        self._pairs = []  # (fp32, half) parameters
+        if self.working_model is not model:
+            self._pairs = list(zip(model.parameters(), self.working_model.parameters(), strict=True))
+        self._has_masters = choice.level == "O2"
+        self._autocast = (device.type, choice.dtype) if choice.level == "O1" else None
+        self._static_scale = None if choice.loss_scale == "dynamic" else float(choice.loss_scale)
+        self._scaler = make_scaler(device, self._static_scale or DYNAMIC_START, enabled=choice.level != "O3")
+        self._steps = self._updates = 0  # both since, or at, the last call of `skipped_steps`
+
+    def forward_context(self) -> contextlib.AbstractContextManager:
+        """Autocast under O1."""
+        return torch.autocast(*self._autocast) if self._autocast else super().forward_context()
+
+    def backward(self, loss: Tensor) -> None:
+        self._scaler.scale(loss).backward()
+
+    def step(self, max_norm: float) -> None:
+        if self._has_masters:
+            for master, working in self._pairs:
+                master.grad = working.grad.float()
+                working.grad = None
+        self._scaler.unscale_(self.optimizer)
         if max_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        self._scaler.step(optimizer)
+            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], max_norm)
+        self._scaler.step(self.optimizer)
         self._scaler.update(self._static_scale)
-        optimizer.zero_grad()
-        self._refresh_working_copy()
+        self.optimizer.zero_grad()
+        self._steps += 1
+        if self._has_masters:
+            masters, working = zip(*self._pairs, strict=True)
+            with torch.no_grad():
+                torch._foreach_copy_(list(working), list(masters))
 
     @torch.no_grad()
-    def _refresh_working_copy(self) -> None:
-        if self._pairs:
-            masters, working = zip(*self._pairs, strict=True)
-            torch._foreach_copy_(list(working), list(masters))
+    def refresh_model(self) -> None:
+        if not self._has_masters:
+            for parameter, working in self._pairs:
+                parameter.copy_(working)
+
+    def skipped_steps(self) -> int:
+        state = next(iter(self.optimizer.state.values()), None)  # the optimizer counts its updates
+        updates = int(state["step"]) if state else 0
+        steps, skipped = self._steps, self._steps - (updates - self._updates)
+        self._steps, self._updates = 0, updates
+        is_static = self._static_scale is not None
+        if (is_static and skipped == steps > 0) or (not is_static and self.loss_scale < 1.0):
+            raise UserError(
+                "diverged",
+                f"the gradients of {skipped} of {steps} steps were not finite, at a loss scale of {self.loss_scale:g}",
+                f"update {updates}",
+                f"{'give --loss-scale dynamic' if is_static else 'lower --lr'}, or compute in float32 (--opt-level O0)",
+            )
+        return skipped
+
+    @property
+    def loss_scale(self) -> float:
+        """The scale that the next step will have. Waits for the device."""
+        return self._scaler.get_scale()
 
 
-def fused_available(device: torch.device) -> bool:
-    """Whether PyTorch's own fused Adam runs there; with it the check for overflow needs no synchronisation."""
-    return device.type in ("cpu", "cuda")
+class ApexPrecision(Precision):
+    """O2 and O3 by apex's `amp`: Ascend's fork, or a build of NVIDIA's from before May 2025.
+
+    Under a static scale apex checks for no overflow. Of each step that it skips under a dynamic one it prints a line.
+    """
+
+    def __init__(self, choice: Choice, model: nn.Module, device: torch.device, settings: OptimizerSettings):
+        self._amp = importlib.import_module("apex.amp")
+        self.model = model
+        working = copy.deepcopy(model)
+        fused = apex_fused_optimizer(self._amp, settings, device)
+        if fused is None:
+            optimizer, extra = make_optimizer(settings, working.parameters(), device, fused=False), {}
+        else:
+            optimizer = fused(working.parameters(), **settings.arguments())
+            extra = {"combine_grad": True}
+        self.working_model, self.optimizer = self._amp.initialize(
+            working, optimizer, opt_level=choice.level, loss_scale=choice.loss_scale, **extra
+        )
+
+    def backward(self, loss: Tensor) -> None:
+        with self._amp.scale_loss(loss, self.optimizer) as scaled_loss:
+            scaled_loss.backward()
+
+    def step(self, max_norm: float) -> None:
+        if max_norm > 0:
+            nn.utils.clip_grad_norm_(self._amp.master_params(self.optimizer), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # apex's takes no argument
+
+    @torch.no_grad()
+    def refresh_model(self) -> None:
+        for parameter, master in zip(self.model.parameters(), self._amp.master_params(self.optimizer), strict=True):
+            parameter.copy_(master)
+
+    def skipped_steps(self) -> int:
+        """0: apex reports them itself."""
+        return 0
+
+
+def start(choice: Choice, model: nn.Module, device: torch.device, settings: OptimizerSettings) -> Precision:
+    """What trains `model` in the chosen precision. `DistributedDataParallel` may wrap the working model afterwards.
+
+    Args:
+        choice: from `choose`.
+        model: the fp32 model, on its device.
+        device: that device.
+        settings: the optimizer's.
+    """
+    if (choice.level, choice.dtype) == ("O3", torch.float16):
+        settings = replace(settings, eps=HALF_EPSILON)
+    kind = {"native": NativePrecision, "apex": ApexPrecision}[choice.backend]
+    return kind(choice, model, device, settings)
+
+
+def make_scaler(device: torch.device, scale: float, *, enabled: bool = True) -> torch.amp.GradScaler:
+    """The device's own loss scaler: on an NPU torch_npu's, which also sees the overflow of the 910A, whose float16
+    saturates where others become infinite."""
+    if device.type == "npu":
+        return torch.npu.amp.GradScaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
+    return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, device: torch.device
+    settings: OptimizerSettings, parameters: Iterable[nn.Parameter], device: torch.device, *, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """Adam (Kingma and Ba 2015, arXiv 1412.6980) or AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    """PyTorch's own, in its fastest form.
 
     Args:
-        name: "adam" or "adamw".
-        parameters: the fp32 model's parameters.
-        lr: peak learning rate.
-        weight_decay: L2 penalty for Adam, decoupled decay for AdamW.
-        device: where the parameters are.
+        settings: which, and how.
+        parameters: to optimise.
+        device: where they are.
+        fused: whether that may be one kernel for all. On a CPU and on CUDA it is, and then the check for overflow needs
+            no synchronisation; on an NPU PyTorch has none.
     """
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(parameters, lr=lr, weight_decay=weight_decay, fused=fused_available(device))
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.name]
+    # Left out rather than False, which would turn off the form that goes through all parameters at once, too.
+    options = {"fused": True} if fused and device.type in ("cpu", "cuda") else {}
+    return kind(parameters, **settings.arguments(), **options)
+
+
+def apex_fused_optimizer(amp: ModuleType, settings: OptimizerSettings, device: torch.device) -> type | None:
+    """The class of Ascend's fused optimizer, or None where there is none.
+
+    It is right together with the `combine_grad=True` of the same fork's `amp`, which lays all gradients in one tensor
+    that is unscaled as a whole; torch_npu's copy of it has no such partner here and is not used.
+    """
+    if device.type != "npu" or "combine_grad" not in inspect.signature(amp.initialize).parameters:
+        return None
+    optimizers = importlib.import_module("apex.optimizers")
+    return getattr(optimizers, {"adam": "NpuFusedAdam", "adamw": "NpuFusedAdamW"}[settings.name], None)

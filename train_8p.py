@@ -199,9 +199,24 @@ def build_parser() -> flags.StrictParser:
 
     group = parser.add_argument_group("precision")
     group.add_argument("--amp", action="store_true", help="mixed precision at --opt-level; without it float32")
-    group.add_argument("--opt-level", choices=["O0", "O1", "O2", "O3"], default="O2", help="apex's level")
+    group.add_argument("--opt-level", choices=precision.LEVELS, default="O2", help="apex's level")
     group.add_argument(
-        "--loss-scale", type=flags.loss_scale, metavar="SCALE", help="a number or dynamic; left out: 32, on a CPU 1"
+        "--loss-scale",
+        type=flags.loss_scale,
+        metavar="SCALE",
+        help="a number or dynamic; left out: 32 for float16, else 1",
+    )
+    group.add_argument(
+        "--amp-dtype",
+        choices=["auto", *precision.DTYPES],
+        default="auto",
+        help="the 16-bit format; auto: bfloat16 on a CPU, else float16; an NPU has float16 alone",
+    )
+    group.add_argument(
+        "--amp-backend",
+        choices=precision.BACKENDS,
+        default="auto",
+        help="auto: on NPUs and GPUs apex for O2 and O3, if it is installed; else native",
     )
 
     group = parser.add_argument_group("run")
@@ -241,10 +256,9 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
             "usage", "one device for several processes", f"--{chosen[0]}".replace("cuda", "gpu"), "give --device-list"
         )
     kind = devices.choose_kind(chosen[0] if chosen else args.device)
-    if args.dist_backend not in (None, "gloo", devices.BACKENDS[kind]):
-        raise UserError(
-            "usage", f"{args.dist_backend} does not work on {kind}", "--dist-backend", f"use {devices.BACKENDS[kind]}"
-        )
+    own = devices.BACKENDS[kind]
+    if args.dist_backend not in (None, own) and (args.dist_backend, kind) != ("gloo", "cuda"):
+        raise UserError("usage", f"{args.dist_backend} does not work on {kind}", "--dist-backend", f"use {own}")
     if under_torchrun():
         indices = args.device_list or list(range(int(os.environ["LOCAL_WORLD_SIZE"])))
         if len(indices) != int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -269,6 +283,17 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
     if args.batch_size is not None:
         check_divisible(args.batch_size, len(indices))
     return kind, indices
+
+
+def choose_precision(args: argparse.Namespace, kind: str) -> precision.Choice:
+    """What the flags ask for on a device of `kind`, see `precision.choose`; fills in those that were left open."""
+    if not args.amp:
+        args.opt_level, args.amp_backend = "O0", "native"
+    chosen = precision.choose(
+        kind, args.opt_level, dtype=args.amp_dtype, loss_scale=args.loss_scale, backend=args.amp_backend
+    )
+    args.loss_scale, args.amp_backend = chosen.loss_scale, chosen.backend
+    return chosen
 
 
 def check_divisible(batch_size: int, count: int) -> None:
@@ -374,10 +399,6 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
             setattr(args, name, value)
     check_divisible(args.batch_size, world.local_size)
     args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
-    if not args.amp:
-        args.opt_level = "O0"
-    if args.loss_scale is None:
-        args.loss_scale = 32.0 if args.amp and world.kind != "cpu" else 1.0
 
 
 def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
@@ -394,7 +415,7 @@ def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
     return max(total // nodes // local_size, 1) * local_size
 
 
-def describe(args: argparse.Namespace, world: devices.World, precision_name: str, corpus: data.Corpus) -> None:
+def describe(args: argparse.Namespace, world: devices.World, chosen: precision.Choice, corpus: data.Corpus) -> None:
     """Prints what is about to run."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
     facts = {
@@ -403,19 +424,22 @@ def describe(args: argparse.Namespace, world: devices.World, precision_name: str
         "nodes": world.nodes,
         "batch": args.batch_size * world.nodes,
         "batch_per_device": f"{args.batch_size / world.local_size:g}",
-        "precision": precision_name,
+        "precision": chosen.name,
+        "amp_backend": chosen.backend,
+        "loss_scale": chosen.loss_scale,
         "recipe": args.recipe,
         "seed": args.seed,
         "python": platform.python_version(),
     }
     say("run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items()))
     hidden = ("data_dir", "evaluate", "debug")
+    say(f"device: {world.describe(args.dist_backend, args.dist_timeout)}")
     say("flags: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if key not in hidden))
     say(
         f"data: {len(corpus.train)} training, {len(corpus.val)} validation, {len(corpus.test)} test pairs; "
         f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
     )
-    for note in corpus.notes:
+    for note in [*corpus.notes, *filter(None, [chosen.note])]:
         say(printable(note))
 
 
@@ -438,14 +462,13 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
     model.to(device)
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
 
-    precise = precision.Precision(model, device, args.opt_level, args.loss_scale)
-    criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
-    optimizer = precision.make_optimizer(args.optimizer, model.parameters(), args.lr, args.weight_decay, device)
+    chosen = choose_precision(args, world.kind)
     if world.is_main:
-        describe(args, world, precise.name, corpus)
+        describe(args, world, chosen, corpus)
         say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-        if args.amp and args.opt_level != "O0" and precise.name.startswith("float32"):
-            say("note: this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32")
+    settings = precision.OptimizerSettings(args.optimizer, args.lr, args.weight_decay)
+    precise = precision.start(chosen, model, device, settings)
+    criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
     keeper = BestKeeper(args, world, corpus)
     loader = data.Loader(corpus.train, device, fixed_length=args.fixed_length)
 
@@ -471,16 +494,19 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
 
             # 3. the update
             rate = learning_rate(args, step, total_steps)
-            for group in optimizer.param_groups:
+            for group in precise.optimizer.param_groups:
                 group["lr"] = rate
             precise.backward(loss)
-            precise.step(optimizer, args.clip)
+            precise.step(args.clip)
             step += 1
             log.step_done(totals, len(indices))
 
         pairs_per_second, mean_loss = log.finish()
+        precise.refresh_model()
         if world.is_main:
             say(f"* FPS@all {pairs_per_second:.3f}")
+        if (skipped := precise.skipped_steps()) and world.is_main:
+            say(f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite")
         if not args.performance:
             keeper.validate(model, epoch, mean_loss, rate)
 
@@ -708,8 +734,7 @@ def main(argv: list[str]) -> None:
     kind, indices = choose_devices(args)
     worlds = make_worlds(args, kind, indices)
     is_main = worlds[0].is_main
-    if args.amp and args.opt_level == "O3":
-        raise UserError("usage", "O3, pure half, is not available", "--opt-level", "use O2, with fp32 master weights")
+    choose_precision(args, kind)  # before anything is read: it may not be possible
     meeting = meeting_point(args, worlds[0].nodes)
     with contextlib.ExitStack() as held:
         if is_main and not (args.evaluate or args.performance):

@@ -24,7 +24,7 @@ DEADLINE = 120
 def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
     """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights."""
     shares, totals, steps = [], [], []
-    rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.Precision.step
+    rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step
 
     def watched_share(indices, rank, world_size):
         share = rank_share(indices, rank, world_size)
@@ -35,12 +35,12 @@ def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
         totals.append(sums.clone())
         step_done(self, sums, pairs)
 
-    def watched_step(self, optimizer, max_norm):
+    def watched_step(self, max_norm):
         before = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
-        step(self, optimizer, max_norm)
+        step(self, max_norm)
         steps.append((before, {name: tensor.clone() for name, tensor in self.model.state_dict().items()}))
 
-    data.rank_share, progress.EpochLog.step_done, precision.Precision.step = (
+    data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step = (
         watched_share,
         watched_step_done,
         watched_step,

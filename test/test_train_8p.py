@@ -179,6 +179,7 @@ def test_several_nodes_without_a_port_are_refused():
 
 def resolved(pairs, *flags, local_size=1, kind="cpu"):
     args = parse(*flags)
+    train_8p.choose_precision(args, kind)
     train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
     return args
 
@@ -417,7 +418,8 @@ def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, cap
         (["--data-dir", "{empty}", "--src-lang", "fr"], 3),
         (["--evaluate", "{empty}/absent"], 4),
         (["--ckptpath", "{empty}/no/such/folder/model"], 5),
-        (["--opt-level", "O3", "--amp"], 2),
+        (["--opt-level", "O3", "--amp", "--loss-scale", "32"], 2),
+        (["--amp", "--amp-dtype", "float16"], 2),
         (["--lr", "nan"], 2),
         (["--seed", "99999999999999999999"], 2),
         (["--dist-url", "foo"], 2),

@@ -1,0 +1,56 @@
+"""`initialize`, `scale_loss` and `master_params`."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+calls: list[str] = []
+scales: dict[int, float] = {}  # by the optimizer's id
+
+
+def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=False):
+    """Casts `model` in place and puts masters into `optimizer`."""
+    assert not isinstance(model, nn.parallel.DistributedDataParallel), "apex wants the model before DDP"
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "apex wants a float32 model"
+    scale = 65536.0 if loss_scale == "dynamic" else loss_scale
+    calls.append(f"initialize {opt_level} loss_scale={loss_scale} combine_grad={combine_grad}")
+    masters = {parameter: nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()}
+    half = torch.bfloat16 if next(model.parameters()).device.type == "cpu" else torch.float16
+    model.to(half)
+    halves = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if opt_level == "O2":
+        for group in optimizer.param_groups:
+            group["params"] = [masters[parameter] for parameter in group["params"]]
+    scales[id(optimizer)] = scale
+    own_step = optimizer.step
+
+    def step():
+        calls.append("step")
+        own_step()
+        for parameter, master in zip(halves, master_params(optimizer), strict=True):
+            parameter.data.copy_(master)
+
+    def zero_grad():  # apex's takes no argument
+        calls.append("zero_grad")
+        for parameter in [*halves, *master_params(optimizer)]:
+            parameter.grad = None
+
+    optimizer.step, optimizer.zero_grad, optimizer.halves = step, zero_grad, halves
+    return model, optimizer
+
+
+@contextlib.contextmanager
+def scale_loss(loss, optimizer):
+    """The scaled loss; on leaving, the unscaled gradients are in the masters."""
+    calls.append("scale_loss")
+    scale = scales[id(optimizer)]
+    yield loss.float() * scale
+    for parameter, master in zip(optimizer.halves, master_params(optimizer), strict=True):
+        master.grad = (parameter.grad.float() / scale).to(master.dtype)
+
+
+def master_params(optimizer):
+    """The parameters that are optimised."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
