@@ -195,6 +195,22 @@ class Corpus:
     fingerprint: str
     notes: list[str]
 
+    def check_ids(self) -> None:
+        """Reads all ids through: to be called before a device gets them that would not notice a wrong one.
+
+        An NPU looks an id outside the vocabulary up somewhere else in its memory, and a CPU raises IndexError.
+
+        Raises:
+            UserError: data.
+        """
+        for name, split in zip(SPLITS, (self.train, self.val, self.test), strict=True):
+            for side, vocab in ((split.src, self.src_vocab), (split.trg, self.trg_vocab)):
+                lowest, highest = map(int, side.ids.aminmax())
+                if lowest < 0 or highest >= len(vocab):
+                    wrong = lowest if lowest < 0 else highest
+                    what = f"token id {wrong}, but the vocabulary has {len(vocab)} words"
+                    raise UserError("data", what, f"the cached ids of {name}", "empty the cache folder and start again")
+
 
 # ---------------------------------------------------------------- loading
 

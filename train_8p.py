@@ -462,6 +462,8 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
     model.to(device)
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
 
+    if world.kind != "cpu":
+        corpus.check_ids()
     chosen = choose_precision(args, world.kind)
     if world.is_main:
         describe(args, world, chosen, corpus)

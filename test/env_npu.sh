@@ -28,6 +28,7 @@ source_cann() {
     if [[ -n $found || -n ${ASCEND_HOME_PATH:-} ]]; then
         export HCCL_WHITELIST_DISABLE=${HCCL_WHITELIST_DISABLE-1}
         export TASK_QUEUE_ENABLE=${TASK_QUEUE_ENABLE-2}
+        export CPU_AFFINITY_CONF=${CPU_AFFINITY_CONF-2}
     fi
 }
 

@@ -1,6 +1,7 @@
 """The data's claims: what is read, what is refused and with which words, what a batch holds, what a cache is worth."""
 
 import contextlib
+import dataclasses
 import doctest
 import fcntl
 import gzip
@@ -168,6 +169,18 @@ def test_references_keep_words_outside_the_vocabulary(folder, load):
     assert corpus.test.src_tokens == [["ein", "dackel", "bellt", "."]]
     assert data.UNK in sentences(corpus.test.trg)[0]
     assert corpus.train.src_tokens is None
+
+
+@pytest.mark.parametrize(("language", "wrong"), [("src", -1), ("trg", 8)])
+def test_id_outside_the_vocabulary_is_refused_before_a_device_gets_it(folder, load, language, wrong):
+    corpus = load(folder)
+    corpus.check_ids()
+    side = getattr(corpus.val, language)
+    ids = side.ids.clone()
+    ids[1] = wrong
+    split = dataclasses.replace(corpus.val, **{language: dataclasses.replace(side, ids=ids)})
+    assert len(corpus.trg_vocab) == 8
+    refused(dataclasses.replace(corpus, val=split).check_ids, "data", f"token id {wrong}", "val")
 
 
 def test_white_space_tokens_are_read_as_in_training_but_are_no_reference_words(tmp_path, load):

@@ -96,8 +96,31 @@ def test_a_device_that_is_not_there_is_refused(flags):
     assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
 
 
-def test_a_backend_of_another_device_is_refused():
-    assert "nccl" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--dist-backend", "nccl"))
+@pytest.mark.parametrize(("kind", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
+def test_a_backend_of_another_device_is_refused(monkeypatch, kind, backend):
+    monkeypatch.setattr(devices, "device_count", lambda kind: 8)
+    message = refusal(train_8p.choose_devices, parse("--device", kind, "--dist-backend", backend))
+    assert f"{backend} does not work on {kind}" in message
+
+
+def test_npus_that_are_hidden_are_named_with_the_variable_that_hides_them(monkeypatch):
+    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "")
+    monkeypatch.setattr(devices, "device_count", lambda kind: 0)
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "3,1")
+    assert "ASCEND_RT_VISIBLE_DEVICES is '3,1'" in refusal(train_8p.choose_devices, parse("--device", "npu"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
+)
+def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seconds, connect, execute):
+    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    assert list(devices.set_hccl_timeouts(seconds).values()) == [connect, execute]
+    assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
+    assert devices.set_hccl_timeouts(seconds)["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
 
 
 def test_one_device_for_several_processes_is_refused(torchrun):

@@ -480,7 +480,7 @@ def test_cann_is_found_by_its_install_file_or_in_its_usual_place(repo, tmp_path,
     assert (done.returncode, done.stderr) == (0, "")
     env = repo.recorded()["env"]
     assert env["FROM_CANN"] == f"{installed.name if place == 'info' else usual.name}/{product}"
-    assert (env["HCCL_WHITELIST_DISABLE"], env["TASK_QUEUE_ENABLE"]) == ("1", "2")
+    assert (env["HCCL_WHITELIST_DISABLE"], env["TASK_QUEUE_ENABLE"], env["CPU_AFFINITY_CONF"]) == ("1", "2", "2")
 
 
 def test_ascend_toolkit_comes_before_nnae_and_settings_of_the_user_stay(repo, tmp_path):
