@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, first_line
 
 KINDS = ("npu", "cuda", "cpu")  # in the order of preference
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
@@ -36,7 +36,7 @@ def import_torch_npu() -> str:
     try:
         importlib.import_module("torch_npu")
     except Exception as error:  # a bad CANN path raises a plain Exception
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return first_line(error)
     return ""
 
 
@@ -48,10 +48,22 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def npu_count() -> tuple[int, str]:
+    """How many NPUs torch_npu finds, and if there are none, why."""
+    if NPU_IMPORT_ERROR:
+        return 0, NPU_IMPORT_ERROR
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    hidden = f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}, and its numbers must ascend)" if visible else ""
+    try:
+        return torch.npu.device_count(), f"torch_npu finds no NPU{hidden}"
+    except Exception as error:  # of a driver or a variable that is not as torch_npu wants it
+        return 0, first_line(error) + hidden
+
+
 def device_count(kind: str) -> int:
     """How many devices of `kind` there are. On a CPU they are processes, and only their count matters."""
     if kind == "npu":
-        return 0 if NPU_IMPORT_ERROR else torch.npu.device_count()
+        return npu_count()[0]
     if kind == "cuda":
         return torch.cuda.device_count()
     return max(CPU_PROCESSES, cores())
@@ -74,9 +86,7 @@ def choose_kind(wanted: str) -> str:
     if wanted == "auto":
         return next(kind for kind in KINDS if device_count(kind))
     if not device_count(wanted):
-        reason = NPU_IMPORT_ERROR or "torch_npu finds no NPU"
-        if visible := os.environ.get("ASCEND_RT_VISIBLE_DEVICES"):
-            reason += f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}, and its numbers must ascend)"
+        reason = npu_count()[1]
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"

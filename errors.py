@@ -46,6 +46,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
+def first_line(error: Exception) -> str:
+    r"""An error of somebody else's code in one line.
+
+    >>> first_line(ImportError("libhccl.so: cannot open shared object file\nand so on"))
+    'ImportError: libhccl.so: cannot open shared object file'
+    """
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def check_packages() -> None:
     """Ends the program with one line if a package is not installed; to be called before their imports."""
     missing = []

@@ -28,7 +28,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from errors import UserError
+from errors import UserError, first_line
 
 LEVELS = ("O0", "O1", "O2", "O3")
 BACKENDS = ("auto", "apex", "native")
@@ -137,7 +137,7 @@ def import_amp() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("apex.amp"), ""
     except Exception as error:  # it was built for some torch, and fails in many ways under another
-        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+        return None, first_line(error)
 
 
 def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, write_corpus
+from npu_harness import SIMULATION, ensure_built, environment
 
 import data
 import launch
@@ -32,13 +33,13 @@ def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
         return share
 
     def watched_step_done(self, sums, pairs):
-        totals.append(sums.clone())
+        totals.append(sums.cpu().clone())
         step_done(self, sums, pairs)
 
     def watched_step(self, max_norm):
-        before = {name: parameter.grad.clone() for name, parameter in self.model.named_parameters()}
+        before = {name: parameter.grad.cpu().clone() for name, parameter in self.model.named_parameters()}
         step(self, max_norm)
-        steps.append((before, {name: tensor.clone() for name, tensor in self.model.state_dict().items()}))
+        steps.append((before, {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}))
 
     data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step = (
         watched_share,
@@ -49,16 +50,17 @@ def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
     torch.save({"shares": shares, "totals": totals, "steps": steps}, Path(folder) / f"rank{worlds[index].rank}.pt")
 
 
-def train_watched(corpus: Path, folder: Path, processes: int) -> list[dict]:
+def train_watched(corpus: Path, folder: Path, processes: int, device: str = "cpu") -> list[dict]:
     """What the ranks of a run wrote down, by rank."""
     folder.mkdir()
     args = train_8p.build_parser().parse_args(
-        f"--data-dir {corpus} --device cpu --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
+        f"--data-dir {corpus} --device {device} --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
         "--output-dropout 0 --teacher-forcing-ratio 0.5 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
         f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'}".split()
     )
     kind, indices = train_8p.choose_devices(args)
     worlds = train_8p.make_worlds(args, kind, indices)
+    train_8p.choose_precision(args, kind)
     train_8p.resolve_recipe(args, PAIRS, worlds[0])
     args.epochs, args.performance = EPOCHS, False
     store = launch.host_store("127.0.0.1", 0, 1)
@@ -72,6 +74,28 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     corpus = write_corpus(folder / "corpus", PAIRS)
     return train_watched(corpus, folder / "one", 1)[0], train_watched(corpus, folder / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def npu_totals(runs, tmp_path_factory):
+    """By the number of simulated NPUs: what rank 0 of the same training counted there."""
+    ensure_built()
+    folder = tmp_path_factory.mktemp("npus")
+    corpus = write_corpus(folder / "corpus", PAIRS)
+    code = f"""
+from pathlib import Path
+from test_distributed import train_watched
+
+if __name__ == "__main__":
+    for processes in (1, 2):
+        train_watched(Path({str(corpus)!r}), Path({str(folder)!r}) / str(processes), processes, "npu")
+"""
+    (folder / "program.py").write_text(code)
+    paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY, REPOSITORY / "test"]))
+    subprocess.run(
+        [sys.executable, folder / "program.py"], env=environment(PYTHONPATH=paths), check=True, timeout=DEADLINE
+    )
+    return {count: torch.load(folder / str(count) / "rank0.pt", map_location="cpu")["totals"] for count in (1, 2)}
 
 
 def training_shares(record: dict) -> list[list[int]]:
@@ -116,6 +140,14 @@ def test_two_ranks_hold_equal_weights_after_ten_steps(runs):
     for name, weights in first.items():
         assert torch.equal(weights, second[name]), name
     torch.testing.assert_close(first, one["steps"][9][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_simulated_npus_have_the_losses_of_the_cpu_in_float32(runs, npu_totals, count):
+    one, _ = runs
+    assert len(npu_totals[count]) >= 10
+    for (actual, pairs), (expected, _) in zip(npu_totals[count], one["totals"], strict=True):
+        assert actual.item() == pytest.approx(expected.item(), rel=1e-6), pairs
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:

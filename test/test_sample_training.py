@@ -35,10 +35,9 @@ def bleu_of_ten_epochs(tmp_path, *command: str) -> float:
     return float(re.search(r"^BLEU score = (.*)$", done.stdout, re.MULTILINE).group(1))
 
 
-@pytest.mark.parametrize(("level", "bleu"), [("O0", 50), ("O1", 50), ("O2", 50), ("O3", 10)])
-def test_ten_epochs_on_the_sample_give_a_bleu_above(tmp_path, level, bleu):
-    # O3's weights are bfloat16, which small steps leave as they are.
-    assert bleu_of_ten_epochs(tmp_path, str(REPOSITORY / "train_8p.py"), "--opt-level", level) > bleu
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_ten_epochs_on_the_sample_give_a_bleu_above_50(tmp_path, level):
+    assert bleu_of_ten_epochs(tmp_path, str(REPOSITORY / "train_8p.py"), "--opt-level", level) > 50
 
 
 def test_without_its_encoder_a_model_stays_under_15(tmp_path):

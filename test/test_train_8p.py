@@ -103,13 +103,6 @@ def test_a_backend_of_another_device_is_refused(monkeypatch, kind, backend):
     assert f"{backend} does not work on {kind}" in message
 
 
-def test_npus_that_are_hidden_are_named_with_the_variable_that_hides_them(monkeypatch):
-    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "")
-    monkeypatch.setattr(devices, "device_count", lambda kind: 0)
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "3,1")
-    assert "ASCEND_RT_VISIBLE_DEVICES is '3,1'" in refusal(train_8p.choose_devices, parse("--device", "npu"))
-
-
 @pytest.mark.parametrize(
     ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
 )
