@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,6 +308,14 @@ def test_a_run_whose_gradients_always_overflow_has_diverged(model, scale, steps)
     assert caught.value.exit_code == 7
 
 
+def test_on_an_npu_the_scaler_is_torch_npus_own_which_sees_what_the_910a_saturates(monkeypatch):
+    made = []
+    npu = SimpleNamespace(amp=SimpleNamespace(GradScaler=lambda **options: made.append(options)))
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    precision.make_scaler(SimpleNamespace(type="npu"), 32.0)
+    assert made == [{"init_scale": 32.0, "growth_interval": 2000, "enabled": True}]
+
+
 # ---------------------------------------------------------------- apex
 
 
@@ -367,7 +376,7 @@ def test_ascends_fused_optimizer_is_used_with_the_gradients_it_combines(apex, mo
     fused = precision.apex_fused_optimizer
     settings = precision.OptimizerSettings("adamw", 0.1)
     assert fused(apex, settings, CPU) is None
-    npu = type("device", (), {"type": "npu"})
+    npu = SimpleNamespace(type="npu")
     assert fused(apex, settings, npu).__name__ == "NpuFusedAdamW"
     assert fused(apex, precision.OptimizerSettings("adam", 0.1), npu) is None, "this apex has none"
 
