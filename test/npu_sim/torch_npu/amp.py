@@ -1,0 +1,31 @@
+"""torch.npu.amp."""
+
+import torch
+
+
+class autocast(torch.amp.autocast):
+    """torch.autocast("npu")."""
+
+    def __init__(self, enabled: bool = True, dtype: torch.dtype = torch.float16, cache_enabled: bool = True):
+        super().__init__("npu", enabled=enabled, dtype=dtype, cache_enabled=cache_enabled)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler("npu"), whose scale stays as it is if it is not dynamic."""
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        dynamic: bool = True,
+        enabled: bool = True,
+    ):
+        super().__init__("npu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._dynamic = dynamic
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        if self._enabled and new_scale is None and not self._dynamic:
+            new_scale = self._scale
+        super().update(new_scale)
