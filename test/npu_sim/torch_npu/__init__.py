@@ -39,3 +39,12 @@ from . import npu  # noqa: E402  (it needs the extension)
 torch._register_device_module("npu", npu)
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True, for_packed_sequence=True)
 dist.Backend.register_backend("hccl", _create_hccl, devices=["npu"])
+
+
+def _foreach_devices() -> list[str]:
+    npu.current_device()
+    return ["cuda", "xpu", "npu"]
+
+
+# Adam asks this in its default form, also for parameters on the CPU: where there is no NPU, that fails.
+sys.modules["torch.optim.optimizer"]._get_foreach_kernels_supported_devices = _foreach_devices

@@ -11,7 +11,8 @@ class autocast(torch.amp.autocast):
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler("npu"), whose scale stays as it is if it is not dynamic."""
+    """torch.amp.GradScaler("npu"), whose scale stays as it is if it is not dynamic; it prints a line of each step that
+    it skips, on every rank, as the real one does."""
 
     def __init__(
         self,
@@ -24,6 +25,15 @@ class GradScaler(torch.amp.GradScaler):
     ):
         super().__init__("npu", init_scale, growth_factor, backoff_factor, growth_interval, enabled)
         self._dynamic = dynamic
+
+    def step(self, optimizer: torch.optim.Optimizer, *args, **kwargs) -> float | None:
+        done = []
+        hook = optimizer.register_step_post_hook(lambda *_: done.append(True))
+        result = super().step(optimizer, *args, **kwargs)
+        hook.remove()
+        if not done:
+            print("Gradient overflow. Skipping step")
+        return result
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         if self._enabled and new_scale is None and not self._dynamic:

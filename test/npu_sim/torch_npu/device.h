@@ -35,8 +35,7 @@ inline std::vector<int> read_devices() {
   for (std::string entry; std::getline(list, entry, ',');) {
     const bool number = !entry.empty() && entry.find_first_not_of("0123456789") == std::string::npos;
     const int device = number ? std::atoi(entry.c_str()) : -1;
-    TORCH_CHECK(number && (devices.empty() || device > devices.back()),
-                "ASCEND_RT_VISIBLE_DEVICES must be device numbers in ascending order, not ", visible);
+    if (!number || (!devices.empty() && device <= devices.back())) return {};  // such a list hides all
     if (device < there) devices.push_back(device);
   }
   return devices;

@@ -19,4 +19,4 @@ def autoload() -> None:
 
 fault = os.environ.get("NPU_SIM_FAULT")
 if fault:
-    raise FAULTS[fault]
+    raise FAULTS.get(fault) or ValueError(f"NPU_SIM_FAULT is {fault!r}; there are {', '.join(FAULTS)}")
