@@ -57,6 +57,10 @@ class StrictParser(argparse.ArgumentParser):
             seen.add(action.dest)
 
 
+class Default(str):
+    """A default that can be told from the same value given by the user."""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows each default, but no `(default: None)`."""
 
@@ -149,8 +153,13 @@ def dropout_rate(text: str) -> float:
 
 
 def loss_scale(text: str) -> float | str:
-    """A positive number, or `dynamic`."""
-    return text if text == "dynamic" else positive_float(text)
+    """A positive number that float32 holds, or `dynamic`."""
+    if text == "dynamic":
+        return text
+    value = positive_float(text)
+    if value > 3.4e38:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 3.4e38, where float32 ends")
+    return value
 
 
 def index_list(text: str) -> list[int]:

@@ -2,7 +2,7 @@
 
 | level | weights that compute | products          | weights that the optimizer updates | loss scale   |
 |-------|----------------------|-------------------|------------------------------------|--------------|
-| O0    | fp32                 | fp32              | the same                           | 1            |
+| O0    | fp32                 | fp32              | the same                           | as asked for |
 | O1    | fp32                 | half, by autocast | the same                           | as asked for |
 | O2    | half                 | half              | an fp32 master copy                | as asked for |
 | O3    | half                 | half              | the same                           | none         |
@@ -11,8 +11,8 @@ The levels' names and meaning are NVIDIA apex's. "Half" is float16 on NPUs, whos
 where nothing else is asked for. On a CPU it is bfloat16, which has float32's range and so needs no loss scale, and only
 where the processor computes in it: elsewhere float32 is faster.
 
-`choose` decides, `start` makes what runs. The fp32 model is the model: it is what is initialised, validated and saved,
-and what O0 to O2 optimise. A half copy computes gradients; in O3 it is optimised, too.
+`choose` decides, `start` makes what runs. The fp32 model is the model: it is what is initialised, validated and saved.
+O2 and O3 have a half copy of it beside it, which computes the gradients.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not
 STATIC_SCALE = 32.0
 DYNAMIC_START = 65536.0
 GROWTH_INTERVAL = 2000
+SMALLEST_SCALE = 1.0  # below it, it is not the scale that makes gradients overflow
 HALF_EPSILON = 1e-4  # Adam's in float16, where its usual 1e-8 is 0
 
 
@@ -84,20 +85,14 @@ def choose(
     Raises:
         UserError: usage, there is no such precision here.
     """
-    own = torch.bfloat16 if kind == "cpu" else torch.float16
-    half = DTYPES.get(dtype, own)
-    if level != "O0":
-        check_dtype(kind, half)
-    if level == "O3" and loss_scale not in (None, 1.0):
-        raise UserError(
-            "usage",
-            f"{loss_scale} with O3",
-            "--loss-scale",
-            "leave it out: O3 has no float32 gradients to unscale into",
-        )
-    backend = choose_backend(kind, level, backend)
     if level == "O0":
         return Choice(loss_scale=loss_scale or 1.0)
+    half = DTYPES.get(dtype, torch.bfloat16 if kind == "cpu" else torch.float16)
+    check_dtype(kind, half)
+    if level == "O3" and loss_scale not in (None, 1.0):
+        todo = "leave it out: O3 has no float32 gradients to unscale into"
+        raise UserError("usage", f"{loss_scale} with O3", "--loss-scale", todo)
+    backend = choose_backend(kind, level, half, backend)
     if kind == "cpu" and not cpu_has_bfloat16():
         note = "this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32"
         return Choice(loss_scale=loss_scale or 1.0, note=note)
@@ -118,12 +113,13 @@ def check_dtype(kind: str, half: torch.dtype) -> None:
         raise UserError("usage", f"{reason}", "--amp-dtype", "leave the flag out: auto is right for every device")
 
 
-def choose_backend(kind: str, level: str, wanted: str) -> str:
-    """ "apex" or "native"; see `choose`."""
-    if wanted == "native" or (wanted == "auto" and (kind == "cpu" or level not in APEX_LEVELS)):
+def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> str:
+    """Returns "apex" or "native"; see `choose`."""
+    serves = kind != "cpu" and level in APEX_LEVELS and half == torch.float16
+    if wanted == "native" or (wanted == "auto" and not serves):
         return "native"
-    if kind == "cpu" or level not in APEX_LEVELS:
-        what = f"apex serves {' and '.join(APEX_LEVELS)} on NPUs and GPUs, not {level} on {kind}"
+    if not serves:
+        what = f"apex serves {' and '.join(APEX_LEVELS)} in float16 on NPUs and GPUs, not {level} in {half} on {kind}"
         raise UserError("usage", what, "--amp-backend", "use native")
     amp, reason = import_amp()
     if amp is None and wanted == "apex":
@@ -276,13 +272,8 @@ class NativePrecision(Precision):
         steps, skipped = self._steps, self._steps - (updates - self._updates)
         self._steps, self._updates = 0, updates
         is_static = self._static_scale is not None
-        if (is_static and skipped == steps > 0) or (not is_static and self.loss_scale < 1.0):
-            raise UserError(
-                "diverged",
-                f"the gradients of {skipped} of {steps} steps were not finite, at a loss scale of {self.loss_scale:g}",
-                f"update {updates}",
-                f"{'give --loss-scale dynamic' if is_static else 'lower --lr'}, or compute in float32 (--opt-level O0)",
-            )
+        if (is_static and skipped == steps > 0) or (not is_static and self.loss_scale < SMALLEST_SCALE):
+            raise overflown(f"{skipped} of {steps} steps", self.loss_scale, f"after {updates} updates")
         return skipped
 
     @property
@@ -294,11 +285,12 @@ class NativePrecision(Precision):
 class ApexPrecision(Precision):
     """O2 and O3 by apex's `amp`: Ascend's fork, or a build of NVIDIA's from before May 2025.
 
-    Under a static scale apex checks for no overflow. Of each step that it skips under a dynamic one it prints a line.
+    Under a static scale apex checks for no overflow. Under a dynamic one it skips such a step, and prints a line.
     """
 
     def __init__(self, choice: Choice, model: nn.Module, device: torch.device, settings: OptimizerSettings):
         self._amp = importlib.import_module("apex.amp")
+        self._is_dynamic = choice.loss_scale == "dynamic"
         self.model = model
         working = copy.deepcopy(model)
         fused = apex_fused_optimizer(self._amp, settings, device)
@@ -328,7 +320,17 @@ class ApexPrecision(Precision):
 
     def skipped_steps(self) -> int:
         """0: apex reports them itself."""
+        scale = self._amp.state_dict()["loss_scaler0"]["loss_scale"]
+        if self._is_dynamic and scale < SMALLEST_SCALE:
+            raise overflown("the last steps", scale, "apex's lines above say when")
         return 0
+
+
+def overflown(steps: str, scale: float, where: str) -> UserError:
+    """The error of a run whose gradients go on to overflow."""
+    what = f"the gradients of {steps} were not finite, at a loss scale of {scale:g}"
+    todo = "lower --lr; or give --loss-scale dynamic, or leave --amp out, where they are not so already"
+    return UserError("diverged", what, where, todo)
 
 
 def start(choice: Choice, model: nn.Module, device: torch.device, settings: OptimizerSettings) -> Precision:
@@ -380,5 +382,8 @@ def apex_fused_optimizer(amp: ModuleType, settings: OptimizerSettings, device: t
     """
     if device.type != "npu" or "combine_grad" not in inspect.signature(amp.initialize).parameters:
         return None
-    optimizers = importlib.import_module("apex.optimizers")
+    try:
+        optimizers = importlib.import_module("apex.optimizers")
+    except Exception:  # built for another torch, as its `amp` may be; PyTorch's optimizer does as well
+        return None
     return getattr(optimizers, {"adam": "NpuFusedAdam", "adamw": "NpuFusedAdamW"}[settings.name], None)

@@ -31,10 +31,19 @@ def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--lr=0", "--lr=-1", "--epochs=0", "--batch-size=-8", "--print-freq=0", "--loss-scale=0", "--clip=-1"]
+    [
+        "--lr=0",
+        "--lr=-1",
+        "--epochs=0",
+        "--batch-size=-8",
+        "--print-freq=0",
+        "--loss-scale=0",
+        "--clip=-1",
+        "--loss-scale=1e39",
+    ]
     + ["--fixed-length=-1", "--fixed-length=1", "--fixed-length=2"],
 )
-def test_zero_or_negative_is_refused_where_it_has_no_meaning(flag):
+def test_what_is_out_of_range_is_refused(flag):
     assert flag.partition("=")[0] in refusal(flag)
 
 

@@ -26,7 +26,17 @@ def losses(corpus, folder, capsys, *flags: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"Loss (\S+) ", out)]
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp", "--opt-level", "O1"], ["--amp"], ["--amp", "--loss-scale", "dynamic"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--amp", "--opt-level", "O1"],
+        ["--amp"],
+        ["--amp", "--loss-scale", "dynamic"],
+        ["--amp", "--opt-level", "O3"],
+        ["--amp", "--amp-dtype", "bfloat16"],
+    ],
+)
 def test_every_precision_trains_and_scores(tiny_corpus, tmp_path, capsys, flags):
     assert all(loss == loss for loss in losses(tiny_corpus, tmp_path, capsys, *flags))
 

@@ -92,11 +92,13 @@ def test_bfloat16_on_cuda_needs_no_loss_scale(monkeypatch):
         ("npu", {"level": "O3", "loss_scale": "dynamic"}, "--loss-scale", "dynamic with O3"),
         ("npu", {"level": "O1", "backend": "apex"}, "--amp-backend", "O2 and O3"),
         ("cpu", {"level": "O2", "backend": "apex"}, "--amp-backend", "on cpu"),
+        ("cuda", {"level": "O2", "backend": "apex", "dtype": "bfloat16"}, "--amp-backend", "in float16"),
         ("npu", {"level": "O2", "backend": "apex"}, "--amp-backend", "No module named 'apex'"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(monkeypatch, kind, options, flag, reason):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: False)
+    old_gpu = flag == "--amp-dtype"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: not old_gpu)
     with pytest.raises(UserError) as caught:
         precision.choose(kind, **options)
     assert caught.value.exit_code == 2
@@ -319,7 +321,9 @@ def test_on_an_npu_the_scaler_is_torch_npus_own_which_sees_what_the_910a_saturat
 # ---------------------------------------------------------------- apex
 
 
-def test_apex_is_taken_where_it_is_installed_and_the_device_suits_it(apex):
+def test_apex_is_taken_where_it_is_installed_and_the_device_suits_it(apex, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    assert precision.choose("cuda", "O2", dtype="bfloat16").backend == "native", "apex casts to float16"
     assert precision.choose("npu", "O2").backend == "apex"
     assert precision.choose("cuda", "O3", backend="apex").backend == "apex"
     assert precision.choose("npu", "O2", backend="native").backend == "native"
@@ -379,6 +383,25 @@ def test_ascends_fused_optimizer_is_used_with_the_gradients_it_combines(apex, mo
     npu = SimpleNamespace(type="npu")
     assert fused(apex, settings, npu).__name__ == "NpuFusedAdamW"
     assert fused(apex, precision.OptimizerSettings("adam", 0.1), npu) is None, "this apex has none"
+    precision.ApexPrecision(precision.Choice("O2", torch.float16, 32.0, "apex"), model, npu, settings)
+    assert apex.calls == ["NpuFusedAdamW", "initialize O2 loss_scale=32.0 combine_grad=True"]
+
+
+def test_without_ascends_optimizers_pytorchs_own_is_used(apex, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    settings = precision.OptimizerSettings("adamw", 0.1)
+    assert precision.apex_fused_optimizer(apex, settings, SimpleNamespace(type="npu")) is None
+
+
+def test_a_run_by_apex_whose_gradients_always_overflow_has_diverged(apex, model):
+    precise = start(model, "O2", scale="dynamic", backend="apex")
+    for _ in range(16):
+        one_step(precise, torch.randn(5, 4), factor=float("inf"))
+    assert precise.skipped_steps() == 0, "apex says so itself"
+    one_step(precise, torch.randn(5, 4), factor=float("inf"))
+    with pytest.raises(UserError) as caught:
+        precise.skipped_steps()
+    assert caught.value.exit_code == 7
 
 
 def test_a_whole_run_by_apex_initialises_before_ddp_and_saves_float32(apex, monkeypatch, tmp_path, capsys):

@@ -7,6 +7,7 @@ from torch import nn
 
 calls: list[str] = []
 scales: dict[int, float] = {}  # by the optimizer's id
+dynamic: set[int] = set()
 
 
 def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=False):
@@ -23,10 +24,16 @@ def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=F
         for group in optimizer.param_groups:
             group["params"] = [masters[parameter] for parameter in group["params"]]
     scales[id(optimizer)] = scale
+    if loss_scale == "dynamic":
+        dynamic.add(id(optimizer))
+    optimizer.skips = False
     own_step = optimizer.step
 
     def step():
         calls.append("step")
+        if optimizer.skips:
+            print("Gradient overflow.  Skipping step")
+            return
         own_step()
         for parameter, master in zip(halves, master_params(optimizer), strict=True):
             parameter.data.copy_(master)
@@ -48,9 +55,18 @@ def scale_loss(loss, optimizer):
     yield loss.float() * scale
     for parameter, master in zip(optimizer.halves, master_params(optimizer), strict=True):
         master.grad = (parameter.grad.float() / scale).to(master.dtype)
+    finite = all(master.grad.isfinite().all() for master in master_params(optimizer))
+    optimizer.skips = id(optimizer) in dynamic and not finite
+    if optimizer.skips:
+        scales[id(optimizer)] /= 2
 
 
 def master_params(optimizer):
     """The parameters that are optimised."""
     for group in optimizer.param_groups:
         yield from group["params"]
+
+
+def state_dict():
+    """The loss scalers' state."""
+    return {f"loss_scaler{i}": {"loss_scale": scale, "unskipped": 0} for i, scale in enumerate(scales.values())}
