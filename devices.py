@@ -23,10 +23,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UserError, first_line
+from errors import UserError, first_line, printable
 
 KINDS = ("npu", "cuda", "cpu")  # in the order of preference
 BACKENDS = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}
+NPU_VARIABLES = (  # those that the log shows where they are set
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "HCCL_CONNECT_TIMEOUT",
+    "HCCL_EXEC_TIMEOUT",
+    "TASK_QUEUE_ENABLE",
+    "CPU_AFFINITY_CONF",
+)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 CPU_PROCESSES = 8  # a CPU stands in for the published machine of eight devices
 
@@ -41,6 +48,7 @@ def import_torch_npu() -> str:
 
 
 NPU_IMPORT_ERROR = import_torch_npu()
+NO_TORCH_NPU = "ModuleNotFoundError: No module named 'torch_npu'"
 
 
 def cores() -> int:
@@ -52,12 +60,22 @@ def npu_count() -> tuple[int, str]:
     """How many NPUs torch_npu finds, and if there are none, why."""
     if NPU_IMPORT_ERROR:
         return 0, NPU_IMPORT_ERROR
-    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    hidden = f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}, and its numbers must ascend)" if visible else ""
     try:
-        return torch.npu.device_count(), f"torch_npu finds no NPU{hidden}"
+        count = torch.npu.device_count()
     except Exception as error:  # of a driver or a variable that is not as torch_npu wants it
-        return 0, first_line(error) + hidden
+        return 0, first_line(error)
+    return count, "" if count else f"torch_npu finds no NPU{visible_npus()}"
+
+
+def visible_npus() -> str:
+    """What hides NPUs from the program, in brackets, if anything does."""
+    visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
+    return f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}; its numbers must ascend)" if visible else ""
+
+
+def passed_over(kind: str) -> str:
+    """Why a run on `kind` is not on an NPU, where torch_npu is installed; else an empty string."""
+    return "" if kind == "npu" or NPU_IMPORT_ERROR.startswith(NO_TORCH_NPU) else npu_count()[1]
 
 
 def device_count(kind: str) -> int:
@@ -86,11 +104,13 @@ def choose_kind(wanted: str) -> str:
     if wanted == "auto":
         return next(kind for kind in KINDS if device_count(kind))
     if not device_count(wanted):
-        reason = npu_count()[1]
+        reason, todo = npu_count()[1], "try --device cpu instead"
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
-        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", "try --device cpu instead")
+        elif not reason.startswith(NO_TORCH_NPU):
+            todo = f"source CANN's set_env.sh, see that its version, torch_npu's and torch's fit, or {todo}"
+        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", todo)
     return wanted
 
 
@@ -99,7 +119,7 @@ def check_indices(kind: str, indices: list[int], flag: str) -> None:
     count = device_count(kind)
     for index in indices:
         if not 0 <= index < count:
-            there = f"0 to {count - 1}" if count > 1 else "only 0"
+            there = (f"0 to {count - 1}" if count > 1 else "only 0") + (visible_npus() if kind == "npu" else "")
             raise UserError("usage", f"no {kind} {index} here", flag, f"this machine has {there}")
 
 
@@ -115,18 +135,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def set_hccl_timeouts(seconds: float) -> dict[str, str]:
+def set_hccl_timeouts(seconds: float) -> None:
     """Has HCCL wait so long for the other ranks, in what the user's environment leaves open.
 
     Left alone, HCCL gives up connecting after two minutes, and executing after 10 to 30, by its version.
-
-    Returns:
-        Both of its variables.
     """
     connect, execute = f"{min(max(seconds, 120), 7200):.0f}", f"{max(seconds, 1):.0f}"  # what it allows
     for name, value in (("HCCL_CONNECT_TIMEOUT", connect), ("HCCL_EXEC_TIMEOUT", execute)):
         os.environ.setdefault(name, value)
-    return {name: os.environ[name] for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT")}
 
 
 def synchronize(device: torch.device) -> None:
@@ -206,12 +222,12 @@ class World:
             name = f"{platform.machine()} CPU, {cores()} cores, {torch.get_num_threads()} threads a process"
         else:
             name = getattr(torch, self.kind).get_device_name(self.index)
-        if self.size == 1:
-            return name
-        limits = [f"timeout {timeout:g} s"]
+        parts = [name]
+        if self.size > 1:
+            parts.append(f"{self.size} ranks by {backend or BACKENDS[self.kind]}, timeout {timeout:g} s")
         if self.kind == "npu":
-            limits += [f"{variable}={value}" for variable, value in set_hccl_timeouts(timeout).items()]
-        return f"{name}; {self.size} ranks by {backend or BACKENDS[self.kind]}, {', '.join(limits)}"
+            parts += [f"{variable}={os.environ[variable]}" for variable in NPU_VARIABLES if variable in os.environ]
+        return printable("; ".join(parts))
 
     def stop(self) -> None:
         """Leaves the process group."""

@@ -22,6 +22,7 @@ Scoring a checkpoint on the test set:
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import itertools
 import math
@@ -199,23 +200,23 @@ def build_parser() -> flags.StrictParser:
 
     group = parser.add_argument_group("precision")
     group.add_argument("--amp", action="store_true", help="mixed precision at --opt-level; without it float32")
-    group.add_argument("--opt-level", choices=precision.LEVELS, default="O2", help="apex's level")
+    group.add_argument("--opt-level", choices=precision.LEVELS, default=flags.Default("O2"), help="apex's level")
     group.add_argument(
         "--loss-scale",
         type=flags.loss_scale,
         metavar="SCALE",
-        help="a number or dynamic; left out: 32 for float16, else 1",
+        help="a number or dynamic; left out: 32 for float16 in O1 and O2, else 1",
     )
     group.add_argument(
         "--amp-dtype",
         choices=["auto", *precision.DTYPES],
-        default="auto",
+        default=flags.Default("auto"),
         help="the 16-bit format; auto: bfloat16 on a CPU, else float16; an NPU has float16 alone",
     )
     group.add_argument(
         "--amp-backend",
         choices=precision.BACKENDS,
-        default="auto",
+        default=flags.Default("auto"),
         help="auto: on NPUs and GPUs apex for O2 and O3, if it is installed; else native",
     )
 
@@ -250,7 +251,7 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
     given = {"npu": args.npu, "cuda": args.gpu}
     chosen = [kind for kind, index in given.items() if index is not None]
     if len(chosen) == 2 or (chosen and args.device not in ("auto", chosen[0])):
-        raise UserError("usage", "they name different devices", "--npu, --gpu, --device", "give one of them")
+        raise UserError("usage", "two different devices", "--npu, --gpu, --device", "name the device by one of them")
     if chosen and (args.device_list or args.multiprocessing_distributed or under_torchrun()):
         raise UserError(
             "usage", "one device for several processes", f"--{chosen[0]}".replace("cuda", "gpu"), "give --device-list"
@@ -286,13 +287,15 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
 
 
 def choose_precision(args: argparse.Namespace, kind: str) -> precision.Choice:
-    """What the flags ask for on a device of `kind`, see `precision.choose`; fills in those that were left open."""
-    if not args.amp:
-        args.opt_level, args.amp_backend = "O0", "native"
-    chosen = precision.choose(
-        kind, args.opt_level, dtype=args.amp_dtype, loss_scale=args.loss_scale, backend=args.amp_backend
-    )
-    args.loss_scale, args.amp_backend = chosen.loss_scale, chosen.backend
+    """What the flags ask for on a device of `kind`, see `precision.choose`; the flags then say what was chosen."""
+    asked = {"--opt-level": args.opt_level, "--amp-dtype": args.amp_dtype, "--amp-backend": args.amp_backend}
+    level = str(args.opt_level) if args.amp else "O0"
+    chosen = precision.choose(kind, level, dtype=args.amp_dtype, loss_scale=args.loss_scale, backend=args.amp_backend)
+    given = [flag for flag, value in asked.items() if not isinstance(value, flags.Default)]
+    if given and not args.amp:
+        chosen = dataclasses.replace(chosen, note=f"without --amp, {', '.join(given)} has no effect")
+    args.opt_level, args.loss_scale, args.amp_backend = chosen.level, chosen.loss_scale, chosen.backend
+    args.amp_dtype = chosen.name.partition("/")[0]
     return chosen
 
 
@@ -418,6 +421,9 @@ def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
 def describe(args: argparse.Namespace, world: devices.World, chosen: precision.Choice, corpus: data.Corpus) -> None:
     """Prints what is about to run."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
+    for name in ("torch_npu", "apex"):  # not always installed in a way that leaves metadata
+        if name in sys.modules:
+            versions[name] = getattr(sys.modules[name], "__version__", "unknown")
     facts = {
         "device": world.kind,
         "processes": world.size,
@@ -432,21 +438,23 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
         "python": platform.python_version(),
     }
     say("run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items()))
-    hidden = ("data_dir", "evaluate", "debug")
     say(f"device: {world.describe(args.dist_backend, args.dist_timeout)}")
+    hidden = ("data_dir", "evaluate", "debug")
     say("flags: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if key not in hidden))
     say(
         f"data: {len(corpus.train)} training, {len(corpus.val)} validation, {len(corpus.test)} test pairs; "
         f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
     )
-    for note in [*corpus.notes, *filter(None, [chosen.note])]:
+    for note in corpus.notes:
         say(printable(note))
+    if chosen.note:
+        say(f"note: {chosen.note}")
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -> None:
+def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.World, corpus: data.Corpus) -> None:
     """One rank's training, from the first weight to the best checkpoint."""
     device = world.device
     torch.manual_seed(args.seed)
@@ -462,9 +470,6 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
     model.to(device)
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
 
-    if world.kind != "cpu":
-        corpus.check_ids()
-    chosen = choose_precision(args, world.kind)
     if world.is_main:
         describe(args, world, chosen, corpus)
         say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
@@ -508,7 +513,10 @@ def train(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -
         if world.is_main:
             say(f"* FPS@all {pairs_per_second:.3f}")
         if (skipped := precise.skipped_steps()) and world.is_main:
-            say(f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite")
+            say(
+                f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite. "
+                "If that goes on, lower --loss-scale or --lr, or give --loss-scale dynamic."
+            )
         if not args.performance:
             keeper.validate(model, epoch, mean_loss, rate)
 
@@ -669,7 +677,8 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
     model = saved.build_model(world.device)
     src = data.Side.encode(corpus.test.src_tokens, src_vocab)
     bleu = scoring.bleu(scoring.translate(model, src, trg_vocab, world), corpus.test.trg_tokens)
-    say(f"scored: {path} on {len(corpus.test)} test pairs, greedily, in float32")
+    where = f"{kind} {args.bleu_npu} ({world.describe(None, 0)})"
+    say(f"scored: {path} on {len(corpus.test)} test pairs, greedily, in float32, on {where}")
     say(f"sacreBLEU = {bleu.sacrebleu:.4f} ({bleu.signature})")
     say(f"BLEU score = {bleu.torchtext:.4f}")
 
@@ -710,24 +719,32 @@ def vocabularies(
 def run_rank(
     index: int,
     args: argparse.Namespace,
+    chosen: precision.Choice,
     worlds: list[devices.World],
     meeting: tuple[str, int] | None,
     corpus: data.Corpus | None = None,
 ) -> None:
-    """The life of one of several processes: meets the others, trains, leaves.
+    """The life of one process that trains: meets the others, if there are any, trains, leaves.
 
     Args:
         index: which of `worlds` is this process's.
         args: the flags, recipe resolved.
+        chosen: the precision.
         worlds: this node's.
-        meeting: where the ranks meet; None under torchrun, whose environment says.
+        meeting: where the ranks meet; None for one process, and under torchrun, whose environment says.
         corpus: the data; None in a spawned process, which reads it from the cache that its parent has built.
     """
     world = worlds[index]
+    if not world.is_main:
+        # Rank 0 alone writes the log; apex and torch_npu print lines of their own on every rank.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
+    # All that takes time comes before the group is made: the others wait in it no longer than HCCL allows.
     corpus = corpus or load_corpus(args, verify=False, log=lambda line: None)
+    if world.kind != "cpu":
+        corpus.check_ids()
     store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
     world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
-    train(args, world, corpus)
+    train(args, chosen, world, corpus)
     world.stop()
 
 
@@ -736,24 +753,31 @@ def main(argv: list[str]) -> None:
     kind, indices = choose_devices(args)
     worlds = make_worlds(args, kind, indices)
     is_main = worlds[0].is_main
-    choose_precision(args, kind)  # before anything is read: it may not be possible
+    chosen = None if args.evaluate else choose_precision(args, kind)  # scoring is in float32
     meeting = meeting_point(args, worlds[0].nodes)
     with contextlib.ExitStack() as held:
         if is_main and not (args.evaluate or args.performance):
             held.enter_context(checkpoint.claimed(Path(args.ckptpath)))
-        run(args, kind, worlds, meeting)
+        run(args, chosen, worlds, meeting)
 
 
-def run(args: argparse.Namespace, kind: str, worlds: list[devices.World], meeting: tuple[str, int]) -> None:
+def run(
+    args: argparse.Namespace,
+    chosen: precision.Choice | None,
+    worlds: list[devices.World],
+    meeting: tuple[str, int],
+) -> None:
     """Trains and scores, or only scores.
 
     Args:
         args: the flags.
-        kind: the kind of device.
+        chosen: the precision to train in.
         worlds: this node's processes; under torchrun, this one.
         meeting: address and port at which spawned ranks meet.
     """
-    is_main = worlds[0].is_main
+    is_main, kind = worlds[0].is_main, worlds[0].kind
+    if is_main and args.device == "auto" and (reason := devices.passed_over(kind)):
+        say(printable(f"note: torch_npu is installed, but there is no NPU to run on: {reason}; running on {kind}"))
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
 
     if args.evaluate:
@@ -765,25 +789,24 @@ def run(args: argparse.Namespace, kind: str, worlds: list[devices.World], meetin
 
     start = time.monotonic()
     resolve_recipe(args, len(corpus.train), worlds[0])
-    if under_torchrun():
-        run_rank(0, args, worlds, None, corpus)
-    elif args.multiprocessing_distributed or worlds[0].nodes > 1:
-        train_in_processes(args, worlds, meeting)
+    if not under_torchrun() and (args.multiprocessing_distributed or worlds[0].nodes > 1):
+        train_in_processes(args, chosen, worlds, meeting)
     else:
-        worlds[0].start()
-        train(args, worlds[0], corpus)
+        run_rank(0, args, chosen, worlds, None, corpus)
     if is_main and not args.performance:
         score(args, kind, Path(args.ckptpath), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
-def train_in_processes(args: argparse.Namespace, worlds: list[devices.World], meeting: tuple[str, int]) -> None:
+def train_in_processes(
+    args: argparse.Namespace, chosen: precision.Choice, worlds: list[devices.World], meeting: tuple[str, int]
+) -> None:
     """Spawns this node's processes and waits for them; node 0's parent is where all meet."""
     addr, port = meeting
     if worlds[0].is_main and worlds[0].size > 1:
         store = launch.host_store(addr, port, worlds[0].nodes)
         port = store.port
-    launch.launch(run_rank, len(worlds), (args, worlds, (addr, port)))
+    launch.launch(run_rank, len(worlds), (args, chosen, worlds, (addr, port)))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, 
 DEADLINE = 120
 
 
-def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
+def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
     """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights."""
     shares, totals, steps = [], [], []
     rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step
@@ -46,7 +46,7 @@ def watched_rank(index: int, args, worlds, meeting, folder: str) -> None:
         watched_step_done,
         watched_step,
     )
-    train_8p.run_rank(index, args, worlds, meeting)
+    train_8p.run_rank(index, args, chosen, worlds, meeting)
     torch.save({"shares": shares, "totals": totals, "steps": steps}, Path(folder) / f"rank{worlds[index].rank}.pt")
 
 
@@ -60,11 +60,11 @@ def train_watched(corpus: Path, folder: Path, processes: int, device: str = "cpu
     )
     kind, indices = train_8p.choose_devices(args)
     worlds = train_8p.make_worlds(args, kind, indices)
-    train_8p.choose_precision(args, kind)
+    chosen = train_8p.choose_precision(args, kind)
     train_8p.resolve_recipe(args, PAIRS, worlds[0])
     args.epochs, args.performance = EPOCHS, False
     store = launch.host_store("127.0.0.1", 0, 1)
-    launch.launch(watched_rank, processes, (args, worlds, ("127.0.0.1", store.port), str(folder)))
+    launch.launch(watched_rank, processes, (args, chosen, worlds, ("127.0.0.1", store.port), str(folder)))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -150,9 +150,9 @@ def test_simulated_npus_have_the_losses_of_the_cpu_in_float32(runs, npu_totals, 
         assert actual.item() == pytest.approx(expected.item(), rel=1e-6), pairs
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=DEADLINE)
+def command(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess:
+    variables = os.environ | {"OMP_NUM_THREADS": "1"} | extra
+    return subprocess.run(arguments, cwd=cwd, env=variables, capture_output=True, text=True, timeout=DEADLINE)
 
 
 PUBLISHED = ["--epoch", "1", "--batch-size", "16", "--multiprocessing-distributed", "--device-list", "0,1"]
@@ -172,6 +172,26 @@ def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
     assert result.stdout.count("* FPS@all ") == 1, "rank 0 alone writes the log"
     assert result.stdout.count("BLEU score = ") == 1
     assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
+
+
+def test_what_a_library_prints_comes_from_rank_0_alone(tiny_corpus, tmp_path):
+    """As apex and torch_npu do when a step overflows; the lines of two ranks on one pipe would break each other."""
+    (tmp_path / "program.py").write_text(
+        """
+import sys
+import launch, precision, train_8p
+from errors import run_main
+
+step = precision.NativePrecision.step
+precision.NativePrecision.step = lambda *args: (print("printed by a library"), step(*args))
+launch.leave(run_main(train_8p.main, sys.argv[1:]))
+"""
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py"]
+    flags = ["--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--device", "cpu", *SMALL]
+    result = command(*torchrun, *flags, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("printed by a library") == train_8p.PERFORMANCE_STEPS
 
 
 def die(index: int, how: str) -> None:

@@ -8,7 +8,12 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-pytestmark = pytest.mark.slow
+import precision
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not precision.cpu_has_bfloat16(), reason="this CPU has no bfloat16 instructions"),
+]
 
 BLIND = """
 import sys
@@ -32,6 +37,7 @@ def bleu_of_ten_epochs(tmp_path, *command: str) -> float:
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr
+    assert "precision=bfloat16/" in done.stdout or "O0" in command
     return float(re.search(r"^BLEU score = (.*)$", done.stdout, re.MULTILINE).group(1))
 
 

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, write_corpus
 import checkpoint
 import devices
 import gru
+import precision
 import progress
 import train_8p
 from errors import UserError, run_main
@@ -110,10 +111,11 @@ def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seco
     for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    assert list(devices.set_hccl_timeouts(seconds).values()) == [connect, execute]
+    devices.set_hccl_timeouts(seconds)
     assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
     monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
-    assert devices.set_hccl_timeouts(seconds)["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
+    devices.set_hccl_timeouts(seconds)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
 
 
 def test_one_device_for_several_processes_is_refused(torchrun):
@@ -452,6 +454,33 @@ def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, f
     assert err.startswith("error[")
     assert err.count("\n") == 1
     assert err.count(";") >= 2
+
+
+@pytest.mark.parametrize(("overflows", "expected"), [({1}, 0), ({0, 1, 2, 3}, 7)])
+def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
+    tiny_corpus, tmp_path, capsys, monkeypatch, overflows, expected
+):
+    steps = iter(range(4))
+    backward = precision.NativePrecision.backward
+    factor = {True: float("inf"), False: 1.0}
+    monkeypatch.setattr(
+        precision.NativePrecision,
+        "backward",
+        lambda self, loss: backward(self, loss * factor[next(steps) in overflows]),
+    )
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "16", "--epochs", "1", "--ckptpath", str(tmp_path / "model"))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == expected, err
+    if expected:
+        assert "the gradients of 4 of 4 steps were not finite" in err
+    else:
+        assert "note: 1 of 4 steps changed no weight" in out
+
+
+def test_flags_without_effect_are_named(tiny_corpus, capsys):
+    arguments = ("--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--opt-level", "O2")
+    assert "note: without --amp, --opt-level has no effect\n" in run(*arguments, capsys=capsys)[1]
+    assert "note:" not in run(*arguments, "--amp", capsys=capsys)[1]
 
 
 def test_missing_packages_are_named_with_what_to_do(tmp_path):
