@@ -20,6 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+# Before torch: it decides how torch is imported.
+import devices  # noqa: F401
+
+# isort: split
+
 import torch
 from torch import Tensor
 

@@ -22,13 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch: it decides how torch is imported.
+from devices import cores  # isort: split
+
 import numpy as np
 import torch
 
 import cache
 import textfiles
 import textwords
-from devices import cores
 from download import download_multi30k
 from errors import UserError
 from storage import Log, sha256

@@ -68,9 +68,9 @@ def npu_count() -> tuple[int, str]:
 
 
 def visible_npus() -> str:
-    """What hides NPUs from the program, in brackets, if anything does."""
+    """What may hide NPUs from the program, in brackets, if anything does."""
     visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES")
-    return f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r}; its numbers must ascend)" if visible else ""
+    return "" if visible is None else f" (ASCEND_RT_VISIBLE_DEVICES is {visible!r})"
 
 
 def passed_over(kind: str) -> str:
@@ -110,6 +110,8 @@ def choose_kind(wanted: str) -> str:
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
         elif not reason.startswith(NO_TORCH_NPU):
             todo = f"source CANN's set_env.sh, see that its version, torch_npu's and torch's fit, or {todo}"
+            if "ASCEND_RT_VISIBLE_DEVICES" in os.environ:
+                todo = f"unset ASCEND_RT_VISIBLE_DEVICES, or let its numbers ascend; {todo}"
         raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", todo)
     return wanted
 
@@ -211,7 +213,7 @@ class World:
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 "distributed",
-                f"the {self.size} ranks did not meet: {str(error).splitlines()[0]}",
+                f"the {self.size} ranks did not meet: {first_line(error)}",
                 f"rank {self.rank}",
                 "see that every node was started with the same --addr, port and --world-size",
             ) from error

@@ -153,12 +153,12 @@ def dropout_rate(text: str) -> float:
 
 
 def loss_scale(text: str) -> float | str:
-    """A positive number that float32 holds, or `dynamic`."""
+    """A positive number that float32 holds, as it does its reciprocal, or `dynamic`."""
     if text == "dynamic":
         return text
     value = positive_float(text)
-    if value > 3.4e38:
-        raise argparse.ArgumentTypeError(f"{text!r} must be below 3.4e38, where float32 ends")
+    if not 1e-37 < value < 1e37:
+        raise argparse.ArgumentTypeError(f"{text!r} must be between 1e-37 and 1e37, for float32")
     return value
 
 

@@ -35,6 +35,11 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+# Before torch: it decides how torch is imported.
+import devices  # noqa: F401
+
+# isort: split
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable

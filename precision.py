@@ -40,6 +40,7 @@ STATIC_SCALE = 32.0
 DYNAMIC_START = 65536.0
 GROWTH_INTERVAL = 2000
 SMALLEST_SCALE = 1.0  # below it, it is not the scale that makes gradients overflow
+PATIENCE = 3  # steps in a row that change no weight before a static scale is given up
 HALF_EPSILON = 1e-4  # Adam's in float16, where its usual 1e-8 is 0
 
 
@@ -235,6 +236,7 @@ class NativePrecision(Precision):
         self._static_scale = None if choice.loss_scale == "dynamic" else float(choice.loss_scale)
         self._scaler = make_scaler(device, self._static_scale or DYNAMIC_START, enabled=choice.level != "O3")
         self._steps = self._updates = 0  # both since, or at, the last call of `skipped_steps`
+        self._in_vain = 0  # steps since the weights last changed, as far as those calls can tell
 
     def forward_context(self) -> contextlib.AbstractContextManager:
         """Autocast under O1."""
@@ -271,8 +273,9 @@ class NativePrecision(Precision):
         updates = int(state["step"]) if state else 0
         steps, skipped = self._steps, self._steps - (updates - self._updates)
         self._steps, self._updates = 0, updates
+        self._in_vain = self._in_vain + steps if skipped == steps else 0
         is_static = self._static_scale is not None
-        if (is_static and skipped == steps > 0) or (not is_static and self.loss_scale < SMALLEST_SCALE):
+        if (is_static and self._in_vain >= PATIENCE) or (not is_static and self.loss_scale < SMALLEST_SCALE):
             raise overflown(f"{skipped} of {steps} steps", self.loss_scale, f"after {updates} updates")
         return skipped
 
@@ -349,8 +352,8 @@ def start(choice: Choice, model: nn.Module, device: torch.device, settings: Opti
 
 
 def make_scaler(device: torch.device, scale: float, *, enabled: bool = True) -> torch.amp.GradScaler:
-    """The device's own loss scaler: on an NPU torch_npu's, which also sees the overflow of the 910A, whose float16
-    saturates where others become infinite."""
+    """The device's own loss scaler: on an NPU torch_npu's. That also sees where the 910A, whose float16 saturates
+    instead of becoming infinite, does so in the backward pass; it looks from `scale` on."""
     if device.type == "npu":
         return torch.npu.amp.GradScaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
@@ -377,8 +380,9 @@ def make_optimizer(
 def apex_fused_optimizer(amp: ModuleType, settings: OptimizerSettings, device: torch.device) -> type | None:
     """The class of Ascend's fused optimizer, or None where there is none.
 
-    It is right together with the `combine_grad=True` of the same fork's `amp`, which lays all gradients in one tensor
-    that is unscaled as a whole; torch_npu's copy of it has no such partner here and is not used.
+    It is right together with the `combine_grad=True` of the same fork's `amp`: it lays all gradients in one tensor once
+    and goes on to use that. torch_npu's copy of it does so, too, and is not used: the gradients of the native O2's
+    masters are new tensors at each step.
     """
     if device.type != "npu" or "combine_grad" not in inspect.signature(amp.initialize).parameters:
         return None

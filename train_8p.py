@@ -776,7 +776,8 @@ def run(
         meeting: address and port at which spawned ranks meet.
     """
     is_main, kind = worlds[0].is_main, worlds[0].kind
-    if is_main and args.device == "auto" and (reason := devices.passed_over(kind)):
+    left_open = args.device == "auto" and args.npu is None and args.gpu is None
+    if is_main and left_open and (reason := devices.passed_over(kind)):
         say(printable(f"note: torch_npu is installed, but there is no NPU to run on: {reason}; running on {kind}"))
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
 

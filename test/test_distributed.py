@@ -50,13 +50,33 @@ def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None
     torch.save({"shares": shares, "totals": totals, "steps": steps}, Path(folder) / f"rank{worlds[index].rank}.pt")
 
 
-def train_watched(corpus: Path, folder: Path, processes: int, device: str = "cpu") -> list[dict]:
+def overflowing_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
+    """`train_8p.run_rank` with an overflow on rank 1 in the fifth step, writing down the weights after each step."""
+    weights = []
+    backward, step = precision.NativePrecision.backward, precision.NativePrecision.step
+
+    def overflowing_backward(self, loss):
+        overflows = worlds[index].rank == 1 and len(weights) == 4
+        backward(self, loss * float("inf") if overflows else loss)
+
+    def watched_step(self, max_norm):
+        step(self, max_norm)
+        weights.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
+
+    precision.NativePrecision.backward, precision.NativePrecision.step = overflowing_backward, watched_step
+    train_8p.run_rank(index, args, chosen, worlds, meeting)
+    torch.save(weights, Path(folder) / f"rank{worlds[index].rank}.pt")
+
+
+def train_watched(
+    corpus: Path, folder: Path, processes: int, device: str = "cpu", *, rank=watched_rank, flags: str = ""
+) -> list:
     """What the ranks of a run wrote down, by rank."""
     folder.mkdir()
     args = train_8p.build_parser().parse_args(
         f"--data-dir {corpus} --device {device} --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
         "--output-dropout 0 --teacher-forcing-ratio 0.5 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
-        f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'}".split()
+        f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'} {flags}".split()
     )
     kind, indices = train_8p.choose_devices(args)
     worlds = train_8p.make_worlds(args, kind, indices)
@@ -64,7 +84,7 @@ def train_watched(corpus: Path, folder: Path, processes: int, device: str = "cpu
     train_8p.resolve_recipe(args, PAIRS, worlds[0])
     args.epochs, args.performance = EPOCHS, False
     store = launch.host_store("127.0.0.1", 0, 1)
-    launch.launch(watched_rank, processes, (args, chosen, worlds, ("127.0.0.1", store.port), str(folder)))
+    launch.launch(rank, processes, (args, chosen, worlds, ("127.0.0.1", store.port), str(folder)))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -140,6 +160,20 @@ def test_two_ranks_hold_equal_weights_after_ten_steps(runs):
     for name, weights in first.items():
         assert torch.equal(weights, second[name]), name
     torch.testing.assert_close(first, one["steps"][9][1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", PAIRS)
+    first, second = train_watched(corpus, tmp_path / "two", 2, rank=overflowing_rank, flags="--amp")
+    assert len(first) == 3 * EPOCHS
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    unchanged = [
+        step
+        for step in range(1, len(first))
+        if torch.equal(*(w["decoder.fc_out.weight"] for w in first[step - 1 : step + 1]))
+    ]
+    assert unchanged == [4]
+    assert all(tensor.isfinite().all() for tensor in first[-1].values())
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -40,6 +40,7 @@ def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
         "--loss-scale=0",
         "--clip=-1",
         "--loss-scale=1e39",
+        "--loss-scale=1e-40",
     ]
     + ["--fixed-length=-1", "--fixed-length=1", "--fixed-length=2"],
 )

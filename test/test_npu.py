@@ -3,8 +3,10 @@
 It proves the path: placing, precision, collectives. It proves no kernel, no speed, and none of HCCL's own behaviour.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -111,9 +113,12 @@ def test_two_nodes_meet_at_the_first_ones_address(corpus, tmp_path):
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One that the system does not give away by itself before the two nodes are there."""
+    for port in random.sample(range(20000, 30000), 100):
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 # ---------------------------------------------------------------- every precision
@@ -287,6 +292,13 @@ def test_a_bad_installation_does_not_reach_torch(corpus, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error[usage]: no npu here: ImportError: libhccl.so")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["gru", "data", "checkpoint"])
+def test_a_bad_installation_does_not_reach_a_module_that_is_used_alone(tmp_path, module):
+    paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY]))
+    done = run(sys.executable, "-c", f"import {module}", cwd=tmp_path, PYTHONPATH=paths, NPU_SIM_FAULT="no-cann")
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------- what would go unseen without the simulation

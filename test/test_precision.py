@@ -297,7 +297,17 @@ def test_a_step_whose_gradients_overflow_changes_no_weight_and_is_counted(model,
     assert precise.skipped_steps() == 0, "since it was last asked"
 
 
-@pytest.mark.parametrize(("scale", "steps"), [(32.0, 2), ("dynamic", 17)])
+def test_overflows_of_single_steps_do_not_end_a_run_however_short_its_epochs_are(model):
+    precise = start(model, "O2", scale=32.0)
+    for factor in (float("inf"), float("inf"), 1.0, float("inf"), float("inf")):
+        one_step(precise, torch.randn(5, 4), factor=factor)
+        assert precise.skipped_steps() == (factor != 1.0)
+    one_step(precise, torch.randn(5, 4), factor=float("inf"))
+    with pytest.raises(UserError, match="1 of 1 steps"):
+        precise.skipped_steps()
+
+
+@pytest.mark.parametrize(("scale", "steps"), [(32.0, 3), ("dynamic", 17)])
 def test_a_run_whose_gradients_always_overflow_has_diverged(model, scale, steps):
     precise = start(model, "O2", scale=scale)
     for _ in range(steps - 1):

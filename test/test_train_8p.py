@@ -118,6 +118,16 @@ def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seco
     assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
 
 
+def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corpus):
+    """The others wait in it, and HCCL not for ever."""
+    done = []
+    monkeypatch.setattr(train_8p, "load_corpus", lambda *_, **__: done.append("data"))
+    monkeypatch.setattr(devices.World, "start", lambda *_, **__: done.append("group"))
+    monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
+    train_8p.run_rank(0, parse(), precision.Choice(), [devices.World()], None)
+    assert done == ["data", "group", "training"]
+
+
 def test_one_device_for_several_processes_is_refused(torchrun):
     assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
 

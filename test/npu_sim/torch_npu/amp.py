@@ -11,8 +11,8 @@ class autocast(torch.amp.autocast):
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler("npu"), whose scale stays as it is if it is not dynamic; it prints a line of each step that
-    it skips, on every rank, as the real one does."""
+    """torch.amp.GradScaler("npu"), which prints a line of each step that it skips, on every rank, as the real one does.
+    If it is not dynamic, its scale stays, and as in the real one nothing looks for an overflow."""
 
     def __init__(
         self,
@@ -34,6 +34,10 @@ class GradScaler(torch.amp.GradScaler):
         if not done:
             print("Gradient overflow. Skipping step")
         return result
+
+    def _unscale_grads_(self, *args, **kwargs) -> dict[torch.device, torch.Tensor]:
+        found = super()._unscale_grads_(*args, **kwargs)
+        return found if self._dynamic else {device: torch.zeros_like(flag) for device, flag in found.items()}
 
     def update(self, new_scale: float | torch.Tensor | None = None) -> None:
         if self._enabled and new_scale is None and not self._dynamic:

@@ -34,8 +34,9 @@ inline std::vector<int> read_devices() {
   std::istringstream list(visible);
   for (std::string entry; std::getline(list, entry, ',');) {
     const bool number = !entry.empty() && entry.find_first_not_of("0123456789") == std::string::npos;
-    const int device = number ? std::atoi(entry.c_str()) : -1;
-    if (!number || (!devices.empty() && device <= devices.back())) return {};  // such a list hides all
+    if (!number) break;  // what follows is not read
+    const int device = std::atoi(entry.c_str());
+    if (!devices.empty() && device <= devices.back()) return {};  // such a list hides all
     if (device < there) devices.push_back(device);
   }
   return devices;
