@@ -4,6 +4,7 @@ import os
 import random
 from pathlib import Path
 
+import npu_harness
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -12,6 +13,13 @@ MULTI30K = REPOSITORY.parent / "shared" / "data" / "multi30k"
 needs_multi30k = pytest.mark.skipif(
     not (MULTI30K / "train.de").exists(), reason="Multi30k is not beside this checkout (../shared/data/multi30k)"
 )
+
+
+def pytest_collection_finish(session):
+    """The simulated NPU is compiled while those tests run that stand before the first one that needs it."""
+    needs = ("simulation", "built", "npu_totals")
+    if not session.config.option.collectonly and any(set(needs) & set(item.fixturenames) for item in session.items):
+        npu_harness.start_building()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,11 +6,14 @@ PyTorch takes one such device a process and never gives it back. So `npu_sim` is
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 SIMULATION = Path(__file__).resolve().parent / "npu_sim"
+BUILD = SIMULATION / "torch_npu" / "build.py"
 OWN_VARIABLES = ("ASCEND_RT_VISIBLE_DEVICES", "HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT", "TASK_QUEUE_ENABLE")
 OWN_VARIABLES += ("CPU_AFFINITY_CONF", "NPU_SIM_DEVICES", "NPU_SIM_FAULT", "TORCH_DEVICE_BACKEND_AUTOLOAD")
 
@@ -26,11 +29,17 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
+def start_building() -> None:
+    """Compiles the simulation in the background, if that was not done yet; `ensure_built` waits for it and reports."""
+    if shutil.which("g++"):
+        subprocess.Popen([sys.executable, BUILD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def ensure_built() -> None:
     """Compiles the simulation if that was not done yet, half a minute; skips the test where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("the simulated NPU needs g++")
-    spec = importlib.util.spec_from_file_location("npu_sim_build", SIMULATION / "torch_npu" / "build.py")
+    spec = importlib.util.spec_from_file_location("npu_sim_build", BUILD)
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     build.ensure()

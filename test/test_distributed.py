@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -97,24 +98,29 @@ def runs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def npu_totals(runs, tmp_path_factory):
+def npu_totals(tmp_path_factory):
     """By the number of simulated NPUs: what rank 0 of the same training counted there."""
     ensure_built()
     folder = tmp_path_factory.mktemp("npus")
     corpus = write_corpus(folder / "corpus", PAIRS)
-    code = f"""
+    code = """
+import sys
 from pathlib import Path
 from test_distributed import train_watched
 
 if __name__ == "__main__":
-    for processes in (1, 2):
-        train_watched(Path({str(corpus)!r}), Path({str(folder)!r}) / str(processes), processes, "npu")
+    corpus, folder, processes = sys.argv[1:]
+    train_watched(Path(corpus), Path(folder) / processes, int(processes), "npu")
 """
     (folder / "program.py").write_text(code)
     paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY, REPOSITORY / "test"]))
-    subprocess.run(
-        [sys.executable, folder / "program.py"], env=environment(PYTHONPATH=paths), check=True, timeout=DEADLINE
-    )
+
+    def train(processes: str) -> None:
+        command = [sys.executable, folder / "program.py", corpus, folder, processes]
+        subprocess.run(command, env=environment(PYTHONPATH=paths), check=True, timeout=DEADLINE)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, ("1", "2")))
     return {count: torch.load(folder / str(count) / "rank0.pt", map_location="cpu")["totals"] for count in (1, 2)}
 
 

@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPOSITORY, write_corpus
@@ -240,31 +241,44 @@ def broken_code(folder, module: str, care: str, without: str):
     return folder
 
 
-@pytest.fixture(scope="module")
-def forked(corpus, tmp_path_factory):
-    """By name: exit code, output and errors of each case."""
+@pytest.fixture(scope="module", autouse=True)
+def forking(simulation, corpus, tmp_path_factory):
+    """The process that runs all cases, their names, and the folder of what they leave. It has a core of its own while
+    the tests above run, which mostly wait for a rank."""
     folder = tmp_path_factory.mktemp("forked")
     short = [*SMALL, "--data-dir", str(corpus), "--performance", "--amp"]
     on_cpu = [flag if flag != "npu" else "auto" for flag in short]
-    simulation, own = str(SIMULATION), str(REPOSITORY)
-    cases = {name: (extra, [simulation, own], []) for name, (extra, _) in INSTALLATIONS.items()}
+    paths, own = str(SIMULATION), str(REPOSITORY)
+    cases = {name: (extra, [paths, own], []) for name, (extra, _) in INSTALLATIONS.items()}
     cases["absent"] = ({}, [own], [])
     for name in ("no-cann", "no-npu", "wrong-order"):
-        cases[f"{name}: on the CPU"] = (INSTALLATIONS[name][0], [simulation, own], on_cpu)
+        cases[f"{name}: on the CPU"] = (INSTALLATIONS[name][0], [paths, own], on_cpu)
     for name, (module, care, without, _) in BREAKS.items():
-        cases[name] = ({}, [simulation, str(broken_code(folder / name, module, care, without))], short)
+        cases[name] = ({}, [paths, str(broken_code(folder / name, module, care, without))], short)
     wrong_ids = broken_code(folder / "ids-outside", "data.py", SPLIT_READ, WRONG_IDS)
-    cases["ids-outside"] = ({}, [simulation, str(wrong_ids)], short)
+    cases["ids-outside"] = ({}, [paths, str(wrong_ids)], short)
     (folder / "cases.json").write_text(json.dumps(list(cases.values())))
-    extra = {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    done = run(sys.executable, "-c", FORKS, cwd=folder, **extra)
-    assert done.returncode == 0, done.stderr
+    variables = {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=folder, env=environment(**variables), stderr=subprocess.PIPE, text=True
+    )
+    yield process, list(cases), folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def forked(forking):
+    """By name: exit code, output and errors of each case."""
+    process, names, folder = forking
+    _, err = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, err
     return {
         name: (
             int((folder / f"{i}.code").read_text()),
             *((folder / f"{i}.{end}").read_text() for end in ("out", "err")),
         )
-        for i, name in enumerate(cases)
+        for i, name in enumerate(names)
     }
 
 
@@ -294,11 +308,12 @@ def test_a_bad_installation_does_not_reach_torch(corpus, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("module", ["gru", "data", "checkpoint"])
-def test_a_bad_installation_does_not_reach_a_module_that_is_used_alone(tmp_path, module):
-    paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY]))
-    done = run(sys.executable, "-c", f"import {module}", cwd=tmp_path, PYTHONPATH=paths, NPU_SIM_FAULT="no-cann")
-    assert done.returncode == 0, done.stderr
+def test_a_bad_installation_does_not_reach_a_module_that_is_used_alone(tmp_path):
+    extra = {"PYTHONPATH": os.pathsep.join(map(str, [SIMULATION, REPOSITORY])), "NPU_SIM_FAULT": "no-cann"}
+    modules = ["gru", "data", "checkpoint"]
+    with ThreadPoolExecutor(len(modules)) as pool:
+        runs = pool.map(lambda name: run(sys.executable, "-c", f"import {name}", cwd=tmp_path, **extra), modules)
+    assert {name: done.stderr for name, done in zip(modules, runs, strict=True)} == dict.fromkeys(modules, "")
 
 
 # ---------------------------------------------------------------- what would go unseen without the simulation
