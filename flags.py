@@ -144,11 +144,11 @@ def fraction(text: str) -> float:
     return value
 
 
-def dropout_rate(text: str) -> float:
+def part(text: str) -> float:
     """A number from 0 to below 1."""
     value = fraction(text)
     if value == 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be below 1: nothing would be left to learn from")
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 1")
     return value
 
 

@@ -560,7 +560,7 @@ class Seq2Seq(nn.Module):
     def greedy(self, src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50) -> Tensor:
         """Translates a batch, at each step taking the most probable token.
 
-        Sentences that have ended are dropped; where few distinct shapes are wanted, when half of them have.
+        Sentences that have ended are dropped, see `rows_to_keep`.
 
         Args:
             src: [src len, batch] token ids.
@@ -585,17 +585,30 @@ class Seq2Seq(nn.Module):
             prev_token = self.decoder.best(features, output_share).masked_fill(ended, eos_index)
             translations[step, columns] = prev_token
             ended = prev_token == eos_index
-            going = len(ended) - int(ended.sum())
-            if going == 0:
+            rows = rows_to_keep(ended)
+            if len(rows) == 0:
                 break
-            kept = going if computes_steps(src.device) else len(columns)
-            while kept // 2 >= going:
-                kept //= 2
-            if kept < len(columns):
-                rows = ended.int().argsort(stable=True)[:kept]  # those that go on first
+            if len(rows) < len(columns):
                 state = (columns, prev_token, ended, hidden, share, output_share)
                 columns, prev_token, ended, hidden, share, output_share = (part.index_select(0, rows) for part in state)
         return translations
+
+
+def rows_to_keep(ended: Tensor) -> Tensor:
+    """The sentences that decoding goes on with: those that have not ended, and where few distinct shapes are wanted so
+    many others that the batch is only ever halved.
+
+    Args:
+        ended: [kept] bool. Waits for the device.
+
+    Returns:
+        [at most kept] int64 their rows, those that go on first; none where all have ended.
+    """
+    going = len(ended) - int(ended.sum())
+    kept = going if computes_steps(ended.device) or going == 0 else len(ended)
+    while kept // 2 >= going > 0:
+        kept //= 2
+    return ended.int().argsort(stable=True)[:kept]
 
 
 def stretches(forced: list[bool]) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
-"""How good a model is: its translations, their BLEU, and the loss on pairs that it has not seen."""
+"""How good a model is: its translations, their BLEU and chrF, and the loss on pairs that it has not seen."""
 
+import math
 from dataclasses import dataclass
 
 import sacrebleu
@@ -7,6 +8,7 @@ import torch
 
 import data
 import gru
+from beam import beam_search
 from devices import World
 
 MAX_LENGTH = 50  # most tokens of a translation, as in the original
@@ -14,52 +16,64 @@ BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
-class Bleu:
-    """Corpus BLEU of tokenised, lower-cased translations, 0 to 100.
+class Scores:
+    """Corpus scores of tokenised, lower-cased translations, 0 to 100.
 
     Attributes:
-        torchtext: `torchtext.data.metrics.bleu_score`, the metric of the published figure.
-        sacrebleu: sacreBLEU of the same tokens.
-        signature: how sacreBLEU was asked to count.
+        bleu: `torchtext.data.metrics.bleu_score`, the metric of the published figure.
+        sacrebleu, chrf: sacreBLEU's BLEU and chrF of the same tokens, joined by spaces.
+        sacrebleu_signature, chrf_signature: how sacreBLEU was asked to count.
     """
 
-    torchtext: float
+    bleu: float
     sacrebleu: float
-    signature: str
+    sacrebleu_signature: str
+    chrf: float
+    chrf_signature: str
 
 
-def bleu(translations: list[list[str]], references: list[list[str]]) -> Bleu:
+def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scores:
     """Scores translations against one reference each.
 
     Args:
         translations: tokens of each sentence.
         references: as many, in the same order.
 
-    >>> round(bleu([["a", "dog", "runs", "fast"]], [["a", "dog", "runs", "fast"]]).torchtext, 6)
+    >>> round(evaluate([["a", "dog", "runs", "fast"]], [["a", "dog", "runs", "fast"]]).bleu, 6)
     100.0
     """
     from torchtext.data.metrics import bleu_score  # slow to import, and a performance run does not need it
 
-    metric = sacrebleu.BLEU(tokenize="none", force=True)  # force: it is tokenised on purpose, no warning
-    joined = metric.corpus_score([" ".join(t) for t in translations], [[" ".join(r) for r in references]])
-    own = bleu_score(translations, [[reference] for reference in references])
-    return Bleu(100 * own, joined.score, str(metric.get_signature()))
+    texts = [" ".join(tokens) for tokens in translations], [[" ".join(tokens) for tokens in references]]
+    found = []
+    for metric in (sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()):  # force: tokenised on purpose
+        found += [metric.corpus_score(*texts).score, str(metric.get_signature())]
+    return Scores(100 * bleu_score(translations, [[reference] for reference in references]), *found)
 
 
-def batches(order: torch.Tensor, world: World) -> list[torch.Tensor]:
+def batches(order: torch.Tensor, world: World, batch_size: int) -> list[torch.Tensor]:
     """This rank's share of the sentences `order`, [n], in batches; none where there are more ranks than sentences."""
     share = data.rank_share(order, world.rank, world.size)
-    return list(share.split(BATCH_SIZE)) if len(share) else []
+    return list(share.split(max(1, batch_size))) if len(share) else []
 
 
-def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world: World) -> list[list[str]]:
-    """Greedy translations, shared out over the ranks.
+def translate(
+    model: gru.Seq2Seq,
+    src: data.Side,
+    vocab: data.Vocabulary,
+    world: World,
+    *,
+    beam_size: int = 1,
+    length_penalty: float = 1.0,
+) -> list[list[str]]:
+    """Translations, shared out over the ranks.
 
     Args:
         model: the fp32 model, in evaluation mode, on the rank's device.
         src: the source sentences.
         vocab: the target vocabulary.
         world: the ranks; every rank calls this.
+        beam_size, length_penalty: as in `beam_search`; a beam of 1 is greedy.
 
     Returns:
         The tokens of each sentence, those of white space dropped, in the order of `src`, on every rank.
@@ -67,10 +81,15 @@ def translate(model: gru.Seq2Seq, src: data.Side, vocab: data.Vocabulary, world:
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
     length_step = 1 if world.device.type == "cpu" else data.LENGTH_STEP
-    for indices in batches(by_length, world):
+    for indices in batches(by_length, world, BATCH_SIZE // beam_size):
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
-        ids[indices] = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH).T.cpu()
+        if beam_size == 1:
+            found = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
+        else:
+            options = {"beam_size": min(beam_size, len(vocab)), "max_len": MAX_LENGTH, "length_penalty": length_penalty}
+            found = beam_search(model, tokens, lengths, data.SOS, data.EOS, **options).ids[:, :, 0]
+        ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
     return [[token for token in vocab.decode(row) if not token.isspace()] for row in ids.tolist()]
@@ -93,9 +112,18 @@ def mean_loss(
     loader = data.Loader(split, world.device, fixed_length=fixed_length)
     totals = torch.zeros(2, device=world.device)  # sum of the losses, number of positions
     by_length = torch.argsort(split.trg.lengths, stable=True)
-    for indices in batches(by_length, world):
+    for indices in batches(by_length, world, BATCH_SIZE):
         batch = loader(indices)
         loss_sum = criterion(batch, teacher_forcing_ratio)
         totals += torch.stack((loss_sum, loss_sum.new_full((), batch.count)))
     loss_sum, count = world.sum(totals).tolist()
     return loss_sum / count
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where that says nothing any more.
+
+    >>> round(perplexity(math.log(20.5)), 6), perplexity(100.0)
+    (20.5, inf)
+    """
+    return math.exp(loss) if loss < 50 else math.inf

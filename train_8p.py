@@ -50,6 +50,7 @@ import gru
 import launch
 import precision
 import scoring
+from averaging import WeightAverage
 from progress import EpochLog, say
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
@@ -73,11 +74,14 @@ RECIPES = {
         "dropout": 0.5,
         "output_dropout": 0.0,
         "label_smoothing": 0.0,
+        "ema": 0.0,
         "init": "modelzoo",
         "fixed_length": 46,
         "batching": "random",
         "last_batch": "drop",
         "best": "loss",
+        "beam_size": 1,
+        "length_penalty": 1.0,
     },
     # The best that this architecture does in as many epochs.
     "tuned": {
@@ -93,11 +97,14 @@ RECIPES = {
         "dropout": 0.5,
         "output_dropout": 0.3,
         "label_smoothing": 0.1,
+        "ema": 0.0,
         "init": "tuned",
         "fixed_length": 0,
         "batching": "like-length",
         "last_batch": "keep",
         "best": "bleu",
+        "beam_size": 10,
+        "length_penalty": 1.0,
     },
 }
 
@@ -149,9 +156,15 @@ def build_parser() -> flags.StrictParser:
     group.add_argument(
         "--teacher-forcing-ratio", type=flags.fraction, metavar="P", help="probability of reading the reference"
     )
-    group.add_argument("--dropout", type=flags.dropout_rate, metavar="P", help="on both embeddings")
-    group.add_argument("--output-dropout", type=flags.dropout_rate, metavar="P", help="in front of the output layer")
+    group.add_argument("--dropout", type=flags.part, metavar="P", help="on both embeddings")
+    group.add_argument("--output-dropout", type=flags.part, metavar="P", help="in front of the output layer")
     group.add_argument("--label-smoothing", type=flags.fraction, metavar="P", help="mass spread over the vocabulary")
+    group.add_argument(
+        "--ema",
+        type=flags.part,
+        metavar="DECAY",
+        help="of the average of the weights over the steps, which is validated and kept; 0: the last step's weights",
+    )
     group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
     group.add_argument(
         "--fixed-length",
@@ -162,6 +175,13 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--batching", choices=["like-length", "random"], help="which pairs share a batch")
     group.add_argument("--last-batch", choices=["keep", "drop"], help="an epoch's incomplete batch")
     group.add_argument("--best", choices=["bleu", "loss"], help="best epoch: greedy BLEU or free-running loss")
+    group.add_argument("--beam-size", type=flags.positive_int, metavar="N", help="hypotheses of the final score")
+    group.add_argument(
+        "--length-penalty",
+        type=flags.non_negative_float,
+        metavar="POWER",
+        help="of the length that divides a hypothesis's log probability",
+    )
 
     group = parser.add_argument_group("model")
     group.add_argument("--emb-dim", type=flags.positive_int, default=256, metavar="N", help="size of the embeddings")
@@ -475,6 +495,7 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
         say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     settings = precision.OptimizerSettings(args.optimizer, args.lr, args.weight_decay)
     precise = precision.start(chosen, model, device, settings)
+    average = WeightAverage(precise, args.ema)
     criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
     keeper = BestKeeper(args, world, corpus)
     loader = data.Loader(corpus.train, device, fixed_length=args.fixed_length)
@@ -506,6 +527,7 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
             precise.backward(loss)
             precise.step(args.clip)
             step += 1
+            average.update(step)
             log.step_done(totals, len(indices))
 
         pairs_per_second, mean_loss = log.finish()
@@ -518,7 +540,7 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
                 "If that goes on, lower --loss-scale or --lr, or give --loss-scale dynamic."
             )
         if not args.performance:
-            keeper.validate(model, epoch, mean_loss, rate)
+            keeper.validate(average.model, epoch, mean_loss, rate)
 
 
 class EpochPlan:
@@ -613,24 +635,24 @@ class BestKeeper:
         translations = scoring.translate(model, val.src, self._corpus.trg_vocab, world)
         if not world.is_main:
             return
-        bleu = scoring.bleu(translations, val.trg_tokens)
-        forced, free = ({"loss": loss, "perplexity": math.exp(loss) if loss < 50 else math.inf} for loss in losses)
+        bleu = scoring.evaluate(translations, val.trg_tokens).bleu
+        forced, free = losses
         say(
             f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
-            f"loss {forced['loss']:.4f} (perplexity {forced['perplexity']:.2f})  "
-            f"free-running loss {free['loss']:.4f} (perplexity {free['perplexity']:.2f})  "
-            f"greedy BLEU {bleu.torchtext:.4f}  learning rate {rate:.2e}"
+            f"loss {forced:.4f} (perplexity {scoring.perplexity(forced):.2f})  "
+            f"free-running loss {free:.4f} (perplexity {scoring.perplexity(free):.2f})  "
+            f"greedy BLEU {bleu:.4f}  learning rate {rate:.2e}"
         )
         for index in (0, len(val) // 2):
             say(printable(f"  source     {' '.join(val.src_tokens[index])}"))
             say(printable(f"  reference  {' '.join(val.trg_tokens[index])}"))
             say(printable(f"  model      {' '.join(translations[index])}"))
-        merit = bleu.torchtext if args.best == "bleu" else -free["loss"]
+        merit = bleu if args.best == "bleu" else -free
         if merit > self._best:
             if self._best == -math.inf and (previous := checkpoint.set_aside(self._path)):
                 say(f"note: {self._path} was there already: the old one is now {previous.name}")
             self._best = merit
-            scores = {"epoch": epoch, "bleu": bleu.torchtext, "loss": forced["loss"], "free_running_loss": free["loss"]}
+            scores = {"epoch": epoch, "bleu": bleu, "loss": forced, "free_running_loss": free}
             checkpoint.save(self._path, self._checkpoint(model, scores))
             say(f"saved: {self._path} (the best so far)")
 
@@ -675,12 +697,28 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
     world = devices.World(kind=kind, index=args.bleu_npu)
     world.start()
     model = saved.build_model(world.device)
-    src = data.Side.encode(corpus.test.src_tokens, src_vocab)
-    bleu = scoring.bleu(scoring.translate(model, src, trg_vocab, world), corpus.test.trg_tokens)
+    test = corpus.test
+    own = data.Split(*map(data.Side.encode, (test.src_tokens, test.trg_tokens), (src_vocab, trg_vocab)))
     where = f"{kind} {args.bleu_npu} ({world.describe(None, 0)})"
-    say(f"scored: {path} on {len(corpus.test)} test pairs, greedily, in float32, on {where}")
-    say(f"sacreBLEU = {bleu.sacrebleu:.4f} ({bleu.signature})")
-    say(f"BLEU score = {bleu.torchtext:.4f}")
+    say(f"scored: {path} on {len(test)} test pairs, in float32, on {where}")
+    fixed_length = saved.flags.get("fixed_length", 0)
+    for name, ratio in (("loss", 1.0), ("free-running loss", 0.0)):
+        loss = scoring.mean_loss(model, own, world, teacher_forcing_ratio=ratio, fixed_length=fixed_length)
+        say(f"test {name} {loss:.4f} (perplexity {scoring.perplexity(loss):.2f})")
+    beam_size, length_penalty = (decoding_setting(args, saved, name) for name in ("beam_size", "length_penalty"))
+    for size in sorted({1, beam_size}):
+        found = scoring.translate(model, own.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
+        scores = scoring.evaluate(found, test.trg_tokens)
+        say(f"{'greedy' if size == 1 else f'beam of {size}'}: BLEU {scores.bleu:.4f}  chrF {scores.chrf:.4f}")
+    say(f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})")
+    say(f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})")
+    say(f"BLEU score = {scores.bleu:.4f}")
+
+
+def decoding_setting(args: argparse.Namespace, saved: checkpoint.Checkpoint, name: str) -> float:
+    """The flag's value; left out, that of the run that made the checkpoint; else greedy, as the original."""
+    given = getattr(args, name)
+    return saved.flags.get(name, RECIPES["modelzoo"][name]) if given is None else given
 
 
 def vocabularies(

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import beam
 import data
 import gru
 import scoring
@@ -15,20 +16,20 @@ VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "]
 
 def test_bleu_of_a_case_by_hand():
     # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples are right; no brevity penalty.
-    bleu = scoring.bleu(["the dog runs fast now".split()], ["the dog runs fast here".split()])
+    scores = scoring.evaluate(["the dog runs fast now".split()], ["the dog runs fast here".split()])
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
-    assert bleu.torchtext == pytest.approx(expected, rel=1e-6)
-    assert bleu.sacrebleu == pytest.approx(expected, rel=1e-6)
-    assert "tok:none" in bleu.signature
+    assert scores.bleu == pytest.approx(expected, rel=1e-6)
+    assert scores.sacrebleu == pytest.approx(expected, rel=1e-6)
+    assert "tok:none" in scores.sacrebleu_signature
 
 
 def test_short_translations_pay_the_brevity_penalty():
-    bleu = scoring.bleu(["a b c d".split()], ["a b c d e f".split()])
-    assert bleu.torchtext == pytest.approx(100 * math.exp(1 - 6 / 4), rel=1e-6)
+    scores = scoring.evaluate(["a b c d".split()], ["a b c d e f".split()])
+    assert scores.bleu == pytest.approx(100 * math.exp(1 - 6 / 4), rel=1e-6)
 
 
 def test_an_empty_translation_scores_nothing():
-    assert scoring.bleu([[], ["a"]], [["a", "b"], ["c"]]).torchtext == 0
+    assert scoring.evaluate([[], ["a"]], [["a", "b"], ["c"]]).bleu == 0
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split,
     whole = scoring.translate(model, split.src, VOCAB, World())
     monkeypatch.setattr(gru, "computes_steps", lambda device: False)
     assert scoring.translate(model, split.src, VOCAB, World()) == whole
+
+
+def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
+    options = {"beam_size": 3, "length_penalty": 0.5}
+    whole = scoring.translate(model, split.src, VOCAB, World(), **options)
+    for index in range(3):
+        src, src_len = data.pad(split.src, torch.tensor([index]))
+        ids = beam.beam_search(model, src, src_len, data.SOS, data.EOS, **options).ids[:, 0, 0]
+        assert [VOCAB.decode(ids.tolist())] == whole[index : index + 1]
+    wide = scoring.translate(model, split.src, VOCAB, World(), beam_size=99)
+    assert wide == scoring.translate(model, split.src, VOCAB, World(), beam_size=len(VOCAB))
 
 
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):

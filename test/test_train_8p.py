@@ -341,13 +341,41 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
     assert "sacreBLEU = " in again
 
 
+def scores_of(out):
+    """By name, the BLEU of each way to decode, in order."""
+    return dict(re.findall(r"^(greedy|beam of \d+): BLEU (\S+)  chrF \S+$", out, re.MULTILINE))
+
+
+def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
+    folder, corpus, out = trained
+    assert list(scores_of(out)) == ["greedy", "beam of 10"]
+    assert f"\nBLEU score = {scores_of(out)['beam of 10']}\n" in out
+    for line in (r"test loss \S+ \(perplexity \S+\)", r"test free-running loss .*", r"chrF = \S+ \(.*nc:6.*\)"):
+        assert re.search(f"^{line}$", out, re.MULTILINE)
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, greedy, _ = run(*evaluate, "--beam-size", "1", capsys=capsys)
+    assert scores_of(greedy) == {"greedy": scores_of(out)["greedy"]}
+    assert f"\nBLEU score = {scores_of(out)['greedy']}\n" in greedy
+    _, wide, _ = run(*evaluate, "--beam-size", "3", "--length-penalty", "0", capsys=capsys)
+    assert list(scores_of(wide)) == ["greedy", "beam of 3"]
+
+
+def test_a_checkpoint_of_the_modelzoo_recipe_is_scored_greedily(trained, tmp_path, capsys):
+    folder, corpus, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags["beam_size"] = train_8p.RECIPES["modelzoo"]["beam_size"]
+    checkpoint.save(tmp_path / "modelzoo", saved)
+    _, out, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "modelzoo"), capsys=capsys)
+    assert list(scores_of(out)) == ["greedy"]
+
+
 def test_the_originals_checkpoint_is_scored_with_the_data_s_vocabulary_if_it_fits(trained, tmp_path, capsys):
     folder, corpus, out = trained
     saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
     torch.save({f"module.{name}": tensor for name, tensor in saved.state_dict.items()}, tmp_path / "original")
     code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "original"), capsys=capsys)
     assert code == 0
-    assert re.search("^BLEU score = .*$", again, re.MULTILINE).group() in out
+    assert scores_of(again) == {"greedy": scores_of(out)["greedy"]}
 
     torch.save(gru.build(99, 98, emb_dim=2, hid_dim=3).state_dict(), tmp_path / "other")
     code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "other"), capsys=capsys)

@@ -1,0 +1,153 @@
+"""Beam search against a plain one: one sentence, one hypothesis, one step at a time."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import beam
+import data
+import gru
+
+VOCAB, BATCH, MAX_LEN = 7, 6, 9
+
+
+@pytest.fixture(params=range(3))
+def model(request):
+    torch.manual_seed(request.param)
+    model = gru.build(VOCAB, VOCAB, emb_dim=5, hid_dim=6).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.8)
+    return model
+
+
+@pytest.fixture
+def sources():
+    """[src len, batch] and [batch]."""
+    generator = torch.Generator().manual_seed(0)
+    sentences = [torch.randint(4, VOCAB, (size,), generator=generator).tolist() for size in (5, 1, 3, 3, 2, 4)]
+    side = data.Side.encode([[str(token) for token in sentence] for sentence in sentences], numbers())
+    return data.pad(side, torch.arange(BATCH))
+
+
+def numbers():
+    return data.Vocabulary(data.SPECIALS + [str(token) for token in range(4, VOCAB)])
+
+
+def search(model, sources, beam_size, **options):
+    options = {"max_len": MAX_LEN} | options
+    return beam.beam_search(model, *sources, data.SOS, data.EOS, beam_size=beam_size, **options)
+
+
+def alone(sources, column):
+    """One sentence without its batch-mates' padding."""
+    src, src_len = sources
+    return src[: src_len[column], [column]], src_len[[column]]
+
+
+def log_probability(model, source, tokens):
+    """log P(tokens | source), by reading them as the reference."""
+    trg = torch.tensor([data.SOS, *tokens]).unsqueeze(1)
+    log_p = model(source[0], trg, 1.0, source[1]).log_softmax(2)
+    return sum(log_p[t, 0, trg[t, 0]].item() for t in range(1, len(trg)))
+
+
+def tokens_of(ids):
+    """A hypothesis as long as its probability counts: to its `<eos>`, if it has one."""
+    ids = ids.tolist()
+    return ids[: ids.index(data.EOS) + 1] if data.EOS in ids else ids
+
+
+def plain_beam(model, source, beam_size, length_penalty):
+    """[(score, tokens)] of all hypotheses of a sentence, the best first."""
+    context = model.encoder(*source)
+    live, done = [(0.0, [], context)], []
+    for step in range(MAX_LEN):
+        candidates = []
+        for log_p, tokens, hidden in live:
+            prev_token = torch.tensor([tokens[-1] if tokens else data.SOS])
+            logits, after = model.decoder(prev_token, hidden, context)
+            for token, step_log_p in enumerate(logits[0].log_softmax(0).tolist()):
+                candidates.append((log_p + step_log_p, [*tokens, token], after))
+        candidates.sort(key=lambda candidate: -candidate[0])
+        live = []
+        for log_p, tokens, hidden in candidates[: beam_size - len(done)]:
+            if tokens[-1] == data.EOS or step == MAX_LEN - 1:
+                done.append((log_p / len(tokens) ** length_penalty, tokens))
+            else:
+                live.append((log_p, tokens, hidden))
+    return sorted(done, key=lambda hypothesis: -hypothesis[0])
+
+
+def test_a_beam_of_one_is_greedy(model, sources):
+    ids, scores = search(model, sources, 1)
+    assert torch.equal(ids[:, :, 0], model.greedy(*sources, data.SOS, data.EOS, MAX_LEN))
+    assert scores.shape == (BATCH, 1)
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+def test_all_hypotheses_equal_the_plain_search(model, sources, beam_size, length_penalty, on_accelerator, monkeypatch):
+    expected = [plain_beam(model, alone(sources, column), beam_size, length_penalty) for column in range(BATCH)]
+    if on_accelerator:
+        monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+    ids, scores = search(model, sources, beam_size, length_penalty=length_penalty, n_best=beam_size)
+    assert ids.shape == (MAX_LEN, BATCH, beam_size)
+    for column, hypotheses in enumerate(expected):
+        assert [tokens_of(ids[:, column, rank]) for rank in range(beam_size)] == [tokens for _, tokens in hypotheses]
+        assert scores[column].tolist() == pytest.approx([score for score, _ in hypotheses], abs=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+def test_the_score_is_that_of_reading_the_hypothesis_as_the_reference(model, sources, length_penalty):
+    ids, scores = search(model, sources, 4, length_penalty=length_penalty, n_best=2)
+    for column, rank in itertools.product(range(BATCH), range(2)):
+        tokens = tokens_of(ids[:, column, rank])
+        expected = log_probability(model, alone(sources, column), tokens) / len(tokens) ** length_penalty
+        assert scores[column, rank].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_translation_does_not_depend_on_its_batch_mates(model, sources, beam_size):
+    ids, scores = search(model, sources, beam_size)
+    for column in range(BATCH):
+        own_ids, own_scores = search(model, alone(sources, column), beam_size)
+        assert torch.equal(own_ids[:, 0], ids[:, column])
+        assert own_scores[0].item() == pytest.approx(scores[column].item(), abs=1e-6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = search(model, (sources[0][:, order], sources[1][order]), beam_size)
+    assert torch.equal(shuffled.ids, ids[:, order])
+
+
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_most_probable_translation_of_two_tokens(model, sources):
+    """Greedy does not: its first token may be one that nothing probable follows."""
+    ids, scores = search(model, sources, VOCAB, max_len=2, length_penalty=0.0)
+    pairs = [[data.EOS]] + [[a, b] for a in range(VOCAB) if a != data.EOS for b in range(VOCAB)]
+    for column in range(BATCH):
+        best = max(pairs, key=lambda tokens: log_probability(model, alone(sources, column), tokens))
+        assert tokens_of(ids[:, column, 0]) == best
+
+
+def test_a_high_length_penalty_gives_no_shorter_translations(model, sources):
+    lengths = [
+        sum(len(tokens_of(ids)) for ids in search(model, sources, 4, length_penalty=penalty).ids[:, :, 0].T)
+        for penalty in (0.0, 1.0, 2.0)
+    ]
+    assert lengths == sorted(lengths)
+
+
+def test_the_n_best_are_distinct_and_in_order(model, sources):
+    ids, scores = search(model, sources, 5, n_best=5)
+    for column in range(BATCH):
+        assert len({tuple(ids[:, column, rank].tolist()) for rank in range(5)}) == 5
+        assert all(math.isfinite(score) for score in scores[column].tolist())
+        assert scores[column].tolist() == sorted(scores[column].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(("beam_size", "n_best"), [(0, 1), (VOCAB + 1, 1), (2, 3), (2, 0)])
+def test_a_beam_that_cannot_be_is_refused(model, sources, beam_size, n_best):
+    with pytest.raises(ValueError, match="beam_size"):
+        search(model, sources, beam_size, n_best=n_best)
