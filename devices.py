@@ -110,8 +110,10 @@ def choose_kind(wanted: str) -> str:
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
         elif not reason.startswith(NO_TORCH_NPU):
             todo = f"source CANN's set_env.sh, see that its version, torch_npu's and torch's fit, or {todo}"
-            if "ASCEND_RT_VISIBLE_DEVICES" in os.environ:
-                todo = f"unset ASCEND_RT_VISIBLE_DEVICES, or let its numbers ascend; {todo}"
+            if not NPU_IMPORT_ERROR and visible_npus():
+                todo = (
+                    "unset ASCEND_RT_VISIBLE_DEVICES, or list in it devices of the machine, ascending, without spaces"
+                )
         raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", todo)
     return wanted
 
@@ -121,8 +123,10 @@ def check_indices(kind: str, indices: list[int], flag: str) -> None:
     count = device_count(kind)
     for index in indices:
         if not 0 <= index < count:
-            there = (f"0 to {count - 1}" if count > 1 else "only 0") + (visible_npus() if kind == "npu" else "")
-            raise UserError("usage", f"no {kind} {index} here", flag, f"this machine has {there}")
+            there = f"there is 0 to {count - 1}" if count > 1 else "there is only 0"
+            if kind == "npu" and visible_npus():
+                there += f", counted among those that are visible{visible_npus()}"
+            raise UserError("usage", f"no {kind} {index} here", flag, there)
 
 
 def keep_freed_memory() -> None:

@@ -41,7 +41,9 @@ DYNAMIC_START = 65536.0
 GROWTH_INTERVAL = 2000
 SMALLEST_SCALE = 1.0  # below it, it is not the scale that makes gradients overflow
 PATIENCE = 3  # steps in a row that change no weight before a static scale is given up
-HALF_EPSILON = 1e-4  # Adam's in float16, where its usual 1e-8 is 0
+# Adam's in float16, where its usual 1e-8 is 0. Its mean of squared gradients is 0 there too, for gradients below about
+# 5e-3, so that its steps are not Adam's: O3 in float16 shows how fast pure half is, and little more.
+HALF_EPSILON = 1e-4
 
 
 # ---------------------------------------------------------------- what is chosen
@@ -92,7 +94,7 @@ def choose(
     check_dtype(kind, half)
     if level == "O3" and loss_scale not in (None, 1.0):
         todo = "leave it out: O3 has no float32 gradients to unscale into"
-        raise UserError("usage", f"{loss_scale} with O3", "--loss-scale", todo)
+        raise UserError("usage", f"a loss scale, {loss_scale}, with O3", "--loss-scale", todo)
     backend = choose_backend(kind, level, half, backend)
     if kind == "cpu" and not cpu_has_bfloat16():
         note = "this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32"
@@ -120,7 +122,8 @@ def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> str
     if wanted == "native" or (wanted == "auto" and not serves):
         return "native"
     if not serves:
-        what = f"apex serves {' and '.join(APEX_LEVELS)} in float16 on NPUs and GPUs, not {level} in {half} on {kind}"
+        asked = f"{level} in {str(half).removeprefix('torch.')} on {kind}"
+        what = f"apex serves {' and '.join(APEX_LEVELS)} in float16 on NPUs and GPUs, not {asked}"
         raise UserError("usage", what, "--amp-backend", "use native")
     amp, reason = import_amp()
     if amp is None and wanted == "apex":
@@ -332,7 +335,8 @@ class ApexPrecision(Precision):
 def overflown(steps: str, scale: float, where: str) -> UserError:
     """The error of a run whose gradients go on to overflow."""
     what = f"the gradients of {steps} were not finite, at a loss scale of {scale:g}"
-    todo = "lower --lr; or give --loss-scale dynamic, or leave --amp out, where they are not so already"
+    lower = "lower --loss-scale or --lr" if scale > 1 else "lower --lr"
+    todo = f"{lower}; or give --loss-scale dynamic, or leave --amp out, where they are not so already"
     return UserError("diverged", what, where, todo)
 
 

@@ -246,7 +246,10 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--ckptpath", default="./seq2seq-gru-model.pth.tar", metavar="FILE", help="the best checkpoint")
     group.add_argument("--evaluate", metavar="CKPT", help="do not train: score this checkpoint on the test set")
     group.add_argument(
-        "--bleu-npu", type=flags.non_negative_int, default=0, metavar="INDEX", help="the device that scores"
+        "--bleu-npu",
+        type=flags.non_negative_int,
+        metavar="INDEX",
+        help="the device that scores; left out: the first that --npu, --gpu or --device-list names, else 0",
     )
     group.add_argument(
         "--performance", action="store_true", help=f"measure speed: {PERFORMANCE_STEPS} steps or an epoch, no scoring"
@@ -274,7 +277,10 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
         raise UserError("usage", "two different devices", "--npu, --gpu, --device", "name the device by one of them")
     if chosen and (args.device_list or args.multiprocessing_distributed or under_torchrun()):
         raise UserError(
-            "usage", "one device for several processes", f"--{chosen[0]}".replace("cuda", "gpu"), "give --device-list"
+            "usage",
+            "one device beside a list of devices or several processes",
+            f"--{chosen[0]}".replace("cuda", "gpu"),
+            "leave it out, and give --device-list with --multiprocessing-distributed or under torchrun",
         )
     kind = devices.choose_kind(chosen[0] if chosen else args.device)
     own = devices.BACKENDS[kind]
@@ -300,6 +306,8 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
         if len(args.device_list or []) > 1:
             say(f"note: one process on device {indices[0]} alone; --multiprocessing-distributed takes the whole list")
     devices.check_indices(kind, indices, "--npu or --gpu" if chosen else "--device-list")
+    if args.bleu_npu is None:
+        args.bleu_npu = indices[0]
     devices.check_indices(kind, [args.bleu_npu], "--bleu-npu")
     if args.batch_size is not None:
         check_divisible(args.batch_size, len(indices))
@@ -312,8 +320,12 @@ def choose_precision(args: argparse.Namespace, kind: str) -> precision.Choice:
     level = str(args.opt_level) if args.amp else "O0"
     chosen = precision.choose(kind, level, dtype=args.amp_dtype, loss_scale=args.loss_scale, backend=args.amp_backend)
     given = [flag for flag, value in asked.items() if not isinstance(value, flags.Default)]
-    if given and not args.amp:
-        chosen = dataclasses.replace(chosen, note=f"without --amp, {', '.join(given)} has no effect")
+    left = [] if level != "O0" else [flag for flag in given if flag != "--opt-level" or not args.amp]
+    if left:  # O0 is float32, whatever else is asked for
+        what = "in O0" if args.amp else "without --amp"
+        chosen = dataclasses.replace(
+            chosen, note=f"{' and '.join(left)} {'have' if left[1:] else 'has'} no effect {what}"
+        )
     args.opt_level, args.loss_scale, args.amp_backend = chosen.level, chosen.loss_scale, chosen.backend
     args.amp_dtype = chosen.name.partition("/")[0]
     return chosen

@@ -288,6 +288,7 @@ def test_a_bad_installation_is_passed_over_and_named_to_who_asks_for_an_npu(fork
     assert (code, out) == (2, "cpu\n"), err
     assert err.startswith("error[usage]: no npu here: ")
     assert INSTALLATIONS.get(name, ({}, "No module named 'torch_npu'"))[1] in err
+    assert ("unset ASCEND_RT_VISIBLE_DEVICES" in err) is (name == "wrong-order")
     assert err.count("\n") == 1
 
 

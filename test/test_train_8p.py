@@ -128,6 +128,25 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
     assert done == ["data", "group", "training"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "index"),
+    [("", 0), ("--npu 3", 3), ("--device-list 5,4 --multiprocessing-distributed", 5), ("--npu 3 --bleu-npu 1", 1)],
+)
+def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
+    """Card 0 may be somebody else's."""
+    monkeypatch.setattr(devices, "npu_count", lambda: (8, ""))
+    args = parse(*flags.split())
+    assert train_8p.choose_devices(args)[0] == "npu"
+    assert args.bleu_npu == index
+
+
+def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
+    monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
+    said = refusal(train_8p.choose_devices, parse("--npu", "4"))
+    assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
+
+
 def test_one_device_for_several_processes_is_refused(torchrun):
     assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
 
@@ -517,8 +536,10 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
 
 def test_flags_without_effect_are_named(tiny_corpus, capsys):
     arguments = ("--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--opt-level", "O2")
-    assert "note: without --amp, --opt-level has no effect\n" in run(*arguments, capsys=capsys)[1]
+    assert "note: --opt-level has no effect without --amp\n" in run(*arguments, capsys=capsys)[1]
     assert "note:" not in run(*arguments, "--amp", capsys=capsys)[1]
+    in_o0 = (*arguments[:-1], "O0", "--amp", "--amp-dtype", "float16", "--amp-backend", "apex")
+    assert "note: --amp-dtype and --amp-backend have no effect in O0\n" in run(*in_o0, capsys=capsys)[1]
 
 
 def test_missing_packages_are_named_with_what_to_do(tmp_path):
