@@ -76,11 +76,22 @@ def test_the_figures_of_the_results_stand_in_their_logs(text):
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line and "`tuned`" in line]
     assert len(rows) == 2
     for row in rows:
-        bleu, fps = (cell.strip() for cell in row.split("|")[4:6])
+        greedy, beam, fps = (cell.strip() for cell in row.split("|")[4:7])
         log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
-        scores = re.findall(r"^BLEU score = (\S+)", log, re.MULTILINE)
-        assert [bleu] == [f"{float(score):.2f}" for score in scores] if bleu else not scores
+        scores = re.findall(r"^(?:greedy: BLEU|BLEU score =) (\S+)", log, re.MULTILINE)
+        assert [f"{float(score):.2f}" for score in scores] == list(filter(None, [greedy, beam]))
         assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
+
+
+@LANGUAGES
+def test_the_bleu_of_each_precision_stands_in_its_log(text):
+    log = (REPOSITORY / "results" / "sample-precisions-cpu.log").read_text(encoding="utf-8")
+    levels = re.findall(r"^run: .* precision=\w+/(O\d) ", log, re.MULTILINE)
+    scores = re.findall(r"^greedy: BLEU (\S+)", log, re.MULTILINE)
+    assert levels == ["O0", "O1", "O2", "O3"]
+    paragraph = text[: text.index("(results/sample-precisions-cpu.log)")].rpartition("\n\n")[2]
+    for level, score in zip(levels, scores, strict=True):
+        assert re.search(rf"{level}\s+{float(score):.2f}|{float(score):.2f}\s+in\s+{level}", paragraph)
 
 
 @LANGUAGES
