@@ -34,6 +34,7 @@ LEVELS = ("O0", "O1", "O2", "O3")
 BACKENDS = ("auto", "apex", "native")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not fill the `out=` of those in gru.py
+NO_APEX = "ModuleNotFoundError: No module named 'apex'"
 
 # float16 gradients below 6e-8 vanish: hence a scale. A dynamic one starts high and is halved until nothing overflows.
 STATIC_SCALE = 32.0
@@ -95,12 +96,12 @@ def choose(
     if level == "O3" and loss_scale not in (None, 1.0):
         todo = "leave it out: O3 has no float32 gradients to unscale into"
         raise UserError("usage", f"a loss scale, {loss_scale}, with O3", "--loss-scale", todo)
-    backend = choose_backend(kind, level, half, backend)
+    backend, note = choose_backend(kind, level, half, backend)
     if kind == "cpu" and not cpu_has_bfloat16():
         note = "this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32"
         return Choice(loss_scale=loss_scale or 1.0, note=note)
     needed = STATIC_SCALE if half == torch.float16 and level != "O3" else 1.0
-    return Choice(level, half, loss_scale or needed, backend)
+    return Choice(level, half, loss_scale or needed, backend, note)
 
 
 def check_dtype(kind: str, half: torch.dtype) -> None:
@@ -116,11 +117,11 @@ def check_dtype(kind: str, half: torch.dtype) -> None:
         raise UserError("usage", f"{reason}", "--amp-dtype", "leave the flag out: auto is right for every device")
 
 
-def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> str:
-    """Returns "apex" or "native"; see `choose`."""
+def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> tuple[str, str]:
+    """Returns "apex" or "native", see `choose`, and what the user should know about it."""
     serves = kind != "cpu" and level in APEX_LEVELS and half == torch.float16
     if wanted == "native" or (wanted == "auto" and not serves):
-        return "native"
+        return "native", ""
     if not serves:
         asked = f"{level} in {str(half).removeprefix('torch.')} on {kind}"
         what = f"apex serves {' and '.join(APEX_LEVELS)} in float16 on NPUs and GPUs, not {asked}"
@@ -129,7 +130,9 @@ def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> str
     if amp is None and wanted == "apex":
         todo = "install the apex that your device's vendor offers, or use native"
         raise UserError("usage", f"no apex.amp here: {reason}", "--amp-backend", todo)
-    return "native" if amp is None else "apex"
+    if amp is not None:
+        return "apex", ""
+    return "native", "" if reason.startswith(NO_APEX) else f"apex is installed, but not used: {reason}"
 
 
 def import_amp() -> tuple[ModuleType | None, str]:

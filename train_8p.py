@@ -480,7 +480,7 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
     for note in corpus.notes:
         say(printable(note))
     if chosen.note:
-        say(f"note: {chosen.note}")
+        say(printable(f"note: {chosen.note}"))
 
 
 # ---------------------------------------------------------------- training

@@ -341,8 +341,9 @@ def test_apex_is_taken_where_it_is_installed_and_the_device_suits_it(apex, monke
     assert precision.choose("cpu", "O2").backend == "native"
 
 
-def test_without_apex_auto_is_native():
-    assert precision.choose("npu", "O2").backend == "native"
+def test_without_apex_auto_is_native_without_a_word():
+    chosen = precision.choose("npu", "O2")
+    assert (chosen.backend, chosen.note) == ("native", "")
 
 
 @pytest.mark.parametrize("broken", ["raise RuntimeError('built for another torch')", "from torch import nothing"])
@@ -350,7 +351,9 @@ def test_an_apex_that_fails_to_import_is_no_apex(monkeypatch, tmp_path, broken):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text(broken)
     monkeypatch.syspath_prepend(tmp_path)
-    assert precision.choose("npu", "O2").backend == "native"
+    chosen = precision.choose("npu", "O2")
+    assert chosen.backend == "native"
+    assert chosen.note.startswith("apex is installed, but not used: ")
     with pytest.raises(UserError, match="RuntimeError: built|cannot import name"):
         precision.choose("npu", "O2", backend="apex")
 
