@@ -11,6 +11,7 @@ import importlib
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -252,3 +253,9 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all ranks rank 0's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)

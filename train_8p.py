@@ -44,6 +44,7 @@ import devices  # isort: split
 import torch
 
 import checkpoint
+import cooccurrence
 import data
 import flags
 import gru
@@ -76,6 +77,8 @@ RECIPES = {
         "label_smoothing": 0.0,
         "ema": 0.0,
         "init": "modelzoo",
+        "update_bias": 0.0,
+        "embeddings": "drawn",
         "fixed_length": 46,
         "batching": "random",
         "last_batch": "drop",
@@ -99,6 +102,8 @@ RECIPES = {
         "label_smoothing": 0.1,
         "ema": 0.0,
         "init": "tuned",
+        "update_bias": 1.0,
+        "embeddings": "cooccurrence",
         "fixed_length": 0,
         "batching": "like-length",
         "last_batch": "keep",
@@ -166,6 +171,17 @@ def build_parser() -> flags.StrictParser:
         help="of the average of the weights over the steps, which is validated and kept; 0: the last step's weights",
     )
     group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
+    group.add_argument(
+        "--update-bias",
+        type=flags.decimal,
+        metavar="VALUE",
+        help="added to the first biases of the update gates; above 0 a state is kept longer",
+    )
+    group.add_argument(
+        "--embeddings",
+        choices=["cooccurrence", "drawn"],
+        help="how words start: as drawn, or by which words the training pairs have in common",
+    )
     group.add_argument(
         "--fixed-length",
         type=flags.zero_or_sentence_length,
@@ -499,7 +515,11 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
         output_dropout=args.output_dropout,
     )
     gru.INITIALISATIONS[args.init](model)
+    gru.raise_update_gates(model, args.update_bias)
+    if args.embeddings == "cooccurrence" and world.is_main:
+        cooccurrence.start_with(model, corpus.train)
     model.to(device)
+    world.copy_from_main(model.parameters())
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
 
     if world.is_main:

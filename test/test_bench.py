@@ -4,6 +4,7 @@ import doctest
 import json
 import random
 import re
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import REPOSITORY
 from torch import nn
 from torch.nn import functional as F
 
+import curves
 import data
 import decoding
 import gru
@@ -217,3 +219,40 @@ def test_large_corpus_runs(capsys):
     figures = re.findall(r"figure: memory \((\w+)\).* = ([0-9.]+) ", capsys.readouterr().out)
     assert [name for name, _ in figures] == ["peak", "end"]
     assert all(0.5 < float(ratio) < 2 for _, ratio in figures)
+
+
+VALIDATIONS = [
+    f"validation: epoch {epoch}  train loss {5 - epoch}.0  loss {4 - epoch}.25 (perplexity 70.1)  "
+    f"free-running loss {6 - epoch}.5 (perplexity 665.1)  greedy BLEU {10 * epoch}.75  learning rate 2.00e-03"
+    for epoch in range(3)
+]
+
+
+def test_curves_reads_the_validations_that_the_program_prints(tiny_corpus, tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        command = [*machine.TRAIN, "--data-dir", tiny_corpus, "--epochs", "2", "--emb-dim", "8", "--hid-dim", "12"]
+        subprocess.run(command, cwd=tmp_path, stdout=file, check=True, timeout=120)
+    assert [epoch.number for epoch in curves.read_log(log)] == [0, 1]
+
+
+def test_curves_takes_each_figure_from_its_place(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("\n".join(["run: ...", *VALIDATIONS, "BLEU score = 28.0"]))
+    assert curves.read_log(log) == [(0, 5.0, 4.25, 6.5, 0.75), (1, 4.0, 3.25, 5.5, 10.75), (2, 3.0, 2.25, 4.5, 20.75)]
+
+
+@pytest.mark.parametrize(
+    "lines", [[], VALIDATIONS[1:], VALIDATIONS + VALIDATIONS], ids=["none", "no first", "two runs"]
+)
+def test_curves_refuses_what_is_not_one_whole_run(tmp_path, lines):
+    (tmp_path / "log").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="expected one run"):
+        curves.read_log(tmp_path / "log")
+
+
+def test_curves_draws(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs requirements-plots.txt")
+    (tmp_path / "log").write_text("\n".join(VALIDATIONS))
+    curves.main(["--out", str(tmp_path / "curves.png"), f"tuned={tmp_path / 'log'}", f"other={tmp_path / 'log'}"])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

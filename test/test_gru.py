@@ -453,6 +453,24 @@ def test_the_tuned_start_is_what_the_recipe_says():
             assert 0.95 * bound < block.abs().max() <= bound
 
 
+def test_raised_update_gates_keep_more_of_the_state():
+    model = gru.build(30, 30, emb_dim=4, hid_dim=6)
+    gru.init_tuned(model)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gru.raise_update_gates(model, 1.5)
+    for name, parameter in model.named_parameters():
+        added = torch.zeros_like(parameter)
+        if name.endswith("rnn.bias_ih_l0"):
+            added[6:12] = 1.5  # PyTorch's order is r, z, n
+        assert torch.equal(parameter, before[name] + added), name
+    with torch.no_grad():  # without inputs n is 0: the state shrinks by z alone
+        for parameter in model.encoder.rnn.parameters():
+            if parameter.dim() == 2:
+                parameter.zero_()
+        _, state = model.encoder.rnn(torch.zeros(1, 1, 4), torch.ones(1, 1, 6))
+    torch.testing.assert_close(state, torch.full((1, 1, 6), 1.5).sigmoid())
+
+
 def test_hidden_sizes_that_differ_are_refused():
     with pytest.raises(ValueError, match="hidden size"):
         gru.Seq2Seq(gru.Encoder(5, 2, 3, 0.0), gru.Decoder(5, 2, 4, 0.0), torch.device("cpu"))
