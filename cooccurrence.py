@@ -90,8 +90,8 @@ def embeddings(split: data.Split, src_types: int, trg_types: int, dim: int) -> t
 
 @torch.no_grad()
 def start_with(model: gru.Seq2Seq, split: data.Split) -> None:
-    """Puts such vectors in the place of drawn ones, in both embeddings and, mixed with what was drawn, in the output
-    layer: there a word's weights for the hidden state and for the context begin similar to those of similar words.
+    """Puts such vectors in the place of drawn ones, in both embeddings and, projected at random, in the output layer:
+    there a word's weights for the hidden state and for the context begin similar to those of similar words.
 
     What drew the weights decides their scale, which is kept; a word without a vector keeps its row.
 
@@ -111,5 +111,4 @@ def start_with(model: gru.Seq2Seq, split: data.Split) -> None:
         return
     for block in weight[:, -2 * hid_dim :].split(hid_dim, dim=1):  # of the hidden state, of the context
         projected = rows @ nn.init.orthogonal_(torch.empty(rows.shape[1], hid_dim))
-        projected *= block.std() / projected[known].std()
-        block[known] = (projected[known] + block[known]) / math.sqrt(2)
+        block[known] = projected[known] * (block.std() / projected[known].std())

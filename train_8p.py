@@ -89,18 +89,18 @@ RECIPES = {
     # The best that this architecture does in as many epochs.
     "tuned": {
         "epochs": 10,
-        "batch_size": 128,
+        "batch_size": 64,
         "optimizer": "adamw",
-        "lr": 0.002,
+        "lr": 0.003,
         "weight_decay": 0.0,
         "schedule": "cosine",
         "warmup": 0.1,
         "clip": 1.0,
         "teacher_forcing_ratio": 1.0,
         "dropout": 0.5,
-        "output_dropout": 0.3,
+        "output_dropout": 0.4,
         "label_smoothing": 0.1,
-        "ema": 0.0,
+        "ema": 0.999,
         "init": "tuned",
         "update_bias": 1.0,
         "embeddings": "cooccurrence",
@@ -453,12 +453,12 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
 
 
 def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
-    """The batch of a node: 128 in total, or less where an epoch would have too few updates.
+    """The batch of a node: 64 in total, or less where an epoch would have too few updates.
 
     Where the ranks cannot share that out evenly it is the next smaller batch that they can.
 
     >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 1)
-    (128, 128, 32)
+    (64, 64, 32)
     """
     total = RECIPES["tuned"]["batch_size"]
     while total > 1 and math.ceil(pairs / total) < ENOUGH_UPDATES:

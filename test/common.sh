@@ -33,7 +33,7 @@ usage() {
     local task devices batch epochs device_list checkpoint=''
     if [[ $KIND == full ]]; then
         task='Trains ten epochs with validation, then scores the best checkpoint on the test set (BLEU)'
-        batch="the recipe's: tuned 128, or 32 on sample/; modelzoo 512"
+        batch="the recipe's: tuned 64, or 32 on sample/; modelzoo 512"
         epochs="the recipe's, 10"
         checkpoint=', where the best checkpoint, seq2seq-gru-model.pth.tar, is left too'
     else

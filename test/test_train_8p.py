@@ -257,7 +257,7 @@ def test_a_recipes_batch_that_cannot_be_shared_out_is_refused():
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(("pairs", "batch"), [(29000, 128), (12801, 128), (12672, 64), (4000, 32), (50, 1)])
+@pytest.mark.parametrize(("pairs", "batch"), [(29000, 64), (6401, 64), (6336, 32), (4000, 32), (50, 1)])
 def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, batch):
     for local_size in (1, 8):
         assert resolved(pairs, local_size=local_size).batch_size == max(batch, local_size)
@@ -271,7 +271,7 @@ def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
 
 
 def test_a_recipes_batch_is_that_of_all_nodes():
-    for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
+    for recipe, batch in (("modelzoo", 256), ("tuned", 32)):
         args = parse("--recipe", recipe)
         train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
         assert args.batch_size == batch
