@@ -60,9 +60,11 @@ def association(split: data.Split, src_types: int, trg_types: int) -> Tensor:
     in_src, in_trg = src.indices()[0].bincount(minlength=src_types), trg.indices()[0].bincount(minlength=trg_types)
     in_src, in_trg = in_src[rows].float(), in_trg[columns].float()
     rarer = torch.minimum(in_src, in_trg)
-    information = (len(indices) * together / (in_src * in_trg)).log().clamp_(min=0)
+    information = (len(indices) * together / (in_src * in_trg)).log()
     information *= together / (together + 1) * rarer / (rarer + 1)
-    return torch.sparse_coo_tensor(both.indices(), information, both.shape, is_coalesced=True, check_invariants=True)
+    places = both.indices()[:, information > 0]
+    values = information[information > 0]
+    return torch.sparse_coo_tensor(places, values, both.shape, is_coalesced=True, check_invariants=True)
 
 
 def embeddings(split: data.Split, src_types: int, trg_types: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +84,7 @@ def embeddings(split: data.Split, src_types: int, trg_types: int, dim: int) -> t
     left, values, right = torch.svd_lowrank(matrix, q=features, niter=2)
     found = []
     for side, factor in enumerate((left, right)):
-        associated = torch.zeros(len(factor)).index_add_(0, matrix.indices()[side], matrix.values()) > 0
+        associated = matrix.indices()[side].bincount(minlength=len(factor)) > 0
         unit = nn.functional.normalize(factor * values.sqrt(), dim=1)
         found.append(torch.where(associated.unsqueeze(1), unit, 0))
     return tuple(found)
