@@ -2,6 +2,7 @@
 
 import os
 import re
+import statistics
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import REPOSITORY, write_corpus
 
 ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
+ROWS = 2
 LANGUAGES = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
 
 
@@ -71,16 +73,32 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
     assert done.stdout.count("\n") == 1
 
 
+# The results table's columns from the fourth on: what a log says, and how it is written.
+RESULTS = [
+    (r"^greedy: BLEU (\S+)", "{:.2f}"),
+    (r"^beam of 10: BLEU (\S+)", "{:.2f}"),
+    (r"^chrF = (\S+)", "{:.2f}"),
+    (r"^test loss \S+ \(perplexity (\S+)\)", "{:.2f}"),
+    (r"^Final Performance images/sec : (\S+)", "{:.2f}"),
+]
+
+
 @LANGUAGES
 def test_the_figures_of_the_results_stand_in_their_logs(text):
-    rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line and "`tuned`" in line]
-    assert len(rows) == 2
+    """In a row of several logs, their mean and the deviation of one of them."""
+    rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
+    assert len(rows) == ROWS
     for row in rows:
-        greedy, beam, fps = (cell.strip() for cell in row.split("|")[4:7])
-        log = (REPOSITORY / re.search(r"\]\((results/[^)]*)\)", row).group(1)).read_text(encoding="utf-8")
-        scores = re.findall(r"^(?:greedy: BLEU|BLEU score =) (\S+)", log, re.MULTILINE)
-        assert [f"{float(score):.2f}" for score in scores] == list(filter(None, [greedy, beam]))
-        assert re.search(rf"^Final Performance images/sec : {re.escape(fps)}", log, re.MULTILINE)
+        cells = [cell.strip() for cell in row.split("|")]
+        logs = [(REPOSITORY / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((results/[^)]*)\)", row)]
+        for cell, (pattern, form) in zip(cells[4:9], RESULTS, strict=True):
+            values = [float(value) for log in logs for value in re.findall(pattern, log, re.MULTILINE)]
+            assert len(values) in (0, len(logs))
+            figures = [statistics.mean(values)] if values else []
+            figures += [statistics.stdev(values)] if len(values) > 1 else []
+            assert cell == " ± ".join(map(form.format, figures)), row
+        seconds = re.findall(r"^E2E Training Duration sec : (\d+)", "".join(logs), re.MULTILINE)
+        assert cells[9].split()[0] == f"{statistics.mean(map(int, seconds)) / 60:.0f}"
 
 
 @LANGUAGES
