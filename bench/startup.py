@@ -15,11 +15,13 @@ import machine
 FIRST_STEP = r"Epoch: \[0\]\[ *1/[0-9]+\]\s+Time +([0-9.]+)"
 PARTS = """
 import sys, time
-import data, gru
+import cooccurrence, data, gru
 start = time.perf_counter()
 corpus = data.load(sys.argv[1], cache_dir=sys.argv[2], log=lambda line: None)
 loaded = time.perf_counter()
-gru.INITIALISATIONS["tuned"](gru.build(len(corpus.src_vocab), len(corpus.trg_vocab)))
+model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab))
+gru.INITIALISATIONS["tuned"](model)
+cooccurrence.start_with(model, corpus.train)
 print("parts:", loaded - start, time.perf_counter() - loaded)
 """
 
