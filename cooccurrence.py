@@ -103,14 +103,14 @@ def start_with(model: gru.Seq2Seq, split: data.Split) -> None:
     """
     tables = [model.encoder.embedding.weight, model.decoder.embedding.weight]
     vectors = embeddings(split, *map(len, tables), tables[0].shape[1])
-    for table, rows in zip(tables, vectors, strict=True):
-        known = rows.any(dim=1)
+    with_vector = [rows.any(dim=1) for rows in vectors]
+    for table, rows, known in zip(tables, vectors, with_vector, strict=True):
         features = rows.shape[1]
         table[known, :features] = rows[known] * table.std() * math.sqrt(features)
-    rows, weight, hid_dim = vectors[1], model.decoder.fc_out.weight, model.decoder.rnn.hidden_size
-    known = rows.any(dim=1)
+    rows, known = vectors[1], with_vector[1]
     if not known.any():
         return
+    weight, hid_dim = model.decoder.fc_out.weight, model.decoder.rnn.hidden_size
     for block in weight[:, -2 * hid_dim :].split(hid_dim, dim=1):  # of the hidden state, of the context
         projected = rows @ nn.init.orthogonal_(torch.empty(rows.shape[1], hid_dim))
         block[known] = projected[known] * (block.std() / projected[known].std())

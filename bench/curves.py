@@ -1,6 +1,6 @@
 """Draws validation BLEU and losses over the epochs of full runs, from their logs.
 
-    python bench/curves.py --out docs/curves.png tuned=results/multi30k-tuned-1234.log modelzoo=results/modelzoo.log
+    python bench/curves.py --out curves.png tuned=results/multi30k-tuned-seed2-cpu.log former=results/search/former.log
 
 Needs matplotlib: requirements-plots.txt.
 """

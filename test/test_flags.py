@@ -109,6 +109,7 @@ def test_the_help_shows_every_default_and_no_none(capsys, monkeypatch):
         "(default: 10)",
         "(default: O2)",
         "(modelzoo: 512, tuned: 64)",
+        "(modelzoo: 0.003, tuned: 0.003)",
         "(default: 1234)",
         "(default: ./seq2seq-gru-model.pth.tar)",
     ):
