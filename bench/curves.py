@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 VALIDATION = re.compile(
-    r"^validation: epoch (\d+)  train loss (\S+)  loss (\S+) \(.*?\)  free-running loss (\S+) \(.*?\)"
-    r"  greedy BLEU (\S+)  "
+    r"validation: epoch (?P<number>\d+)  train loss \S+  loss (?P<loss>\S+) \(.*?\)"
+    r"  free-running loss (?P<free_running_loss>\S+) \(.*?\)  greedy BLEU (?P<bleu>\S+)  "
 )
 
 
@@ -21,7 +21,6 @@ class Epoch(NamedTuple):
     """What a log says about one epoch: its number from 0, losses a target in nats, BLEU from 0 to 100."""
 
     number: int
-    train_loss: float
     loss: float
     free_running_loss: float
     bleu: float
@@ -34,7 +33,7 @@ def read_log(path: Path) -> list[Epoch]:
         ValueError: the log has no validation, or its epochs are not 0, 1, 2, ...: it is no log of one whole run.
     """
     found = filter(None, map(VALIDATION.match, path.read_text(encoding="utf-8").splitlines()))
-    epochs = [Epoch(int(match[1]), *map(float, match.groups()[1:])) for match in found]
+    epochs = [Epoch(int(number), *map(float, values)) for number, *values in (match.groups() for match in found)]
     if not epochs or [epoch.number for epoch in epochs] != list(range(len(epochs))):
         raise ValueError(f"{path}: expected one run's lines 'validation: epoch 0', 'validation: epoch 1', ...")
     return epochs

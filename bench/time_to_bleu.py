@@ -11,10 +11,10 @@ default ones; `--whole` also gives the seconds to the best BLEU of the run:
 """
 
 import contextlib
-import re
 import sys
 import tempfile
 
+import curves
 import machine
 import plain
 
@@ -43,8 +43,8 @@ def seconds_to_bleu(flags: list[str], bleu: float, whole: bool = False) -> dict[
         command = [*machine.TRAIN, "--amp", f"--cache-dir={folder}", *flags]
         with contextlib.closing(machine.follow(command, cwd=folder)) as lines:
             for line in lines:
-                if found := re.match(r"validation: .*greedy BLEU ([0-9.]+)", line.text):
-                    seen.append((float(found[1]), line))
+                if found := curves.VALIDATION.match(line.text):
+                    seen.append((float(found["bleu"]), line))
                     if seen[-1][0] >= bleu and not whole:
                         break
     best, best_line = max(seen, key=lambda item: item[0], default=(-1.0, None))
