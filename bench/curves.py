@@ -1,20 +1,27 @@
-"""Draws validation BLEU and losses over the epochs of full runs, from their logs.
+"""Draws full runs from their logs: validation BLEU and losses over the epochs, or the best BLEU over the batch.
 
     python bench/curves.py --out curves.png tuned=results/multi30k-tuned-seed2-cpu.log former=results/search/former.log
+    python bench/curves.py --over batch --out batches.png 0.003=results/multi30k-tuned-seed{2,1234}-cpu.log
 
-Needs matplotlib: requirements-plots.txt.
+Logs of one name and one batch are one point, their mean with the deviation of one. Needs matplotlib:
+requirements-plots.txt.
 """
 
 import argparse
 import re
+import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import matplotlib.figure
 
 VALIDATION = re.compile(
     r"validation: epoch (?P<number>\d+)  train loss \S+  loss (?P<loss>\S+) \(.*?\)"
     r"  free-running loss (?P<free_running_loss>\S+) \(.*?\)  greedy BLEU (?P<bleu>\S+)  "
 )
+BATCH = re.compile(r"^run: .* batch=(\d+) ", re.MULTILINE)
 
 
 class Epoch(NamedTuple):
@@ -26,51 +33,105 @@ class Epoch(NamedTuple):
     bleu: float
 
 
-def read_log(path: Path) -> list[Epoch]:
-    """The epochs of a run.
+class Run(NamedTuple):
+    """What a log says: the name that its run got here, pairs in a batch over all devices, the epochs."""
+
+    name: str
+    batch: int
+    epochs: list[Epoch]
+
+    @property
+    def bleu(self) -> float:
+        """The best epoch's."""
+        return max(epoch.bleu for epoch in self.epochs)
+
+
+def read_log(name: str, path: Path) -> Run:
+    """Reads the log of one full run.
 
     Raises:
         ValueError: the log has no validation, or its epochs are not 0, 1, 2, ...: it is no log of one whole run.
     """
-    found = filter(None, map(VALIDATION.match, path.read_text(encoding="utf-8").splitlines()))
+    text = path.read_text(encoding="utf-8")
+    found = filter(None, map(VALIDATION.match, text.splitlines()))
     epochs = [Epoch(int(number), *map(float, values)) for number, *values in (match.groups() for match in found)]
-    if not epochs or [epoch.number for epoch in epochs] != list(range(len(epochs))):
-        raise ValueError(f"{path}: expected one run's lines 'validation: epoch 0', 'validation: epoch 1', ...")
-    return epochs
+    batch = BATCH.search(text)
+    if not batch or not epochs or [epoch.number for epoch in epochs] != list(range(len(epochs))):
+        raise ValueError(f"{path}: expected one run's lines 'run:', 'validation: epoch 0', 'validation: epoch 1', ...")
+    return Run(name, int(batch[1]), epochs)
 
 
-def draw(runs: dict[str, list[Epoch]], out: Path) -> None:
-    """Writes a picture: BLEU on the left, losses on the right, one colour a run."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+def draw_over_epochs(runs: list[Run], figure: "matplotlib.figure.Figure") -> None:
+    """BLEU on the left, losses on the right, one colour a run."""
     bleu, losses = figure.subplots(1, 2)
-    for place, (name, epochs) in enumerate(runs.items()):
-        ended = [epoch.number + 1 for epoch in epochs]
+    for place, run in enumerate(runs):
+        ended = [epoch.number + 1 for epoch in run.epochs]
         color = f"C{place}"
-        bleu.plot(ended, [epoch.bleu for epoch in epochs], "o-", color=color, label=name)
+        bleu.plot(ended, [epoch.bleu for epoch in run.epochs], "o-", color=color, label=run.name)
         for field, style in (("loss", "o-"), ("free_running_loss", "o:")):
-            values = [getattr(epoch, field) for epoch in epochs]
-            losses.plot(ended, values, style, color=color, label=f"{name}, {field.replace('_', ' ')}")
+            values = [getattr(epoch, field) for epoch in run.epochs]
+            losses.plot(ended, values, style, color=color, label=f"{run.name}, {field.replace('_', ' ')}")
     for axes, title in ((bleu, "greedy BLEU"), (losses, "loss a target, nats")):
         axes.set(xlabel="epochs", title=f"{title}, validation pairs")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    figure.savefig(out, dpi=120)
+
+
+def points(runs: list[Run]) -> dict[str, list[tuple[int, float, float]]]:
+    """Each name's batches, smallest first, with the mean of their runs' best BLEU and the deviation of one (of one: 0).
+
+    >>> bleus = [(64, 23.0), (32, 19.0), (32, 20.0), (32, 21.0)]
+    >>> runs = [Run("a", batch, [Epoch(0, 2.0, 5.0, bleu)]) for batch, bleu in bleus]
+    >>> points([*runs, runs[0]._replace(name="b")])
+    {'a': [(32, 20.0, 1.0), (64, 23.0, 0.0)], 'b': [(64, 23.0, 0.0)]}
+    """
+    values: dict[str, dict[int, list[float]]] = {}
+    for run in runs:
+        values.setdefault(run.name, {}).setdefault(run.batch, []).append(run.bleu)
+    return {
+        name: [
+            (batch, statistics.mean(bleus), statistics.stdev(bleus) if len(bleus) > 1 else 0.0)
+            for batch, bleus in sorted(batches.items())
+        ]
+        for name, batches in values.items()
+    }
+
+
+def draw_over_batch(runs: list[Run], figure: "matplotlib.figure.Figure") -> None:
+    """The best epoch's BLEU, one curve a name."""
+    axes = figure.subplots()
+    for name, curve in points(runs).items():
+        batches, bleus, deviations = zip(*curve, strict=True)
+        axes.errorbar(batches, bleus, deviations, marker="o", capsize=3, label=name)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({run.batch for run in runs})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.set(xlabel="pairs in a batch, over all devices", title="best epoch's greedy BLEU, validation pairs")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="NAME=LOG", help="a run's name in the picture, and its log")
+    parser.add_argument(
+        "--over", choices=["epochs", "batch"], default="epochs", help="what lies on the horizontal axis"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
     args = parser.parse_args(argv)
-    runs = {}
-    for run in args.runs:
-        name, equals, path = run.partition("=")
+    runs = []
+    for argument in args.runs:
+        name, equals, path = argument.partition("=")
         if not equals:
-            parser.error(f"expected NAME=LOG, not {run!r}")
-        runs[name] = read_log(Path(path))
-    draw(runs, args.out)
+            parser.error(f"expected NAME=LOG, not {argument!r}")
+        runs.append(read_log(name, Path(path)))
+
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(9, 3.6), layout="constrained")
+    draw = draw_over_batch if args.over == "batch" else draw_over_epochs
+    draw(runs, figure)
+    figure.savefig(args.out, dpi=120)
 
 
 if __name__ == "__main__":

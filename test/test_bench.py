@@ -56,7 +56,7 @@ def figures(text: str) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("module", [decoding, machine], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [curves, decoding, machine], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
 
@@ -226,6 +226,8 @@ VALIDATIONS = [
     f"free-running loss {6 - epoch}.5 (perplexity 665.1)  greedy BLEU {10 * epoch}.75  learning rate 2.00e-03"
     for epoch in range(3)
 ]
+RUN = "run: device=cpu processes=2 nodes=1 batch=96 batch_per_device=48 precision=float32"
+WHOLE_RUN = [RUN, *VALIDATIONS]
 
 
 def test_curves_reads_the_validations_that_the_program_prints(tiny_corpus, tmp_path):
@@ -233,26 +235,34 @@ def test_curves_reads_the_validations_that_the_program_prints(tiny_corpus, tmp_p
     with log.open("w") as file:
         command = [*machine.TRAIN, "--data-dir", tiny_corpus, "--epochs", "2", "--emb-dim", "8", "--hid-dim", "12"]
         subprocess.run(command, cwd=tmp_path, stdout=file, check=True, timeout=120)
-    assert [epoch.number for epoch in curves.read_log(log)] == [0, 1]
+    run = curves.read_log("tiny", log)
+    assert [epoch.number for epoch in run.epochs] == [0, 1]
+    assert f" batch={run.batch} batch_per_device={run.batch} " in log.read_text()
 
 
 def test_curves_takes_each_figure_from_its_place(tmp_path):
     log = tmp_path / "log"
-    log.write_text("\n".join(["run: ...", *VALIDATIONS, "BLEU score = 28.0"]))
-    assert curves.read_log(log) == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 10.75), (2, 2.25, 4.5, 20.75)]
+    log.write_text("\n".join([*WHOLE_RUN, "BLEU score = 28.0"]))
+    run = curves.read_log("name", log)
+    assert (run.name, run.batch, run.bleu) == ("name", 96, 20.75)
+    assert run.epochs == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 10.75), (2, 2.25, 4.5, 20.75)]
 
 
 @pytest.mark.parametrize(
-    "lines", [[], VALIDATIONS[1:], VALIDATIONS + VALIDATIONS], ids=["none", "no first", "two runs"]
+    "lines",
+    [[RUN], VALIDATIONS, [RUN, *VALIDATIONS[1:]], WHOLE_RUN + WHOLE_RUN],
+    ids=["none", "no line run:", "no first", "two runs"],
 )
 def test_curves_refuses_what_is_not_one_whole_run(tmp_path, lines):
     (tmp_path / "log").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="expected one run"):
-        curves.read_log(tmp_path / "log")
+        curves.read_log("name", tmp_path / "log")
 
 
-def test_curves_draws(tmp_path):
+@pytest.mark.parametrize("over", ["epochs", "batch"])
+def test_curves_draws(tmp_path, over):
     pytest.importorskip("matplotlib", reason="needs requirements-plots.txt")
-    (tmp_path / "log").write_text("\n".join(VALIDATIONS))
-    curves.main(["--out", str(tmp_path / "curves.png"), f"tuned={tmp_path / 'log'}", f"other={tmp_path / 'log'}"])
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    log, picture = tmp_path / "log", tmp_path / "curves.png"
+    log.write_text("\n".join(WHOLE_RUN))
+    curves.main(["--over", over, "--out", str(picture), f"tuned={log}", f"tuned={log}", f"other={log}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
