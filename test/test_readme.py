@@ -123,6 +123,23 @@ def test_the_figures_of_the_speed_table_stand_in_their_logs(text):
         assert all(figure in printed for figure in figures), row
 
 
+def test_the_figures_of_the_search_stand_in_their_logs():
+    """Where a row says "28.13, epoch 9", its log says so too, and the perplexity beside it."""
+    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    checked = 0
+    for row in rows:
+        claim = re.match(r"\W*(\d+\.\d+), epoch (\d)", row[3]) if len(row) > 5 else None
+        link = re.fullmatch(r"\[log\]\(\.\./(.*)\)", row[5]) if claim else None
+        if link:
+            log = (REPOSITORY / link.group(1)).read_text(encoding="utf-8")
+            pattern = rf"^validation: epoch {claim.group(2)} .*?\(perplexity (\S+)\).* greedy BLEU (\S+)"
+            said = [(float(perplexity), float(bleu)) for perplexity, bleu in re.findall(pattern, log, re.MULTILINE)]
+            assert pytest.approx((float(row[4]), float(claim.group(1))), abs=0.00501) in said, row
+            checked += 1
+    assert checked >= 14
+
+
 @LANGUAGES
 def test_the_quick_starts_result_stands_in_its_log(text):
     log = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
