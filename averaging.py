@@ -1,43 +1,54 @@
 """An average of the weights over the last steps: the model that is validated and saved in place of the last step's.
 
-Source: Polyak and Juditsky 1992, "Acceleration of Stochastic Approximation by Averaging", in the exponential form with
-a window that grows with the run, as Shamir and Zhang 2013, arXiv 1212.1824, section 4, weigh the steps.
+Source: Shamir and Zhang 2013, "Stochastic Gradient Descent for Non-smooth Optimization", arXiv 1212.1824, section 4,
+polynomial-decay averaging: of the average before step t a part of (t - 1) / (t + eta) is kept. The first weights leave
+it with the first step, and however long the run, it covers the same share of it: about 1 / (eta + 1), the later steps
+with the greater weight.
 """
 
 import copy
+import math
 
 import torch
 
 from precision import Precision
 
 EVERY = 4  # steps between two updates: each goes through all weights
-WINDOW = 5  # early, the average covers about the last fifth of the steps, and not what the run began with
 
 
 class WeightAverage:
-    """The exponential moving average of a model's weights.
+    """The running average of a model's weights.
 
     Args:
         precise: what trains the model.
-        decay: what the average keeps of itself in a step. 0: there is no average, and `model` is the trained one.
+        share: which part of the steps so far the average is to cover, above 0 and at most 1, which is their mean. 0:
+            there is no average, and `model` is the trained one.
 
     Attributes:
         model: the fp32 model with the averaged weights.
     """
 
-    def __init__(self, precise: Precision, decay: float):
-        self._precise, self._decay = precise, decay
-        self.model = copy.deepcopy(precise.model) if decay else precise.model
+    def __init__(self, precise: Precision, share: float):
+        self._precise, self._share = precise, share
+        self._step = 0  # up to which the average has taken the weights in
+        self.model = copy.deepcopy(precise.model) if share else precise.model
 
-    @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after a step, every `EVERY` steps.
+        """Takes in the weights after a step, if `EVERY` steps have gone by since it last did.
 
         Args:
             step: the number of steps so far.
         """
-        if not self._decay or step % EVERY:
+        if step - self._step >= EVERY:
+            self.catch_up(step)
+
+    @torch.no_grad()
+    def catch_up(self, step: int) -> None:
+        """Takes in the weights after a step, once, for all steps since it last did."""
+        if not self._share:
             return
         self._precise.refresh_model()
-        kept = min(self._decay, step / (step + WINDOW)) ** EVERY
+        eta = 1 / self._share - 1
+        kept = math.prod((t - 1) / (t + eta) for t in range(self._step + 1, step + 1))
         torch._foreach_lerp_(list(self.model.parameters()), list(self._precise.model.parameters()), 1 - kept)
+        self._step = step

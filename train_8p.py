@@ -75,7 +75,7 @@ RECIPES = {
         "dropout": 0.5,
         "output_dropout": 0.0,
         "label_smoothing": 0.0,
-        "ema": 0.0,
+        "average": 0.0,
         "init": "modelzoo",
         "update_bias": 0.0,
         "embeddings": "drawn",
@@ -90,7 +90,7 @@ RECIPES = {
     "tuned": {
         "epochs": 10,
         "batch_size": 64,
-        "optimizer": "adamw",
+        "optimizer": "adam",
         "lr": 0.003,
         "weight_decay": 0.0,
         "schedule": "cosine",
@@ -100,7 +100,7 @@ RECIPES = {
         "dropout": 0.5,
         "output_dropout": 0.4,
         "label_smoothing": 0.1,
-        "ema": 0.999,
+        "average": 0.2,
         "init": "tuned",
         "update_bias": 1.0,
         "embeddings": "cooccurrence",
@@ -165,10 +165,10 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--output-dropout", type=flags.part, metavar="P", help="in front of the output layer")
     group.add_argument("--label-smoothing", type=flags.fraction, metavar="P", help="mass spread over the vocabulary")
     group.add_argument(
-        "--ema",
-        type=flags.part,
-        metavar="DECAY",
-        help="of the average of the weights over the steps, which is validated and kept; 0: the last step's weights",
+        "--average",
+        type=flags.fraction,
+        metavar="PART",
+        help="last part of the steps so far, whose average weights are validated and kept; 0: the last step's weights",
     )
     group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
     group.add_argument(
@@ -527,7 +527,7 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
         say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     settings = precision.OptimizerSettings(args.optimizer, args.lr, args.weight_decay)
     precise = precision.start(chosen, model, device, settings)
-    average = WeightAverage(precise, args.ema)
+    average = WeightAverage(precise, args.average)
     criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
     keeper = BestKeeper(args, world, corpus)
     loader = data.Loader(corpus.train, device, fixed_length=args.fixed_length)
@@ -572,6 +572,7 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
                 "If that goes on, lower --loss-scale or --lr, or give --loss-scale dynamic."
             )
         if not args.performance:
+            average.catch_up(step)
             keeper.validate(average.model, epoch, mean_loss, rate)
 
 
