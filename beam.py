@@ -69,14 +69,15 @@ def beam_search(
         raise ValueError(f"expected 1 <= n_best ({n_best}) <= beam_size ({beam_size}) <= vocabulary ({vocabulary})")
     context = model.encoder(src, src_len)[0]  # [batch, hid dim]
     batch = len(context)
-    ended_ids = src.new_full((max_len, batch, beam_size), eos_index)
-    ended_scores = context.new_full((batch, beam_size), -math.inf, dtype=torch.float32)
+    # One place more than can end: what goes on is written there, so that no shape depends on what ends.
+    ended_ids = src.new_full((batch, beam_size + 1, max_len), eos_index)
+    ended_scores = context.new_full((batch, beam_size + 1), -math.inf, dtype=torch.float32)
 
     # Of the sentences that are not done, here and below [kept, ...]; of each hypothesis [kept * beam, ...].
     columns = torch.arange(batch, device=src.device)
-    ids = ended_ids.permute(1, 2, 0).clone()  # [kept, beam, max len]
+    ids = ended_ids[:, :beam_size].clone()  # [kept, beam, max len]
     ended = torch.zeros_like(columns)  # how many hypotheses have
-    log_probs = torch.full_like(ended_scores, -math.inf)  # [kept, beam]; of places that nothing is in, -inf
+    log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam]; of places that nothing is in, -inf
     log_probs[:, 0] = 0.0  # all begin alike: one is enough
     prev_token = src.new_full((batch * beam_size,), sos_index)
     hidden = context.repeat_interleave(beam_size, 0)
@@ -94,10 +95,9 @@ def beam_search(
         ends = chosen & ((tokens == eos_index) if step < max_len - 1 else True)
         ids = ids.gather(1, parents.unsqueeze(2).expand_as(ids))
         ids[:, :, step] = tokens
-        sentence, place = ends.nonzero(as_tuple=True)
-        slot = ended[sentence] + (ends.cumsum(1) - 1)[sentence, place]
-        ended_ids[:, columns[sentence], slot] = ids[sentence, place].T
-        ended_scores[columns[sentence], slot] = log_probs[sentence, place] / (step + 1) ** length_penalty
+        slot = torch.where(ends, ended.unsqueeze(1) + ends.cumsum(1) - 1, beam_size)  # [kept, beam]
+        ended_ids[columns.unsqueeze(1), slot] = ids
+        ended_scores[columns.unsqueeze(1), slot] = log_probs / (step + 1) ** length_penalty
 
         ended = ended + ends.sum(1)
         log_probs = log_probs.masked_fill(ends | ~chosen, -math.inf)
@@ -111,5 +111,5 @@ def beam_search(
             columns, ids, ended, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
             hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
             prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
-    scores, order = ended_scores.topk(n_best)  # [batch, n best] each
-    return Hypotheses(ended_ids.gather(2, order.expand(max_len, -1, -1)), scores)
+    scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each
+    return Hypotheses(ended_ids.gather(1, order.unsqueeze(2).expand(-1, -1, max_len)).permute(2, 0, 1), scores)

@@ -136,6 +136,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def power(text: str) -> float:
+    """An exponent with which no sentence's length overflows."""
+    value = non_negative_float(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 100")
+    return value
+
+
 def fraction(text: str) -> float:
     """A number from 0 to 1."""
     value = decimal(text)

@@ -87,7 +87,7 @@ def translate(
         if beam_size == 1:
             found = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
         else:
-            options = {"beam_size": min(beam_size, len(vocab)), "max_len": MAX_LENGTH, "length_penalty": length_penalty}
+            options = {"beam_size": beam_size, "max_len": MAX_LENGTH, "length_penalty": length_penalty}
             found = beam_search(model, tokens, lengths, data.SOS, data.EOS, **options).ids[:, :, 0]
         ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.

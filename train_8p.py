@@ -194,7 +194,7 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--beam-size", type=flags.positive_int, metavar="N", help="hypotheses of the final score")
     group.add_argument(
         "--length-penalty",
-        type=flags.non_negative_float,
+        type=flags.power,
         metavar="POWER",
         help="of the length that divides a hypothesis's log probability",
     )
@@ -739,6 +739,7 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
         loss = scoring.mean_loss(model, own, world, teacher_forcing_ratio=ratio, fixed_length=fixed_length)
         say(f"test {name} {loss:.4f} (perplexity {scoring.perplexity(loss):.2f})")
     beam_size, length_penalty = (decoding_setting(args, saved, name) for name in ("beam_size", "length_penalty"))
+    beam_size = min(beam_size, len(trg_vocab))
     for size in sorted({1, beam_size}):
         found = scoring.translate(model, own.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
         scores = scoring.evaluate(found, test.trg_tokens)

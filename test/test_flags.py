@@ -1,8 +1,11 @@
 """Command lines: what is taken, and what is refused with exit code 2 and the flag's name."""
 
+import math
+
 import pytest
 
 import flags
+import scoring
 import train_8p
 from errors import UserError
 
@@ -41,6 +44,8 @@ def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
         "--clip=-1",
         "--loss-scale=1e39",
         "--loss-scale=1e-40",
+        "--length-penalty=-1",
+        "--length-penalty=101",
     ]
     + ["--fixed-length=-1", "--fixed-length=1", "--fixed-length=2"],
 )
@@ -115,6 +120,10 @@ def test_the_help_shows_every_default_and_no_none(capsys, monkeypatch):
     ):
         assert shown in text
     assert "None" not in text
+
+
+def test_the_highest_length_penalty_is_one_that_scoring_can_compute():
+    assert math.isfinite(scoring.MAX_LENGTH ** parse("--length-penalty=100").length_penalty)
 
 
 def test_numbers_are_taken_in_plain_forms():

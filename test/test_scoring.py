@@ -83,8 +83,6 @@ def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
         src, src_len = data.pad(split.src, torch.tensor([index]))
         ids = beam.beam_search(model, src, src_len, data.SOS, data.EOS, **options).ids[:, 0, 0]
         assert [VOCAB.decode(ids.tolist())] == whole[index : index + 1]
-    wide = scoring.translate(model, split.src, VOCAB, World(), beam_size=99)
-    assert wide == scoring.translate(model, split.src, VOCAB, World(), beam_size=len(VOCAB))
 
 
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):

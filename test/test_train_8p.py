@@ -16,7 +16,9 @@ import devices
 import gru
 import precision
 import progress
+import scoring
 import train_8p
+from beam import beam_search
 from errors import UserError, run_main
 
 SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
@@ -379,6 +381,38 @@ def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
     assert list(scores_of(wide)) == ["greedy", "beam of 3"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], (3, 0.25)), (["--beam-size", "2"], (2, 0.25)), (["--length-penalty", "0.75"], (3, 0.75))],
+)
+def test_evaluate_decodes_as_the_flags_say_and_else_as_the_checkpoints_run_did(
+    trained, tmp_path, capsys, monkeypatch, flags, expected
+):
+    folder, corpus, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags.update(beam_size=3, length_penalty=0.25)
+    checkpoint.save(tmp_path / "model", saved)
+    asked = []
+
+    def recorder(*args, **options):
+        asked.append((options["beam_size"], options["length_penalty"]))
+        return beam_search(*args, **options)
+
+    monkeypatch.setattr(scoring, "beam_search", recorder)
+    code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), *flags, capsys=capsys)
+    assert code == 0, err
+    assert set(asked) == {expected}
+
+
+def test_a_beam_wider_than_the_vocabulary_is_as_wide_as_it(trained, capsys):
+    folder, corpus, _ = trained
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*evaluate, "--beam-size", "1000", capsys=capsys)
+    assert code == 0, err
+    types = len(checkpoint.load(folder / "seq2seq-gru-model.pth.tar").trg_vocab)
+    assert list(scores_of(out)) == ["greedy", f"beam of {types}"]
+
+
 def test_a_checkpoint_of_the_modelzoo_recipe_is_scored_greedily(trained, tmp_path, capsys):
     folder, corpus, _ = trained
     saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
@@ -435,6 +469,92 @@ def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
         digests.append(torch.cat([t.flatten() for t in checkpoint.load(path).state_dict.values()]))
     assert torch.equal(digests[0], digests[1])
     assert not torch.equal(digests[0], digests[2])
+
+
+# A run in which each of a recipe's settings matters, and another value of each.
+PLAIN = {
+    "epochs": 2,
+    "batch_size": 24,
+    "optimizer": "adam",
+    "lr": 0.03,
+    "weight_decay": 0.1,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": 0.0,
+    "teacher_forcing_ratio": 0.0,
+    "dropout": 0.0,
+    "output_dropout": 0.0,
+    "label_smoothing": 0.0,
+    "average": 0.0,
+    "init": "modelzoo",
+    "update_bias": 0.0,
+    "embeddings": "drawn",
+    "fixed_length": 0,
+    "batching": "random",
+    "last_batch": "keep",
+    "best": "bleu",
+    "beam_size": 1,
+}
+OTHER = {
+    "epochs": 1,
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "clip": 0.1,
+    "teacher_forcing_ratio": 1.0,
+    "dropout": 0.5,
+    "output_dropout": 0.5,
+    "label_smoothing": 0.1,
+    "average": 0.5,
+    "init": "tuned",
+    "update_bias": 1.0,
+    "embeddings": "cooccurrence",
+    "fixed_length": 12,
+    "batching": "like-length",
+    "last_batch": "drop",
+    "best": "loss",
+    "beam_size": 2,
+}
+
+
+def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys):
+    """None but the length penalty, which seldom changes a translation, leaves all losses and scores as they were."""
+
+    def figures(settings):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        path = ["--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]
+        code, out, err = run(*path, "--print-freq=1", *flags, capsys=capsys)
+        assert code == 0, err
+        losses = [step[3:] for step in STEP_LINE.findall(out)]
+        return losses, re.findall(r"^(?:validation:|test |greedy|beam|BLEU score).*$", out, re.MULTILINE)
+
+    assert {*PLAIN, "length_penalty"} == {*OTHER, "length_penalty"} == set(train_8p.RECIPES["tuned"])
+    plain = figures(PLAIN)
+    assert figures(PLAIN) == plain
+    for name, value in OTHER.items():
+        assert figures(PLAIN | {name: value}) != plain, name
+
+
+def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_loss(tiny_corpus, tmp_path, monkeypatch):
+    bleus, losses = [1.0, 3.0, 2.0, 3.0], [4.0, 3.0, 2.0, 2.5]
+    for best, expected in (("bleu", 1), ("loss", 2)):
+        path = tmp_path / best
+        args = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", best)
+        keeper = train_8p.BestKeeper(args, devices.World(), train_8p.load_corpus(args))
+        model = gru.build(*map(len, (keeper._corpus.src_vocab, keeper._corpus.trg_vocab)))
+        for epoch, (bleu, loss) in enumerate(zip(bleus, losses, strict=True)):
+            # Read with the reference, the loss is best elsewhere.
+            found = {1.0: 9.0 - epoch, 0.0: loss}
+            monkeypatch.setattr(
+                scoring, "mean_loss", lambda *_, teacher_forcing_ratio, found=found, **__: found[teacher_forcing_ratio]
+            )
+            scores = scoring.Scores(bleu, bleu, "", 9.0 - bleu, "")
+            monkeypatch.setattr(scoring, "evaluate", lambda *_, scores=scores: scores)
+            keeper.validate(model, epoch, 1.0, 0.1)
+        assert checkpoint.load(path).scores["epoch"] == expected
 
 
 def test_the_modelzoo_recipe_trains(tiny_corpus, tmp_path, capsys):
