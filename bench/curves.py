@@ -3,8 +3,8 @@
     python bench/curves.py --out curves.png tuned=results/multi30k-tuned-seed2-cpu.log former=results/search/former.log
     python bench/curves.py --over batch --out batches.png 0.003=results/multi30k-tuned-seed{2,1234}-cpu.log
 
-Logs of one name and one batch are one point, their mean with the deviation of one. Needs matplotlib:
-requirements-plots.txt.
+Over the epochs, each log is a line. Over the batch, logs of one name and one batch are one point, their mean with the
+deviation of one of them. Needs matplotlib: requirements-plots.txt.
 """
 
 import argparse
@@ -62,15 +62,18 @@ def read_log(name: str, path: Path) -> Run:
 
 
 def draw_over_epochs(runs: list[Run], figure: "matplotlib.figure.Figure") -> None:
-    """BLEU on the left, losses on the right, one colour a run."""
+    """BLEU on the left, losses on the right, a line for each run and a colour for each name."""
     bleu, losses = figure.subplots(1, 2)
-    for place, run in enumerate(runs):
+    colors: dict[str, str] = {}
+    for run in runs:
+        first = run.name not in colors  # the others of a name go without a label
+        color = colors.setdefault(run.name, f"C{len(colors)}")
         ended = [epoch.number + 1 for epoch in run.epochs]
-        color = f"C{place}"
-        bleu.plot(ended, [epoch.bleu for epoch in run.epochs], "o-", color=color, label=run.name)
+        bleu.plot(ended, [epoch.bleu for epoch in run.epochs], "o-", color=color, label=run.name if first else None)
         for field, style in (("loss", "o-"), ("free_running_loss", "o:")):
             values = [getattr(epoch, field) for epoch in run.epochs]
-            losses.plot(ended, values, style, color=color, label=f"{run.name}, {field.replace('_', ' ')}")
+            label = f"{run.name}, {field.replace('_', ' ')}" if first else None
+            losses.plot(ended, values, style, color=color, label=label)
     for axes, title in ((bleu, "greedy BLEU"), (losses, "loss a target, nats")):
         axes.set(xlabel="epochs", title=f"{title}, validation pairs")
         axes.grid(alpha=0.3)

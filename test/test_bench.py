@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -223,8 +224,8 @@ def test_large_corpus_runs(capsys):
 
 VALIDATIONS = [
     f"validation: epoch {epoch}  train loss {5 - epoch}.0  loss {4 - epoch}.25 (perplexity 70.1)  "
-    f"free-running loss {6 - epoch}.5 (perplexity 665.1)  greedy BLEU {10 * epoch}.75  learning rate 2.00e-03"
-    for epoch in range(3)
+    f"free-running loss {6 - epoch}.5 (perplexity 665.1)  greedy BLEU {bleu}.75  learning rate 2.00e-03"
+    for epoch, bleu in enumerate((0, 20, 10))
 ]
 RUN = "run: device=cpu processes=2 nodes=1 batch=96 batch_per_device=48 precision=float32"
 WHOLE_RUN = [RUN, *VALIDATIONS]
@@ -245,7 +246,7 @@ def test_curves_takes_each_figure_from_its_place(tmp_path):
     log.write_text("\n".join([*WHOLE_RUN, "BLEU score = 28.0"]))
     run = curves.read_log("name", log)
     assert (run.name, run.batch, run.bleu) == ("name", 96, 20.75)
-    assert run.epochs == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 10.75), (2, 2.25, 4.5, 20.75)]
+    assert run.epochs == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 20.75), (2, 2.25, 4.5, 10.75)]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +258,23 @@ def test_curves_refuses_what_is_not_one_whole_run(tmp_path, lines):
     (tmp_path / "log").write_text("\n".join(lines))
     with pytest.raises(ValueError, match="expected one run"):
         curves.read_log("name", tmp_path / "log")
+
+
+def test_curves_draws_each_figure_in_its_place():
+    epochs = [curves.Epoch(0, 4.0, 6.0, 10.0), curves.Epoch(1, 3.0, 5.0, 20.0)]
+    runs = [curves.Run("a", 64, epochs), curves.Run("a", 64, epochs), curves.Run("b", 32, epochs[:1])]
+    figure, bleu, losses = (MagicMock() for _ in range(3))
+    figure.subplots.return_value = (bleu, losses)
+    curves.draw_over_epochs(runs, figure)
+    drawn = [(*call.args[:2], call.kwargs["color"], call.kwargs["label"]) for call in bleu.plot.call_args_list]
+    assert drawn == [([1, 2], [10.0, 20.0], "C0", "a"), ([1, 2], [10.0, 20.0], "C0", None), ([1], [10.0], "C1", "b")]
+    drawn = [(call.args[1], call.kwargs["label"]) for call in losses.plot.call_args_list]
+    assert drawn[:2] == [([4.0, 3.0], "a, loss"), ([6.0, 5.0], "a, free running loss")]
+    assert drawn[4:] == [([4.0], "b, loss"), ([6.0], "b, free running loss")]
+
+    figure.subplots.return_value = axes = MagicMock()
+    curves.draw_over_batch(runs, figure)
+    assert [call.args for call in axes.errorbar.call_args_list] == [((64,), (20.0,), (0.0,)), ((32,), (10.0,), (0.0,))]
 
 
 @pytest.mark.parametrize("over", ["epochs", "batch"])
