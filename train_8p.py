@@ -749,7 +749,7 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
     say(f"BLEU score = {scores.bleu:.4f}")
 
 
-def decoding_setting(args: argparse.Namespace, saved: checkpoint.Checkpoint, name: str) -> float:
+def decoding_setting(args: argparse.Namespace, saved: checkpoint.Checkpoint, name: str) -> int | float:
     """The flag's value; left out, that of the run that made the checkpoint; else greedy, as the original."""
     given = getattr(args, name)
     return saved.flags.get(name, RECIPES["modelzoo"][name]) if given is None else given
