@@ -502,9 +502,8 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
 # ---------------------------------------------------------------- training
 
 
-def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.World, corpus: data.Corpus) -> None:
-    """One rank's training, from the first weight to the best checkpoint."""
-    device = world.device
+def first_model(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -> gru.Seq2Seq:
+    """The model before its first step, on the CPU. What the words start with is counted by rank 0 alone."""
     torch.manual_seed(args.seed)
     model = gru.build(
         len(corpus.src_vocab),
@@ -518,6 +517,26 @@ def train(args: argparse.Namespace, chosen: precision.Choice, world: devices.Wor
     gru.raise_update_gates(model, args.update_bias)
     if args.embeddings == "cooccurrence" and world.is_main:
         cooccurrence.start_with(model, corpus.train)
+    return model
+
+
+def train(
+    args: argparse.Namespace,
+    chosen: precision.Choice,
+    world: devices.World,
+    corpus: data.Corpus,
+    model: gru.Seq2Seq,
+) -> None:
+    """One rank's training, from the first step to the best checkpoint.
+
+    Args:
+        args: the flags, recipe resolved.
+        chosen: the precision.
+        world: the ranks.
+        corpus: the data.
+        model: as `first_model` makes it; rank 0's weights are all ranks'.
+    """
+    device = world.device
     model.to(device)
     world.copy_from_main(model.parameters())
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
@@ -814,9 +833,10 @@ def run_rank(
     corpus = corpus or load_corpus(args, verify=False, log=lambda line: None)
     if world.kind != "cpu":
         corpus.check_ids()
+    model = first_model(args, world, corpus)
     store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
     world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
-    train(args, chosen, world, corpus)
+    train(args, chosen, world, corpus, model)
     world.stop()
 
 

@@ -120,6 +120,22 @@ def test_only_embeddings_and_output_weights_change_and_keep_their_scale(sample, 
     assert torch.equal(new[:SPECIALS], old[:SPECIALS])
 
 
+def test_the_vectors_are_as_long_as_drawn_ones_and_the_output_layers_parts_differ(sample, model):
+    drawn = [rows[SPECIALS:].detach().norm(dim=1).mean().item() for rows in embeddings_of(model)]
+    cooccurrence.start_with(model, sample.train)
+    vectors = cooccurrence.embeddings(sample.train, len(sample.src_vocab), len(sample.trg_vocab), 24)
+    for table, rows, length in zip(embeddings_of(model), vectors, drawn, strict=True):
+        assert table[rows.any(dim=1)].norm(dim=1).tolist() == pytest.approx(
+            [length] * int(rows.any(dim=1).sum()), rel=0.02
+        )
+    hidden, context = model.decoder.fc_out.weight[SPECIALS:, 24:].detach().split(32, dim=1)
+    assert torch.corrcoef(torch.stack((hidden.flatten(), context.flatten())))[0, 1].abs() < 0.1
+
+
+def embeddings_of(model):
+    return model.encoder.embedding.weight, model.decoder.embedding.weight
+
+
 def test_similar_words_start_with_similar_output_weights(sample, model):
     def correlation():
         """Of the products of the output layer's rows with those of the embedding, over all pairs of words."""
@@ -143,6 +159,8 @@ def test_a_vocabulary_smaller_than_the_embedding_keeps_the_other_features(split)
     after = model.decoder.embedding.weight.detach()
     assert torch.equal(after[:, 11:], before[:, 11:])
     assert not torch.isclose(after[SPECIALS:-1, :11], before[SPECIALS:-1, :11]).all(dim=1).any()
+    lengths = after[SPECIALS:-1, :11].norm(dim=1)  # as many drawn features have it
+    torch.testing.assert_close(lengths, (before.std() * 11**0.5).expand_as(lengths))
     assert torch.equal(after[-1], before[-1])  # a word in no pair
 
 

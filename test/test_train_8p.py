@@ -124,10 +124,11 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
     """The others wait in it, and HCCL not for ever."""
     done = []
     monkeypatch.setattr(train_8p, "load_corpus", lambda *_, **__: done.append("data"))
+    monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
     monkeypatch.setattr(devices.World, "start", lambda *_, **__: done.append("group"))
     monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
     train_8p.run_rank(0, parse(), precision.Choice(), [devices.World()], None)
-    assert done == ["data", "group", "training"]
+    assert done == ["data", "model", "group", "training"]
 
 
 @pytest.mark.parametrize(
