@@ -152,21 +152,40 @@ def test_the_figures_of_the_speed_table_stand_in_their_logs(text):
         assert all(figure in printed for figure in figures), row
 
 
-def test_the_figures_of_the_search_stand_in_their_logs():
-    """Where a row says "28.13, epoch 9", its log says so too, and the perplexity beside it."""
+def best_epoch(log: str) -> tuple[float, float, int]:
+    """BLEU, perplexity and number of the epoch with the highest BLEU."""
+    pattern = r"^validation: epoch (\d+) .*?\(perplexity (\S+)\).* greedy BLEU (\S+)"
+    found = re.findall(pattern, (REPOSITORY / "docs" / log).read_text(encoding="utf-8"), re.MULTILINE)
+    return max((float(bleu), float(perplexity), int(number)) for number, perplexity, bleu in found)
+
+
+def rows_of_the_search(column: int, pattern: str) -> list[list[str]]:
+    """The cells of the tables' rows in docs/search.md that have logs and such a cell."""
     text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
-    checked = 0
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if ".log)" in line]
+    return [row for row in rows if len(row) > column and re.fullmatch(pattern, row[column])]
+
+
+def test_the_figures_of_the_search_stand_in_their_logs():
+    rows = rows_of_the_search(3, r"\W*\d+\.\d+, epoch \d\W.*|\W*\d+\.\d+, epoch \d")
+    assert len(rows) >= 15
     for row in rows:
-        claim = re.match(r"\W*(\d+\.\d+), epoch (\d)", row[3]) if len(row) > 5 else None
-        link = re.fullmatch(r"\[log\]\(\.\./(.*)\)", row[5]) if claim else None
-        if link:
-            log = (REPOSITORY / link.group(1)).read_text(encoding="utf-8")
-            pattern = rf"^validation: epoch {claim.group(2)} .*?\(perplexity (\S+)\).* greedy BLEU (\S+)"
-            said = [(float(perplexity), float(bleu)) for perplexity, bleu in re.findall(pattern, log, re.MULTILINE)]
-            assert pytest.approx((float(row[4]), float(claim.group(1))), abs=0.00501) in said, row
-            checked += 1
-    assert checked >= 14
+        bleu, epoch = re.search(r"(\S+), epoch (\d)", row[3]).groups()
+        claim = (float(bleu.strip("*")), float(row[4]), int(epoch))
+        assert claim == pytest.approx(best_epoch(re.search(r"\]\((.*)\)", row[5]).group(1)), abs=0.00501), row
+
+
+def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
+    rows = rows_of_the_search(3, r"\d+\.\d\d( ± \d\.\d\d)?")
+    assert rows[0][1] == "nothing: `tuned`"
+    bleu = float(rows[0][3].partition(" ")[0])
+    for row in rows:
+        figures = [best_epoch(log) for log in re.findall(r"\]\(([^)]*)\)", row[5])]
+        for cell, values in zip(row[3:5], list(zip(*figures, strict=True))[:2], strict=True):
+            expected = [f"{statistics.mean(values):.2f}"]
+            expected += [f"{statistics.stdev(values):.2f}"] if len(values) > 1 else []
+            assert cell.split(" ± ") == expected, row
+        assert len(figures) == 3 or abs(float(row[3].partition(" ")[0]) - bleu) >= 0.5, f"{row}: more seeds"
 
 
 @LANGUAGES
