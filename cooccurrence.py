@@ -23,7 +23,7 @@ import data
 import gru
 
 MAX_PAIRS = 100_000  # of a larger corpus so many are read, spread over it
-MAX_COUNTS = 1 << 24  # and no more of them than have so many pairs of words: the memory
+MAX_COUNTS = 1 << 24  # fewer, if these have more than so many pairs of words: it bounds the memory
 
 
 def pairs_to_count(split: data.Split) -> Tensor:

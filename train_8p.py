@@ -180,7 +180,7 @@ def build_parser() -> flags.StrictParser:
     group.add_argument(
         "--embeddings",
         choices=["cooccurrence", "drawn"],
-        help="how words start: as drawn, or by which words the training pairs have in common",
+        help="how words start: as drawn, or by how often two occur in the same training pairs",
     )
     group.add_argument(
         "--fixed-length",
