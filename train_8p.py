@@ -497,6 +497,11 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
         say(printable(note))
     if chosen.note:
         say(printable(f"note: {chosen.note}"))
+    if args.fixed_length and chosen.dtype is torch.bfloat16 and not args.performance:
+        say(
+            "note: bfloat16 has too few digits to carry a sentence through the padding of --fixed-length, and the "
+            "encoder may never learn to; float32 does: without --amp, or --precision_mode=must_keep_origin_dtype"
+        )
 
 
 # ---------------------------------------------------------------- training

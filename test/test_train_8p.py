@@ -655,6 +655,22 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
         assert "note: 1 of 4 steps changed no weight" in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "dtype", "warned"),
+    [
+        (["--recipe", "modelzoo"], torch.bfloat16, True),
+        (["--recipe", "modelzoo"], torch.float16, False),
+        (["--recipe", "modelzoo"], torch.float32, False),
+        (["--recipe", "modelzoo", "--performance"], torch.bfloat16, False),
+        (["--recipe", "tuned"], torch.bfloat16, False),
+    ],
+)
+def test_padding_read_in_bfloat16_is_warned_of(tiny_corpus, capsys, flags, dtype, warned):
+    args = resolved(64, "--data-dir", str(tiny_corpus), *flags)
+    train_8p.describe(args, devices.World(), precision.Choice("O2", dtype), train_8p.load_corpus(args))
+    assert ("note: bfloat16 has too few digits" in capsys.readouterr().out) == warned
+
+
 def test_flags_without_effect_are_named(tiny_corpus, capsys):
     arguments = ("--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--opt-level", "O2")
     assert "note: --opt-level has no effect without --amp\n" in run(*arguments, capsys=capsys)[1]
