@@ -76,6 +76,7 @@ def draw_over_epochs(runs: list[Run], figure: "matplotlib.figure.Figure") -> Non
             losses.plot(ended, values, style, color=color, label=label)
     for axes, title in ((bleu, "greedy BLEU"), (losses, "loss a target, nats")):
         axes.set(xlabel="epochs", title=f"{title}, validation pairs")
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
 

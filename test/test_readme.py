@@ -188,6 +188,20 @@ def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
         assert len(figures) == 3 or abs(float(row[3].partition(" ")[0]) - bleu) >= 0.5, f"{row}: more seeds"
 
 
+def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs():
+    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| length penalty \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", text, re.MULTILINE)
+    penalties, bleus = ([float(cell) for cell in row.split("|")] for row in table.groups())
+    log = (REPOSITORY / "results" / "multi30k-length-penalty-val-cpu.log").read_text(encoding="utf-8")
+    found = re.findall(r"--length-penalty (\S+) [^#]*?beam of 10: BLEU (\S+)", re.sub("# the checkpoint.*", "", log))
+    one = (REPOSITORY / "results" / "multi30k-beam-val-cpu.log").read_text(encoding="utf-8")
+    found += [("1.0", bleu) for bleu in re.findall(r"^beam of 10: BLEU (\S+)", one, re.MULTILINE)]
+    for penalty, bleu in zip(penalties, bleus, strict=True):
+        of_seeds = [float(value) for name, value in found if float(name) == penalty]
+        assert len(of_seeds) == 3, penalty
+        assert f"{statistics.mean(of_seeds):.2f}" == f"{bleu:.2f}"
+
+
 @LANGUAGES
 def test_the_quick_starts_result_stands_in_its_log(text):
     log = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
