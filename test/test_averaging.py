@@ -119,13 +119,17 @@ def test_what_is_averaged_are_the_weights_after_the_step(model, level):
     torch.testing.assert_close(average.model.weight.to(choice.dtype), precise.working_model.weight)
 
 
+def run_two_epochs(corpus, folder):
+    small = ["--emb-dim", "4", "--hid-dim", "6", "--device", "cpu", "-b", "16", "--epochs", "2", "--average", "0.2"]
+    assert run_main(train_8p.main, [*small, "--data-dir", str(corpus), "--ckptpath", str(folder / "m")]) == 0
+
+
 def test_the_average_is_what_is_validated_and_kept(tiny_corpus, tmp_path, monkeypatch, capsys):
     made, validated = [], []
     monkeypatch.setattr(train_8p, "WeightAverage", lambda *args: made.append(WeightAverage(*args)) or made[-1])
     monkeypatch.setattr(train_8p.BestKeeper, "validate", lambda self, model, *_: validated.append(model))
     monkeypatch.setattr(train_8p, "score", lambda *_: None)
-    small = ["--emb-dim", "4", "--hid-dim", "6", "--device", "cpu", "-b", "16", "--epochs", "2", "--average", "0.2"]
-    assert run_main(train_8p.main, [*small, "--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "m")]) == 0
+    run_two_epochs(tiny_corpus, tmp_path)
     assert validated == [made[0].model] * 2
     assert made[0].model is not made[0]._precise.model
 
@@ -142,8 +146,7 @@ def test_each_step_and_each_epochs_end_reach_the_average(tiny_corpus, tmp_path, 
 
     monkeypatch.setattr(train_8p, "WeightAverage", Recorder)
     monkeypatch.setattr(train_8p, "score", lambda *_: None)
-    small = ["--emb-dim", "4", "--hid-dim", "6", "--device", "cpu", "-b", "16", "--epochs", "2", "--average", "0.2"]
-    assert run_main(train_8p.main, [*small, "--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "m")]) == 0
+    run_two_epochs(tiny_corpus, tmp_path)
     steps = [entry for entry in seen if isinstance(entry, int)]
     assert steps == list(range(1, len(steps) + 1))
     half = len(steps) // 2

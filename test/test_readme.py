@@ -45,7 +45,7 @@ def test_the_recipes_are_as_they_are_described():
     training = " ".join(ENGLISH.split("\n## Training")[1].split())
     tuned, modelzoo = re.search(r"- `tuned`, the default: (.*?) - `modelzoo`, (.*?\.) ", training).groups()
     recipe = train_8p.RECIPES["tuned"]
-    for phrase in (
+    of_tuned = (
         f"{recipe['optimizer'].capitalize()}, rate {recipe['lr']} with {recipe['warmup']:.0%} warm-up",
         f"{recipe['schedule']} decay",
         f"batch {recipe['batch_size']} in total",
@@ -55,16 +55,17 @@ def test_the_recipes_are_as_they_are_described():
         f"dropout {recipe['dropout']} on the embeddings and {recipe['output_dropout']} in front of the output layer",
         f"`--update-bias {recipe['update_bias']:g}`",
         f"`--average {recipe['average']}`",
-    ):
-        assert phrase in tuned, phrase
+    )
     recipe = train_8p.RECIPES["modelzoo"]
-    for phrase in (
+    of_modelzoo = (
         f"{recipe['optimizer'].capitalize()} at {recipe['lr']}",
         f"batch {recipe['batch_size']}",
         f"teacher forcing {recipe['teacher_forcing_ratio']}",
         f"cut to {recipe['fixed_length']} tokens",
-    ):
-        assert phrase in modelzoo, phrase
+    )
+    for described, phrases in ((tuned, of_tuned), (modelzoo, of_modelzoo)):
+        for phrase in phrases:
+            assert phrase in described, phrase
 
 
 @LANGUAGES
