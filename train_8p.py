@@ -109,7 +109,7 @@ RECIPES = {
         "last_batch": "keep",
         "best": "bleu",
         "beam_size": 10,
-        "length_penalty": 1.0,
+        "length_penalty": 1.2,
     },
 }
 
