@@ -108,9 +108,8 @@ def start_with(model: gru.Seq2Seq, split: data.Split) -> None:
         features = rows.shape[1]
         table[known, :features] = rows[known] * table.std() * math.sqrt(features)
     rows, known = vectors[1], with_vector[1]
-    if not known.any():
-        return
     weight, hid_dim = model.decoder.fc_out.weight, model.decoder.rnn.hidden_size
     for block in weight[:, -2 * hid_dim :].split(hid_dim, dim=1):  # of the hidden state, of the context
-        projected = rows @ nn.init.orthogonal_(torch.empty(rows.shape[1], hid_dim))
-        block[known] = projected[known] * (block.std() / projected[known].std())
+        projected = (rows @ nn.init.orthogonal_(torch.empty(rows.shape[1], hid_dim)))[known]
+        if projected.numel() > 1 and projected.std() > 0:  # else they have no scale
+            block[known] = projected * (block.std() / projected.std())

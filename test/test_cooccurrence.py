@@ -174,6 +174,19 @@ def test_pairs_in_which_nothing_goes_together(split):
     assert all(map(torch.equal, model.parameters(), before))
 
 
+@pytest.mark.parametrize("pairs", [([[0], [1]], [[0], []]), ([[0], [0], []], [[0], [0], [1]])])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_the_smallest_models_get_finite_weights(pairs, dim):
+    """One number has no deviation, and equal ones have none either."""
+    torch.manual_seed(0)
+    model = gru.build(SPECIALS + 2, SPECIALS + 2, emb_dim=dim, hid_dim=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cooccurrence.start_with(model, data.Split(*map(side, pairs)))
+    for parameter in model.parameters():
+        assert parameter.isfinite().all()
+
+
 def test_a_large_corpus_is_read_in_part(split, monkeypatch):
     monkeypatch.setattr(cooccurrence, "MAX_PAIRS", 16)
     indices = cooccurrence.pairs_to_count(split)
