@@ -98,7 +98,7 @@ RECIPES = {
         "clip": 1.0,
         "teacher_forcing_ratio": 1.0,
         "dropout": 0.5,
-        "output_dropout": 0.4,
+        "output_dropout": 0.2,
         "label_smoothing": 0.1,
         "average": 0.2,
         "init": "tuned",
