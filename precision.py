@@ -9,7 +9,7 @@
 
 The levels' names and meaning are NVIDIA apex's. "Half" is float16 on NPUs, whose GRU knows no bfloat16, and on CUDA
 where nothing else is asked for. On a CPU it is bfloat16, which has float32's range and so needs no loss scale, and only
-where the processor computes in it: elsewhere float32 is faster.
+where the processor is faster in it or the user insists: elsewhere float32 is faster.
 
 `choose` decides, `start` makes what runs. The fp32 model is the model: it is what is initialised, validated and saved.
 O2 and O3 have a half copy of it beside it, which computes the gradients.
@@ -82,7 +82,7 @@ def choose(
     Args:
         kind: "npu", "cuda" or "cpu".
         level: "O0" to "O3".
-        dtype: "float16", "bfloat16", or "auto" for the device's own.
+        dtype: "float16", "bfloat16", or "auto" for what is fast on the device.
         loss_scale: a number, "dynamic", or None for what `dtype` needs.
         backend: "apex", "native", or "auto" for apex where it is installed and serves this device and level.
 
@@ -97,8 +97,8 @@ def choose(
         todo = "leave it out: O3 has no float32 gradients to unscale into"
         raise UserError("usage", f"a loss scale, {loss_scale}, with O3", "--loss-scale", todo)
     backend, note = choose_backend(kind, level, half, backend)
-    if kind == "cpu" and not cpu_has_bfloat16():
-        note = "this CPU has no bfloat16 instructions, with which --amp would be faster: computing in float32"
+    if kind == "cpu" and dtype == "auto" and not cpu_gains_from_bfloat16():
+        note = "this CPU is no faster in bfloat16: --amp computes in float32; --amp-dtype bfloat16 insists"
         return Choice(loss_scale=loss_scale or 1.0, note=note)
     needed = STATIC_SCALE if half == torch.float16 and level != "O3" else 1.0
     return Choice(level, half, loss_scale or needed, backend, note)
@@ -143,15 +143,19 @@ def import_amp() -> tuple[ModuleType | None, str]:
         return None, first_line(error)
 
 
-def cpu_has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor has bfloat16 products: AVX512-BF16, AMX, or Arm's."""
+def cpu_gains_from_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 matrices faster than float32 ones.
+
+    With AMX, Arm's instructions or AMD's AVX512-BF16 it does. Intel's AVX512-BF16 alone, as on a virtual machine that
+    hides AMX, takes twice as long as float32.
+    """
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return False  # Apple's have them, but the CPU build of PyTorch does not use them there
     try:
         words = set(cpuinfo.read_text().split())
     except OSError:
         return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(words & {"amx_bf16", "bf16"}) or ("avx512_bf16" in words and "GenuineIntel" not in words)
 
 
 # ---------------------------------------------------------------- what runs

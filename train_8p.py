@@ -247,7 +247,7 @@ def build_parser() -> flags.StrictParser:
         "--amp-dtype",
         choices=["auto", *precision.DTYPES],
         default=flags.Default("auto"),
-        help="the 16-bit format; auto: bfloat16 on a CPU, else float16; an NPU has float16 alone",
+        help="the 16-bit format; auto: float16, on a CPU bfloat16 if it is faster there; an NPU has float16 alone",
     )
     group.add_argument(
         "--amp-backend",

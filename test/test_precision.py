@@ -28,7 +28,7 @@ def model():
 @pytest.fixture(autouse=True)
 def with_bfloat16(monkeypatch):
     """The tests are the same on every CPU: torch computes in bfloat16 on all of them, if slowly."""
-    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
 
 
 @pytest.fixture
@@ -106,27 +106,30 @@ def test_what_cannot_be_is_refused_with_the_reason(monkeypatch, kind, options, f
     assert reason in str(caught.value)
 
 
-def test_amp_on_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch):
-    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)
+def test_amp_on_a_cpu_that_is_slow_in_bfloat16_computes_in_float32_and_says_so(monkeypatch):
+    monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: False)
     chosen = precision.choose("cpu", "O2")
     assert chosen.name == "float32/O0"
-    assert "no bfloat16" in chosen.note
+    assert "no faster in bfloat16" in chosen.note
+    insisting = precision.choose("cpu", "O2", dtype="bfloat16")
+    assert (insisting.name, insisting.note) == ("bfloat16/O2", "")
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("text", "expected"),
     [
-        ("flags : avx512f avx512_bf16", True),
-        ("flags : amx_bf16", True),
+        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16 amx_bf16", True),
+        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16", False),
         ("Features : asimd bf16", True),
-        ("avx2", False),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
     ],
 )
-def test_bfloat16_instructions_are_read_off_the_processor(monkeypatch, tmp_path, flags, expected):
+def test_the_processor_tells_whether_bfloat16_is_faster(monkeypatch, tmp_path, text, expected):
     monkeypatch.undo()
-    (tmp_path / "cpuinfo").write_text(flags)
-    assert precision.cpu_has_bfloat16(tmp_path / "cpuinfo") is expected
-    assert precision.cpu_has_bfloat16(tmp_path / "absent") is False
+    (tmp_path / "cpuinfo").write_text(text)
+    assert precision.cpu_gains_from_bfloat16(tmp_path / "cpuinfo") is expected
+    assert precision.cpu_gains_from_bfloat16(tmp_path / "absent") is False
 
 
 # ---------------------------------------------------------------- the levels
