@@ -7,6 +7,10 @@ as in Wu et al. 2016, arXiv 1609.08144, equation 14, but by a plain power of the
     score = log P(hypothesis | source) / length ** length_penalty
 
 A hypothesis's length counts its `<eos>`, as its probability does.
+
+A long sum of log probabilities has fewer digits left than the logits, which greedy decoding compares. So it is held in
+two parts, one that a sentence's hypotheses have in common and one that is 0 for the leading one, and only the second is
+compared.
 """
 
 import math
@@ -17,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import gru
+
+LOWEST = torch.finfo(torch.float32).min
 
 
 class Hypotheses(NamedTuple):
@@ -77,7 +83,8 @@ def beam_search(
     columns = torch.arange(batch, device=src.device)
     ids = ended_ids[:, :beam_size].clone()  # [kept, beam, max len]
     ended = torch.zeros_like(columns)  # how many hypotheses have
-    log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam]; of places that nothing is in, -inf
+    shared = context.new_zeros(batch, 1, dtype=torch.float32)  # [kept, 1], what the log probabilities have in common
+    log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam], without that; of places that nothing is in, -inf
     log_probs[:, 0] = 0.0  # all begin alike: one is enough
     prev_token = src.new_full((batch * beam_size,), sos_index)
     hidden = context.repeat_interleave(beam_size, 0)
@@ -86,8 +93,11 @@ def beam_search(
     for step in range(max_len):
         features, hidden = decoder.read(prev_token, [len(hidden)], hidden, share.repeat_interleave(beam_size, 0))
         logits = F.linear(features, decoder.fc_out.weight[:, : features.shape[1]]).view(-1, beam_size, vocabulary)
-        step_log_probs = (logits + output_share.unsqueeze(1)).float().log_softmax(2)  # [kept, beam, vocabulary]
-        candidates = (log_probs.unsqueeze(2) + step_log_probs).flatten(1)
+        logits = (logits + output_share.unsqueeze(1)).float()  # [kept, beam, vocabulary]
+        log_probs = log_probs - logits.logsumexp(2)
+        leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # -inf, where all have ended, less -inf is nan
+        shared = shared + leading
+        candidates = (logits + (log_probs - leading).unsqueeze(2)).flatten(1)
         log_probs, choices = candidates.topk(beam_size)  # [kept, beam] each, the best first
         parents, tokens = choices // vocabulary, choices % vocabulary
 
@@ -97,7 +107,7 @@ def beam_search(
         ids[:, :, step] = tokens
         slot = torch.where(ends, ended.unsqueeze(1) + ends.cumsum(1) - 1, beam_size)  # [kept, beam]
         ended_ids[columns.unsqueeze(1), slot] = ids
-        ended_scores[columns.unsqueeze(1), slot] = log_probs / (step + 1) ** length_penalty
+        ended_scores[columns.unsqueeze(1), slot] = (shared + log_probs) / (step + 1) ** length_penalty
 
         ended = ended + ends.sum(1)
         log_probs = log_probs.masked_fill(ends | ~chosen, -math.inf)
@@ -107,8 +117,8 @@ def beam_search(
         if len(rows) == 0:
             break
         if len(rows) < len(columns):
-            state = (columns, ids, ended, log_probs, share, output_share)
-            columns, ids, ended, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
+            state = (columns, ids, ended, shared, log_probs, share, output_share)
+            columns, ids, ended, shared, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
             hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
             prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
     scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each

@@ -2,9 +2,10 @@
 
 Words that occur in the same pairs get similar vectors, within a language and across the two. Sources: Levy, Søgaard and
 Goldberg 2017, "A Strong Baseline for Learning Cross-Lingual Word Embeddings from Sentence Alignments", arXiv 1608.05426
-(the words of the other side as a word's contexts); Levy and Goldberg 2014, "Neural Word Embedding as Implicit Matrix
-Factorization" (factors of the positive pointwise mutual information); Pantel and Lin 2002, "Discovering Word Senses
-from Text" (the discount); Halko, Martinsson and Tropp 2011, arXiv 0909.4061 (the randomised decomposition).
+(vectors of both languages from nothing but which sentences words occur in); Levy and Goldberg 2014, "Neural Word
+Embedding as Implicit Matrix Factorization" (factors of the positive pointwise mutual information); Pantel and Lin 2002,
+"Discovering Word Senses from Text" (the discount); Halko, Martinsson and Tropp 2011, arXiv 0909.4061 (the randomised
+decomposition).
 
 For a source word f and a target word e, with n(f, e) of the n pairs having both:
 
@@ -23,15 +24,17 @@ import data
 import gru
 
 MAX_PAIRS = 100_000  # of a larger corpus so many are read, spread over it
-MAX_COUNTS = 1 << 24  # fewer, if these have more than so many pairs of words: it bounds the memory
+MAX_COUNTS = 1 << 24  # of these fewer, if they have more than so many pairs of words: it bounds the memory
 
 
 def pairs_to_count(split: data.Split) -> Tensor:
     """[at most `MAX_PAIRS`] int64: the indices of the pairs that are read, in ascending order."""
     taken = min(len(split), MAX_PAIRS)
     indices = torch.arange(taken) * len(split) // taken
-    word_pairs = int((split.src.lengths_of(indices) * split.trg.lengths_of(indices)).sum())
-    return indices[:: -(-word_pairs // MAX_COUNTS)]
+    word_pairs = split.src.lengths_of(indices) * split.trg.lengths_of(indices)
+    shuffled = torch.randperm(taken, generator=torch.Generator().manual_seed(0))
+    fitting = word_pairs[shuffled].cumsum(0) <= MAX_COUNTS
+    return indices[shuffled[fitting].sort().values]
 
 
 def occurrences(side: data.Side, indices: Tensor, types: int) -> Tensor:

@@ -137,10 +137,10 @@ def non_negative_float(text: str) -> float:
 
 
 def power(text: str) -> float:
-    """An exponent with which no sentence's length overflows."""
+    """An exponent; up to 10, at which a score divided by a sentence's length to that power is still a float32."""
     value = non_negative_float(text)
-    if value > 100:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at most 100")
+    if value > 10:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 10")
     return value
 
 

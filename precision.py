@@ -147,7 +147,7 @@ def cpu_gains_from_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether the processor multiplies bfloat16 matrices faster than float32 ones.
 
     With AMX, Arm's instructions or AMD's AVX512-BF16 it does. Intel's AVX512-BF16 alone, as on a virtual machine that
-    hides AMX, takes twice as long as float32.
+    hides AMX, takes twice as long as float32 (bench/results/machine-without-amx.log; Cooper Lake was not tried).
     """
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return False  # Apple's have them, but the CPU build of PyTorch does not use them there

@@ -1,11 +1,13 @@
 """The average of the weights: against its formula, and where it takes the model's place."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import checkpoint
 import precision
 import train_8p
 from averaging import EVERY, WeightAverage
@@ -126,12 +128,20 @@ def run_two_epochs(corpus, folder):
 
 def test_the_average_is_what_is_validated_and_kept(tiny_corpus, tmp_path, monkeypatch, capsys):
     made, validated = [], []
+    validate = train_8p.BestKeeper.validate
+
+    def recorded(self, model, *args):
+        validated.append((model, copy.deepcopy(model.state_dict())))
+        validate(self, model, *args)
+
     monkeypatch.setattr(train_8p, "WeightAverage", lambda *args: made.append(WeightAverage(*args)) or made[-1])
-    monkeypatch.setattr(train_8p.BestKeeper, "validate", lambda self, model, *_: validated.append(model))
+    monkeypatch.setattr(train_8p.BestKeeper, "validate", recorded)
     monkeypatch.setattr(train_8p, "score", lambda *_: None)
     run_two_epochs(tiny_corpus, tmp_path)
-    assert validated == [made[0].model] * 2
-    assert made[0].model is not made[0]._precise.model
+    assert [model for model, _ in validated] == [made[0].model] * 2
+    assert not torch.equal(made[0].model.encoder.embedding.weight, made[0]._precise.model.encoder.embedding.weight)
+    kept = checkpoint.load(tmp_path / "m").state_dict
+    assert any(all(torch.equal(kept[name], weights[name]) for name in kept) for _, weights in validated)
 
 
 def test_each_step_and_each_epochs_end_reach_the_average(tiny_corpus, tmp_path, monkeypatch, capsys):

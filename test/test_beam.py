@@ -87,6 +87,19 @@ def test_a_beam_of_one_is_greedy(model, sources):
     assert scores.shape == (BATCH, 1)
 
 
+@pytest.mark.parametrize("gap", [1e-6, 5e-7, 2e-7])
+def test_a_beam_of_one_is_greedy_where_two_words_all_but_tie(sources, gap):
+    """In a sum over fifty steps such a gap is lost."""
+    model = gru.build(VOCAB, VOCAB + 1, emb_dim=5, hid_dim=6).eval()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        model.decoder.fc_out.bias.copy_(torch.tensor([-9.0, -9.0, -9.0, -9.0, 0.0, gap, -9.0, -9.0]))
+    greedy = model.greedy(*sources, data.SOS, data.EOS, 50)
+    assert (greedy == 5).all()
+    assert torch.equal(search(model, sources, 1, max_len=50).ids[:, :, 0], greedy)
+
+
 @pytest.mark.parametrize("on_accelerator", [False, True])
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 @pytest.mark.parametrize("beam_size", [2, 3, 5])
@@ -108,6 +121,26 @@ def test_the_score_is_that_of_reading_the_hypothesis_as_the_reference(model, sou
         tokens = tokens_of(ids[:, column, rank])
         expected = log_probability(model, alone(sources, column), tokens) / len(tokens) ** length_penalty
         assert scores[column, rank].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_at_full_size_in_float32_score_and_batch_mates_hold_too():
+    torch.manual_seed(0)
+    model = gru.build(300, 5893).eval()
+    src, src_len = torch.randint(4, 300, (12, BATCH)), torch.tensor([12, 3, 7, 7, 9, 5])
+    src[torch.arange(12).unsqueeze(1) >= src_len] = data.PAD
+    ids, scores = search(model, (src, src_len), 5, max_len=50, length_penalty=1.2, n_best=2)
+    greedy = model.greedy(src, src_len, data.SOS, data.EOS, 50)
+    for column in range(BATCH):
+        own = alone((src, src_len), column)
+        assert torch.equal(model.greedy(*own, data.SOS, data.EOS, 50)[:, 0], greedy[:, column])
+        own_ids, own_scores = search(model, own, 5, max_len=50, length_penalty=1.2, n_best=2)
+        assert torch.equal(own_ids[:, 0], ids[:, column])
+        assert own_scores[0].tolist() == pytest.approx(scores[column].tolist(), abs=1e-5)
+        for rank in range(2):
+            tokens = tokens_of(ids[:, column, rank])
+            with torch.no_grad():
+                expected = log_probability(model, own, tokens) / len(tokens) ** 1.2
+            assert scores[column, rank].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])

@@ -194,9 +194,19 @@ def test_a_large_corpus_is_read_in_part(split, monkeypatch):
     found = cooccurrence.association(split, SPECIALS + 7, SPECIALS + 8)
     expected = plain_association(pairs_of(split, indices.tolist()), SPECIALS + 7, SPECIALS + 8)
     torch.testing.assert_close(found.to_dense(), expected)
-    word_pairs = int((split.src.lengths_of(indices) * split.trg.lengths_of(indices)).sum())
-    monkeypatch.setattr(cooccurrence, "MAX_COUNTS", word_pairs // 3)
-    assert cooccurrence.pairs_to_count(split).tolist() == indices[::4].tolist()
+
+
+@pytest.mark.parametrize("limit", [700, 1800])
+def test_long_sentences_make_no_more_counts_than_the_memory_is_for(monkeypatch, limit):
+    """Also where every other sentence is long."""
+    sentences = [[0, 1] * (6 if pair % 2 else 1) for pair in range(40)]
+    split = data.Split(side(sentences), side(sentences))
+    word_pairs = split.src.lengths_of(torch.arange(40)) * split.trg.lengths_of(torch.arange(40))
+    monkeypatch.setattr(cooccurrence, "MAX_COUNTS", limit)
+    indices = cooccurrence.pairs_to_count(split)
+    assert limit - word_pairs.max() < word_pairs[indices].sum() <= limit < word_pairs.sum()
+    assert indices.tolist() == sorted(indices.tolist())
+    assert {index % 2 for index in indices.tolist()} == {0, 1}
 
 
 def test_nothing_is_said_about_unfinished_parts_of_torch(split):
