@@ -55,6 +55,7 @@ def test_the_recipes_are_as_they_are_described():
         f"dropout {recipe['dropout']} on the embeddings and {recipe['output_dropout']} in front of the output layer",
         f"`--update-bias {recipe['update_bias']:g}`",
         f"`--average {recipe['average']}`",
+        f"a beam of {recipe['beam_size']} and a length penalty of {recipe['length_penalty']}",
     )
     recipe = train_8p.RECIPES["modelzoo"]
     of_modelzoo = (
@@ -102,6 +103,19 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
     assert done.stdout.count("\n") == 1
 
 
+def flags_of(log: str) -> dict[str, str]:
+    """What the one run of a log ran with."""
+    (line,) = re.findall(r"^flags: (.*)$", log, re.MULTILINE)
+    return dict(flag.split("=", 1) for flag in line.split(" ") if "=" in flag)
+
+
+def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:
+    """What a recipe runs with, but for the arguments of a command line and `values`."""
+    args = vars(train_8p.build_parser().parse_args(arguments.split()))
+    flags = {flag: value if args[flag] is None else args[flag] for flag, value in train_8p.RECIPES[name].items()}
+    return {flag: str(value) for flag, value in (flags | values).items()}
+
+
 # How a log says what stands in the results table's columns, from the fourth on.
 RESULTS = [
     r"^greedy: BLEU (\S+)",
@@ -113,7 +127,7 @@ RESULTS = [
 
 
 @LANGUAGES
-def test_the_figures_of_the_results_stand_in_their_logs(text):
+def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
     """In a row of several logs, their mean and the deviation of one of them."""
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
     assert len(rows) == 4
@@ -126,6 +140,15 @@ def test_the_figures_of_the_results_stand_in_their_logs(text):
             figures = [statistics.mean(values)] if values else []
             figures += [statistics.stdev(values)] if len(values) > 1 else []
             assert cell == " ± ".join(f"{figure:.2f}" for figure in figures), row
+        recipe = re.search("`(tuned|modelzoo)`", cells[1]).group(1)
+        for log in logs:
+            logged = flags_of(log)
+            of_speed = {"batch_size": 128, "epochs": 1} if logged["performance"] == "True" else {}
+            assert flags_of_recipe(recipe, **of_speed).items() <= logged.items(), row
+            assert f"on {re.search(r'(.) threads a process', log).group(1)} CPU core" in cells[2] or text is CHINESE
+            precision = re.search(r"precision=(\w+)/(O\d)", log).expand(r"\1, \2").removesuffix(", O0")
+            assert cells[3].replace("，", ", ") == precision
+        assert len({flags_of(log)["seed"] for log in logs}) == len(logs)
         seconds = re.findall(r"^E2E Training Duration sec : (\d+)", "".join(logs), re.MULTILINE)
         assert cells[9].split()[0] == f"{statistics.mean(map(int, seconds)) / 60:.0f}"
 
@@ -136,6 +159,8 @@ def test_the_bleu_of_each_precision_stands_in_its_log(text):
     levels = re.findall(r"^run: .* precision=\w+/(O\d) ", log, re.MULTILINE)
     scores = re.findall(r"^greedy: BLEU (\S+)", log, re.MULTILINE)
     assert levels == ["O0", "O1", "O2", "O3"]
+    for run in log.split("\nrun: ")[1:]:
+        assert flags_of_recipe("tuned", batch_size=32).items() <= flags_of(run).items()
     paragraph = text[: text.index("(results/sample-precisions-cpu.log)")].rpartition("\n\n")[2]
     for level, score in zip(levels, scores, strict=True):
         assert re.search(rf"{level}\s+{float(score):.2f}|{float(score):.2f}\s+in\s+{level}", paragraph)
@@ -188,13 +213,27 @@ def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
     assert rows[0][0] == "nothing: `tuned`"
     whole = float(rows[0][2].partition(" ")[0])
     for row in rows:
-        logs = re.findall(r"\]\(([^)]*)\)", row[5])
+        links = re.findall(r"\[(\d+)\]\(([^)]*)\)", row[5])
+        for seed, log in links:
+            expected = flags_of_recipe("tuned", row[1].strip("`"), seed=seed)
+            assert expected.items() <= flags_of((REPOSITORY / "docs" / log).read_text(encoding="utf-8")).items(), log
+        logs = [log for _, log in links]
         bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
         for cell, values in zip(row[2:5], (bleus, list(map(last_beam, logs)), perplexities), strict=True):
             expected = [f"{statistics.mean(values):.2f}"]
             expected += [f"{statistics.stdev(values):.2f}"] if len(values) > 1 else []
             assert cell.split(" ± ") == expected, row
         assert len(logs) == 3 or abs(float(row[2].partition(" ")[0]) - whole) >= 0.5, f"{row}: more seeds"
+
+
+def test_the_bleu_of_each_beam_stands_in_its_log():
+    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
+    table = re.search(r"^\| beam \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", text, re.MULTILINE)
+    shown = [tuple(cell.strip() for cell in row.split("|")) for row in table.groups()]
+    log = (REPOSITORY / "results" / "multi30k-beam-val-cpu.log").read_text(encoding="utf-8")
+    found = dict(re.findall(r"^beam of (\d+): BLEU (\S+)", log, re.MULTILINE))
+    found["1"] = re.search(r"^greedy: BLEU (\S+)", log, re.MULTILINE).group(1)
+    assert dict(zip(*shown, strict=True)) == {size: f"{float(bleu):.2f}" for size, bleu in found.items()}
 
 
 def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs():
@@ -214,6 +253,7 @@ def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs(
 @LANGUAGES
 def test_the_quick_starts_result_stands_in_its_log(text):
     log = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
+    assert flags_of_recipe("tuned", batch_size=32).items() <= flags_of(log).items()
     shown = [line for line in code_lines(text) if line.startswith(("Final ", "E2E "))]
     assert len(shown) == 3
     for line in shown:
