@@ -9,7 +9,8 @@
 
 The levels' names and meaning are NVIDIA apex's. "Half" is float16 on NPUs, whose GRU knows no bfloat16, and on CUDA
 where nothing else is asked for. On a CPU it is bfloat16, which has float32's range and so needs no loss scale, and only
-where the processor is faster in it or the user insists: elsewhere float32 is faster.
+where the processor is faster in it or the user insists: elsewhere float32 is faster. Who insists gets float16 on a CPU
+too, if it has AVX512-FP16.
 
 `choose` decides, `start` makes what runs. The fp32 model is the model: it is what is initialised, validated and saved.
 O2 and O3 have a half copy of it beside it, which computes the gradients.
@@ -109,8 +110,8 @@ def check_dtype(kind: str, half: torch.dtype) -> None:
     reason = ""
     if kind == "npu" and half == torch.bfloat16:
         reason = "the NPU's GRU computes in float16 and float32 only"
-    elif kind == "cpu" and half == torch.float16:
-        reason = "float16 products take a CPU about ten times as long"
+    elif kind == "cpu" and half == torch.float16 and not words_about_cpu() & {"avx512_fp16"}:
+        reason = "float16 products take this CPU about ten times as long"
     elif kind == "cuda" and half == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         reason = "this GPU has no bfloat16"
     if reason:
@@ -151,11 +152,16 @@ def cpu_gains_from_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         return False  # Apple's have them, but the CPU build of PyTorch does not use them there
-    try:
-        words = set(cpuinfo.read_text().split())
-    except OSError:
-        return False
+    words = words_about_cpu(cpuinfo)
     return bool(words & {"amx_bf16", "bf16"}) or ("avx512_bf16" in words and "GenuineIntel" not in words)
+
+
+def words_about_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """What Linux says about the processor: its vendor and its instructions among other words; elsewhere nothing."""
+    try:
+        return set(cpuinfo.read_text().split())
+    except OSError:
+        return set()
 
 
 # ---------------------------------------------------------------- what runs

@@ -29,6 +29,7 @@ def model():
 def with_bfloat16(monkeypatch):
     """The tests are the same on every CPU: torch computes in bfloat16 on all of them, if slowly."""
     monkeypatch.setattr(precision, "cpu_gains_from_bfloat16", lambda: True)
+    monkeypatch.setattr(precision, "words_about_cpu", lambda *_: set())
 
 
 @pytest.fixture
@@ -113,6 +114,13 @@ def test_amp_on_a_cpu_that_is_slow_in_bfloat16_computes_in_float32_and_says_so(m
     assert "no faster in bfloat16" in chosen.note
     insisting = precision.choose("cpu", "O2", dtype="bfloat16")
     assert (insisting.name, insisting.note) == ("bfloat16/O2", "")
+
+
+def test_a_cpu_with_float16_products_computes_in_it_where_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr(precision, "words_about_cpu", lambda: {"avx512_fp16"})
+    chosen = precision.choose("cpu", "O2", dtype="float16")
+    assert (chosen.name, chosen.loss_scale, chosen.backend) == ("float16/O2", 32.0, "native")
+    assert precision.choose("cpu", "O2").name == "bfloat16/O2"
 
 
 @pytest.mark.parametrize(
