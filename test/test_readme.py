@@ -130,7 +130,7 @@ RESULTS = [
 def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
     """In a row of several logs, their mean and the deviation of one of them."""
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
-    assert len(rows) == 4
+    assert len(rows) == 5
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         logs = [(REPOSITORY / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((results/[^)]*)\)", row)]
@@ -226,14 +226,27 @@ def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
         assert len(logs) == 3 or abs(float(row[2].partition(" ")[0]) - whole) >= 0.5, f"{row}: more seeds"
 
 
-def test_the_bleu_of_each_beam_stands_in_its_log():
+def bleus_of_beams(log: str) -> dict[str, list[float]]:
+    """BLEU of the validation pairs by the width of the beam, a value a checkpoint."""
+    found: dict[str, list[float]] = {}
+    for run in (REPOSITORY / "results" / log).read_text(encoding="utf-8").split("--beam-size ")[2:]:
+        found.setdefault(run.split("\n")[0], []).append(float(re.search(r"^BLEU score = (\S+)", run, re.M).group(1)))
+    return found
+
+
+def test_the_bleu_of_each_beam_is_the_mean_of_three_seeds_in_the_log():
     text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
     table = re.search(r"^\| beam \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", text, re.MULTILINE)
-    shown = [tuple(cell.strip() for cell in row.split("|")) for row in table.groups()]
-    log = (REPOSITORY / "results" / "multi30k-beam-val-cpu.log").read_text(encoding="utf-8")
-    found = dict(re.findall(r"^beam of (\d+): BLEU (\S+)", log, re.MULTILINE))
-    found["1"] = re.search(r"^greedy: BLEU (\S+)", log, re.MULTILINE).group(1)
-    assert dict(zip(*shown, strict=True)) == {size: f"{float(bleu):.2f}" for size, bleu in found.items()}
+    sizes, means = ([cell.strip() for cell in row.split("|")] for row in table.groups())
+    found = bleus_of_beams("multi30k-beam-val-cpu.log")
+    assert sizes == list(found)
+    for size, mean in zip(sizes, means, strict=True):
+        assert len(found[size]) == 3
+        assert mean == f"{statistics.mean(found[size]):.2f}"
+    for size, words in (("1", "greedy"), ("10", "with the beam")):
+        assert f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f} {words}" in " ".join(
+            text.split()
+        )
 
 
 def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs():
@@ -242,8 +255,7 @@ def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs(
     penalties, bleus = ([float(cell) for cell in row.split("|")] for row in table.groups())
     log = (REPOSITORY / "results" / "multi30k-length-penalty-val-cpu.log").read_text(encoding="utf-8")
     found = re.findall(r"--length-penalty (\S+) [^#]*?beam of 10: BLEU (\S+)", re.sub("# the checkpoint.*", "", log))
-    one = (REPOSITORY / "results" / "multi30k-beam-val-cpu.log").read_text(encoding="utf-8")
-    found += [("1.0", bleu) for bleu in re.findall(r"^beam of 10: BLEU (\S+)", one, re.MULTILINE)]
+    found += [("1.0", bleu) for bleu in bleus_of_beams("search/d0-seed1234-beams.log")["10"]]
     for penalty, bleu in zip(penalties, bleus, strict=True):
         of_seeds = [float(value) for name, value in found if float(name) == penalty]
         assert len(of_seeds) == 3, penalty
