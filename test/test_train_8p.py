@@ -615,7 +615,7 @@ def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, cap
         (["--evaluate", "{empty}/absent"], 4),
         (["--ckptpath", "{empty}/no/such/folder/model"], 5),
         (["--opt-level", "O3", "--amp", "--loss-scale", "32"], 2),
-        (["--amp", "--amp-dtype", "float16"], 2),
+        (["--amp", "--amp-backend", "apex", "--amp-dtype", "bfloat16"], 2),
         (["--lr", "nan"], 2),
         (["--seed", "99999999999999999999"], 2),
         (["--dist-url", "foo"], 2),
