@@ -446,6 +446,7 @@ INTERRUPTED = """
 import os, signal, time
 from test_data import DE, chunks
 import textwords
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may inherit that it is ignored
 with textwords.tokenised(("de", "en"), 2) as results:
     for index, _ in enumerate(results(chunks(DE * 20))):
         if index == 3:
