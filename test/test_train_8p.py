@@ -656,19 +656,24 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "warned"),
+    ("flags", "dtype", "kind", "warned"),
     [
-        (["--recipe", "modelzoo"], torch.bfloat16, True),
-        (["--recipe", "modelzoo"], torch.float16, False),
-        (["--recipe", "modelzoo"], torch.float32, False),
-        (["--recipe", "modelzoo", "--performance"], torch.bfloat16, False),
-        (["--recipe", "tuned"], torch.bfloat16, False),
+        (["--recipe", "modelzoo"], torch.bfloat16, "cpu", True),
+        (["--recipe", "modelzoo"], torch.bfloat16, "cuda", True),
+        (["--recipe", "modelzoo"], torch.float16, "cpu", True),
+        (["--recipe", "modelzoo"], torch.float16, "cuda", False),
+        (["--recipe", "modelzoo"], torch.float32, "cpu", False),
+        (["--recipe", "modelzoo", "--performance"], torch.bfloat16, "cpu", False),
+        (["--recipe", "tuned"], torch.bfloat16, "cpu", False),
     ],
 )
-def test_padding_read_in_bfloat16_is_warned_of(tiny_corpus, capsys, flags, dtype, warned):
+def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, capsys, monkeypatch, flags, dtype, kind, warned):
     args = resolved(64, "--data-dir", str(tiny_corpus), *flags)
-    train_8p.describe(args, devices.World(), precision.Choice("O2", dtype), train_8p.load_corpus(args))
-    assert ("note: bfloat16 has too few digits" in capsys.readouterr().out) == warned
+    monkeypatch.setattr(devices.World, "describe", lambda *_: "")
+    world = devices.World(kind=kind)
+    train_8p.describe(args, world, precision.Choice("O2", dtype), train_8p.load_corpus(args))
+    name = str(dtype).removeprefix("torch.")
+    assert (f"note: {name} has too few digits" in capsys.readouterr().out) == warned
 
 
 def test_flags_without_effect_are_named(tiny_corpus, capsys):
