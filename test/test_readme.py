@@ -130,7 +130,7 @@ RESULTS = [
 def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
     """In a row of several logs, their mean and the deviation of one of them."""
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         logs = [(REPOSITORY / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((results/[^)]*)\)", row)]
@@ -151,6 +151,16 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
         assert len({flags_of(log)["seed"] for log in logs}) == len(logs)
         seconds = re.findall(r"^E2E Training Duration sec : (\d+)", "".join(logs), re.MULTILINE)
         assert cells[9].split()[0] == f"{statistics.mean(map(int, seconds)) / 60:.0f}"
+
+
+@LANGUAGES
+def test_the_beginnings_of_modelzoo_are_those_of_its_logs(text):
+    """BLEU after four epochs, of the two seeds."""
+    bleus = []
+    for name in ("multi30k-modelzoo-float32-cpu.log", "multi30k-modelzoo-float32-seed2-cpu.log"):
+        log = (REPOSITORY / "results" / name).read_text(encoding="utf-8")
+        bleus.append(f"{float(re.search(r'^validation: epoch 3 .* greedy BLEU (.*?) ', log, re.M).group(1)):.1f}")
+    assert any(join.join(bleus) in text for join in (" and ", " 和 "))
 
 
 @LANGUAGES
