@@ -70,9 +70,14 @@ class Choice:
     note: str = ""
 
     @property
+    def dtype_name(self) -> str:
+        """`bfloat16`."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def name(self) -> str:
         """For the log: `bfloat16/O2`."""
-        return f"{str(self.dtype).removeprefix('torch.')}/{self.level}"
+        return f"{self.dtype_name}/{self.level}"
 
 
 def choose(
@@ -110,7 +115,7 @@ def check_dtype(kind: str, half: torch.dtype) -> None:
     reason = ""
     if kind == "npu" and half == torch.bfloat16:
         reason = "the NPU's GRU computes in float16 and float32 only"
-    elif kind == "cpu" and half == torch.float16 and not words_about_cpu() & {"avx512_fp16"}:
+    elif kind == "cpu" and half == torch.float16 and "avx512_fp16" not in words_about_cpu():
         reason = "float16 products take this CPU about ten times as long"
     elif kind == "cuda" and half == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
         reason = "this GPU has no bfloat16"

@@ -343,7 +343,7 @@ def choose_precision(args: argparse.Namespace, kind: str) -> precision.Choice:
             chosen, note=f"{' and '.join(left)} {'have' if left[1:] else 'has'} no effect {what}"
         )
     args.opt_level, args.loss_scale, args.amp_backend = chosen.level, chosen.loss_scale, chosen.backend
-    args.amp_dtype = chosen.name.partition("/")[0]
+    args.amp_dtype = chosen.dtype_name
     return chosen
 
 
@@ -500,10 +500,9 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
     # Of float16 elsewhere it is not known; the published run, on NPUs, learned.
     short = chosen.dtype is torch.bfloat16 or (chosen.dtype is torch.float16 and world.kind == "cpu")
     if args.fixed_length and short and not args.performance:
-        half = chosen.name.partition("/")[0]
         say(
-            f"note: {half} has too few digits to carry a sentence through the padding of --fixed-length, and the "
-            "encoder may never learn to; float32 does: without --amp, or --precision_mode=must_keep_origin_dtype"
+            f"note: {chosen.dtype_name} has too few digits to carry a sentence through the padding of --fixed-length, "
+            "and the encoder may never learn to; float32 does: without --amp, or --precision_mode=must_keep_origin_dtype"
         )
 
 

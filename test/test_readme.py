@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, write_corpus
@@ -13,6 +14,7 @@ import train_8p
 
 ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
+SEARCH = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
 LANGUAGES = pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["en", "zh"])
 
 
@@ -116,6 +118,13 @@ def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[st
     return {flag: str(value) for flag, value in (flags | values).items()}
 
 
+def validations(log: Path) -> list[tuple[float, float, int]]:
+    """BLEU, perplexity and number of each epoch."""
+    pattern = r"^validation: epoch (\d+) .*?\(perplexity (\S+)\).* greedy BLEU (\S+)"
+    found = re.findall(pattern, log.read_text(encoding="utf-8"), re.MULTILINE)
+    return [(float(bleu), float(perplexity), int(number)) for number, perplexity, bleu in found]
+
+
 # How a log says what stands in the results table's columns, from the fourth on.
 RESULTS = [
     r"^greedy: BLEU (\S+)",
@@ -145,7 +154,8 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
             logged = flags_of(log)
             of_speed = {"batch_size": 128, "epochs": 1} if logged["performance"] == "True" else {}
             assert flags_of_recipe(recipe, **of_speed).items() <= logged.items(), row
-            assert f"on {re.search(r'(.) threads a process', log).group(1)} CPU core" in cells[2] or text is CHINESE
+            cores = re.search(r"(\d+) threads a process", log).group(1)
+            assert f"on {cores} CPU core" in cells[2] or f"CPU 的 {cores} 个核" in cells[2], row
             precision = re.search(r"precision=(\w+)/(O\d)", log).expand(r"\1, \2").removesuffix(", O0")
             assert cells[3].replace("，", ", ") == precision
         assert len({flags_of(log)["seed"] for log in logs}) == len(logs)
@@ -156,10 +166,8 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
 @LANGUAGES
 def test_the_beginnings_of_modelzoo_are_those_of_its_logs(text):
     """BLEU after four epochs, of the two seeds."""
-    bleus = []
-    for name in ("multi30k-modelzoo-float32-cpu.log", "multi30k-modelzoo-float32-seed2-cpu.log"):
-        log = (REPOSITORY / "results" / name).read_text(encoding="utf-8")
-        bleus.append(f"{float(re.search(r'^validation: epoch 3 .* greedy BLEU (.*?) ', log, re.M).group(1)):.1f}")
+    names = ("multi30k-modelzoo-float32-cpu.log", "multi30k-modelzoo-float32-seed2-cpu.log")
+    bleus = [f"{validations(REPOSITORY / 'results' / name)[3][0]:.1f}" for name in names]
     assert any(join.join(bleus) in text for join in (" and ", " 和 "))
 
 
@@ -190,9 +198,7 @@ def test_the_figures_of_the_speed_table_stand_in_their_logs(text):
 
 def best_epoch(log: str) -> tuple[float, float, int]:
     """BLEU, perplexity and number of the epoch with the highest BLEU."""
-    pattern = r"^validation: epoch (\d+) .*?\(perplexity (\S+)\).* greedy BLEU (\S+)"
-    found = re.findall(pattern, (REPOSITORY / "docs" / log).read_text(encoding="utf-8"), re.MULTILINE)
-    return max((float(bleu), float(perplexity), int(number)) for number, perplexity, bleu in found)
+    return max(validations(REPOSITORY / "docs" / log))
 
 
 def last_beam(log: str) -> float:
@@ -204,8 +210,7 @@ def last_beam(log: str) -> float:
 
 def rows_of_the_search(section: str) -> list[list[str]]:
     """The cells of the rows with a log in one section of docs/search.md; a row's logs are in its last cell."""
-    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
-    lines = text.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
+    lines = SEARCH.partition(f"## {section}\n")[2].partition("\n## ")[0].splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if ".log)" in line and line[0] == "|"]
 
 
@@ -245,8 +250,7 @@ def bleus_of_beams(log: str) -> dict[str, list[float]]:
 
 
 def test_the_bleu_of_each_beam_is_the_mean_of_three_seeds_in_the_log():
-    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
-    table = re.search(r"^\| beam \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", text, re.MULTILINE)
+    table = re.search(r"^\| beam \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", SEARCH, re.MULTILINE)
     sizes, means = ([cell.strip() for cell in row.split("|")] for row in table.groups())
     found = bleus_of_beams("multi30k-beam-val-cpu.log")
     assert sizes == list(found)
@@ -254,14 +258,12 @@ def test_the_bleu_of_each_beam_is_the_mean_of_three_seeds_in_the_log():
         assert len(found[size]) == 3
         assert mean == f"{statistics.mean(found[size]):.2f}"
     for size, words in (("1", "greedy"), ("10", "with the beam")):
-        assert f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f} {words}" in " ".join(
-            text.split()
-        )
+        shown = f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f} {words}"
+        assert shown in " ".join(SEARCH.split())
 
 
 def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs():
-    text = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
-    table = re.search(r"^\| length penalty \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", text, re.MULTILINE)
+    table = re.search(r"^\| length penalty \|(.*)\|\n.*\n\| BLEU \|(.*)\|$", SEARCH, re.MULTILINE)
     penalties, bleus = ([float(cell) for cell in row.split("|")] for row in table.groups())
     log = (REPOSITORY / "results" / "multi30k-length-penalty-val-cpu.log").read_text(encoding="utf-8")
     found = re.findall(r"--length-penalty (\S+) [^#]*?beam of 10: BLEU (\S+)", re.sub("# the checkpoint.*", "", log))
