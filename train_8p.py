@@ -501,8 +501,9 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
     short = chosen.dtype is torch.bfloat16 or (chosen.dtype is torch.float16 and world.kind == "cpu")
     if args.fixed_length and short and not args.performance:
         say(
-            f"note: {chosen.dtype_name} has too few digits to carry a sentence through the padding of --fixed-length, "
-            "and the encoder may never learn to; float32 does: without --amp, or --precision_mode=must_keep_origin_dtype"
+            f"note: {chosen.dtype_name} has too few digits to carry a sentence through the padding of "
+            "--fixed-length, and the encoder may never learn to; float32 does: "
+            "without --amp, or --precision_mode=must_keep_origin_dtype"
         )
 
 
