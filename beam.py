@@ -83,7 +83,7 @@ def beam_search(
     columns = torch.arange(batch, device=src.device)
     ids = ended_ids[:, :beam_size].clone()  # [kept, beam, max len]
     ended = torch.zeros_like(columns)  # how many hypotheses have
-    shared = context.new_zeros(batch, 1, dtype=torch.float32)  # [kept, 1], what the log probabilities have in common
+    common = context.new_zeros(batch, 1, dtype=torch.float32)  # [kept, 1], what the log probabilities have in common
     log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam], without that; of places that nothing is in, -inf
     log_probs[:, 0] = 0.0  # all begin alike: one is enough
     prev_token = src.new_full((batch * beam_size,), sos_index)
@@ -96,7 +96,7 @@ def beam_search(
         logits = (logits + output_share.unsqueeze(1)).float()  # [kept, beam, vocabulary]
         log_probs = log_probs - logits.logsumexp(2)
         leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # -inf, where all have ended, less -inf is nan
-        shared = shared + leading
+        common = common + leading
         candidates = (logits + (log_probs - leading).unsqueeze(2)).flatten(1)
         log_probs, choices = candidates.topk(beam_size)  # [kept, beam] each, the best first
         parents, tokens = choices // vocabulary, choices % vocabulary
@@ -107,7 +107,7 @@ def beam_search(
         ids[:, :, step] = tokens
         slot = torch.where(ends, ended.unsqueeze(1) + ends.cumsum(1) - 1, beam_size)  # [kept, beam]
         ended_ids[columns.unsqueeze(1), slot] = ids
-        ended_scores[columns.unsqueeze(1), slot] = (shared + log_probs) / (step + 1) ** length_penalty
+        ended_scores[columns.unsqueeze(1), slot] = (common + log_probs) / (step + 1) ** length_penalty
 
         ended = ended + ends.sum(1)
         log_probs = log_probs.masked_fill(ends | ~chosen, -math.inf)
@@ -117,8 +117,8 @@ def beam_search(
         if len(rows) == 0:
             break
         if len(rows) < len(columns):
-            state = (columns, ids, ended, shared, log_probs, share, output_share)
-            columns, ids, ended, shared, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
+            state = (columns, ids, ended, common, log_probs, share, output_share)
+            columns, ids, ended, common, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
             hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
             prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
     scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each

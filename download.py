@@ -77,9 +77,9 @@ def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dic
     failures = []
     for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
         log(f"downloading Multi30k (1.3 MB) from {source}")
-        share = time.monotonic() + (deadline - time.monotonic()) / left
+        until = time.monotonic() + (deadline - time.monotonic()) / left
         try:
-            return _before(share, _fetch_all, source, share)
+            return _before(until, _fetch_all, source, until)
         except (OSError, http.client.HTTPException, ValueError) as error:
             failures.append(printable(f"{source}: {error}"))  # a server's own words
             log(f"download failed: {failures[-1]}")

@@ -20,8 +20,8 @@ def model():
     return nn.Linear(3, 2)
 
 
-def average_of(model, share):
-    return WeightAverage(SimpleNamespace(model=model, refresh_model=lambda: None), share)
+def average_of(model, part):
+    return WeightAverage(SimpleNamespace(model=model, refresh_model=lambda: None), part)
 
 
 def walk(model):
@@ -39,7 +39,7 @@ def expected_kept(eta, first, last):
 
 
 def test_the_average_is_that_of_its_source(model):
-    average = average_of(model, share=0.25)
+    average = average_of(model, part=0.25)
     expected = model.weight.detach().clone()
     for step in range(1, 401):
         walk(model)
@@ -51,7 +51,7 @@ def test_the_average_is_that_of_its_source(model):
 
 
 def test_at_an_epochs_end_it_takes_in_the_steps_since(model):
-    average = average_of(model, share=0.25)
+    average = average_of(model, part=0.25)
     for step in range(1, EVERY + 1):
         walk(model)
         average.update(step)
@@ -70,8 +70,8 @@ def test_at_an_epochs_end_it_takes_in_the_steps_since(model):
     assert not torch.equal(average.model.weight, after)
 
 
-def test_a_share_of_one_is_the_mean(model):
-    average = average_of(model, share=1.0)
+def test_a_part_of_one_is_the_mean(model):
+    average = average_of(model, part=1.0)
     taken_in = []
     for step in range(1, 6):
         walk(model)
@@ -83,15 +83,15 @@ def test_a_share_of_one_is_the_mean(model):
 def test_the_first_weights_leave_the_average_with_the_first_step(model):
     with torch.no_grad():
         model.weight.fill_(1000.0)
-    average = average_of(model, share=0.2)
+    average = average_of(model, part=0.2)
     with torch.no_grad():
         model.weight.zero_()
     average.catch_up(1)
     assert not average.model.weight.any()
 
 
-def test_without_a_share_the_average_is_the_model_itself(model):
-    average = average_of(model, share=0.0)
+def test_without_a_part_the_average_is_the_model_itself(model):
+    average = average_of(model, part=0.0)
     assert average.model is model
     before = model.weight.detach().clone()
     average.catch_up(EVERY)
@@ -99,7 +99,7 @@ def test_without_a_share_the_average_is_the_model_itself(model):
 
 
 def test_what_is_trained_does_not_see_the_average(model):
-    average = average_of(model, share=0.2)
+    average = average_of(model, part=0.2)
     for step in (EVERY, 2 * EVERY):
         walk(model)
         trained = model.weight.detach().clone()
@@ -112,7 +112,7 @@ def test_what_is_trained_does_not_see_the_average(model):
 def test_what_is_averaged_are_the_weights_after_the_step(model, level):
     choice = precision.Choice(level, torch.float32 if level == "O0" else torch.bfloat16)
     precise = precision.start(choice, model, torch.device("cpu"), precision.OptimizerSettings("adam", 0.1))
-    average = WeightAverage(precise, share=0.2)
+    average = WeightAverage(precise, part=0.2)
     precise.backward((precise.working_model(torch.ones(1, 3, dtype=choice.dtype)) ** 2).sum())
     precise.step(0.0)
     before = average.model.weight.detach().clone()
