@@ -56,6 +56,7 @@ from progress import EpochLog, say
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
+SHARED_BATCH = 128  # `tuned`'s in total on several devices: the largest that costs no BLEU (docs/search.md)
 PERFORMANCE_STEPS = 25
 PERFORMANCE_BATCH = {"npu": 1536, "cuda": 1536, "cpu": 128}  # pairs a device
 
@@ -148,10 +149,20 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--recipe", choices=sorted(RECIPES), default="tuned", help="preset of the flags of this group")
     group.add_argument("--epochs", "--epoch", type=flags.positive_int, metavar="N", help="times through the pairs")
     group.add_argument(
-        "-b", "--batch-size", type=flags.positive_int, metavar="N", help="pairs in a batch over the devices of a node"
+        "-b",
+        "--batch-size",
+        type=flags.positive_int,
+        metavar="N",
+        help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} over several devices",
     )
     group.add_argument("--optimizer", choices=["adam", "adamw"], help="AdamW decouples the weight decay")
-    group.add_argument("--lr", "--learning-rate", type=flags.positive_float, metavar="RATE", help="peak learning rate")
+    group.add_argument(
+        "--lr",
+        "--learning-rate",
+        type=flags.positive_float,
+        metavar="RATE",
+        help="peak learning rate; tuned's grows with the root of a batch above its own, but for --performance",
+    )
     group.add_argument("--weight-decay", type=flags.non_negative_float, metavar="DECAY", help="the optimizer's")
     group.add_argument("--schedule", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
     group.add_argument("--warmup", type=flags.fraction, metavar="PART", help="part of the steps in which it rises")
@@ -445,25 +456,41 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
         args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
     elif args.batch_size is None:
         args.batch_size = RECIPES[args.recipe]["batch_size"] // world.nodes  # a recipe's batch is that of all nodes
+    check_divisible(args.batch_size, world.local_size)
+    args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
+    # The few steps of a performance run are not there to learn, whatever its batch is.
+    if args.lr is None and args.recipe == "tuned" and not args.performance:
+        args.lr = tuned_rate(args.batch_size * world.nodes)
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    check_divisible(args.batch_size, world.local_size)
-    args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
 
 
 def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
-    """The batch of a node: 64 in total, or less where an epoch would have too few updates.
+    """The batch of a node: in total 64, on several devices 128, or less where an epoch would have too few updates.
 
     Where the ranks cannot share that out evenly it is the next smaller batch that they can.
 
-    >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 1)
-    (64, 64, 32)
+    >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 8)
+    (64, 128, 32)
     """
-    total = RECIPES["tuned"]["batch_size"]
+    total = RECIPES["tuned"]["batch_size"] if nodes * local_size == 1 else SHARED_BATCH
     while total > 1 and math.ceil(pairs / total) < ENOUGH_UPDATES:
         total //= 2
     return max(total // nodes // local_size, 1) * local_size
+
+
+def tuned_rate(batch: int) -> float:
+    """The peak learning rate for a batch, counted over all devices: above 64 it grows as the batch's root.
+
+    With Adam, that keeps what the gradients' noise does to the weights: Malladi, Lyu, Panigrahi and Arora 2022, "On
+    the SDEs and Scaling Rules for Adaptive Gradient Algorithms", arXiv 2205.10287.
+
+    >>> tuned_rate(32), tuned_rate(64), tuned_rate(256)
+    (0.003, 0.003, 0.006)
+    """
+    recipe = RECIPES["tuned"]
+    return recipe["lr"] * math.sqrt(max(1.0, batch / recipe["batch_size"]))
 
 
 def describe(args: argparse.Namespace, world: devices.World, chosen: precision.Choice, corpus: data.Corpus) -> None:

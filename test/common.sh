@@ -30,10 +30,11 @@ quoted() { # a value of the user's on one line, its control characters escaped
 }
 
 usage() {
-    local task devices batch epochs device_list checkpoint=''
+    local task devices batch rate="the recipe's" epochs device_list checkpoint=''
     if [[ $KIND == full ]]; then
         task='Trains ten epochs with validation, then scores the best checkpoint on the test set (BLEU)'
-        batch="the recipe's: tuned 64, or 32 on sample/; modelzoo 512"
+        batch="the recipe's: tuned 64, on several devices 128, on sample/ 32; modelzoo 512"
+        rate+=$';\n                         tuned: 0.003, times the root of batch / 64 where that is above 1'
         epochs="the recipe's, 10"
         checkpoint=', where the best checkpoint, seq2seq-gru-model.pth.tar, is left too'
     else
@@ -58,7 +59,7 @@ $devices.
   --data_path=DIR        the corpus; Multi30k is downloaded if DIR has none; default: the repository's sample/
   --batch_size=N         sentence pairs a step, in total over the devices;
                          default: $batch
-  --learning_rate=X      the peak learning rate; default: the recipe's
+  --learning_rate=X      the peak learning rate; default: $rate
   --epochs=N             times through the corpus; default: $epochs
   --precision_mode=MODE  allow_mix_precision or amp: mixed precision O2; must_keep_origin_dtype: fp32;
                          default: allow_mix_precision

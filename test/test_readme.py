@@ -84,7 +84,11 @@ def test_every_link_into_the_repository_leads_somewhere(text):
     links = [link for link in re.findall(r"\]\(([^)#][^)]*)\)", text) if not link.startswith("http")]
     assert links
     for link in links:
-        assert (REPOSITORY / link).exists(), link
+        path, _, place = link.partition("#")
+        assert (REPOSITORY / path).exists(), link
+        if place:
+            headings = re.findall(r"^#+ (.*)", (REPOSITORY / path).read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
 def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
@@ -223,22 +227,49 @@ def test_the_figures_of_the_search_stand_in_their_logs():
         assert claim == pytest.approx(best_epoch(re.search(r"\]\((.*?)\)", row[4]).group(1)), abs=0.00501), row
 
 
+def bleu_of(row: list[str]) -> float:
+    """The greedy BLEU of a row of means."""
+    return float(row[2].partition(" ")[0])
+
+
+def check_means(row: list[str]) -> None:
+    """That a row's figures are those of its logs, and that those ran with the row's flags.
+
+    The cells are a name, flags, greedy BLEU, BLEU of the beam, perplexity, logs by their seeds.
+    """
+    links = re.findall(r"\[(\d+)\]\(([^)]*)\)", row[5])
+    for seed, log in links:
+        expected = flags_of_recipe("tuned", row[1].strip("`"), seed=seed)
+        assert expected.items() <= flags_of((REPOSITORY / "docs" / log).read_text(encoding="utf-8")).items(), log
+    logs = [log for _, log in links]
+    bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
+    for cell, values in zip(row[2:5], (bleus, list(map(last_beam, logs)), perplexities), strict=True):
+        expected = [f"{statistics.mean(values):.2f}"]
+        expected += [f"{statistics.stdev(values):.2f}"] if len(values) > 1 else []
+        assert cell.split(" ± ") == expected, row
+
+
 def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
     rows = rows_of_the_search("What each piece gives")
     assert rows[0][0] == "nothing: `tuned`"
-    whole = float(rows[0][2].partition(" ")[0])
     for row in rows:
-        links = re.findall(r"\[(\d+)\]\(([^)]*)\)", row[5])
-        for seed, log in links:
-            expected = flags_of_recipe("tuned", row[1].strip("`"), seed=seed)
-            assert expected.items() <= flags_of((REPOSITORY / "docs" / log).read_text(encoding="utf-8")).items(), log
-        logs = [log for _, log in links]
-        bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
-        for cell, values in zip(row[2:5], (bleus, list(map(last_beam, logs)), perplexities), strict=True):
-            expected = [f"{statistics.mean(values):.2f}"]
-            expected += [f"{statistics.stdev(values):.2f}"] if len(values) > 1 else []
-            assert cell.split(" ± ") == expected, row
-        assert len(logs) == 3 or abs(float(row[2].partition(" ")[0]) - whole) >= 0.5, f"{row}: more seeds"
+        check_means(row)
+        assert row[5].count("](") == 3 or abs(bleu_of(row) - bleu_of(rows[0])) >= 0.5, f"{row}: more seeds"
+
+
+def test_the_figures_of_the_batches_are_the_means_of_their_logs():
+    tuned, *rows = rows_of_the_search("The batch on several devices")
+    assert tuned[0].startswith(f"{train_8p.RECIPES['tuned']['batch_size']}")
+    found = bleus_of_beams("multi30k-beam-val-cpu.log")
+    shown = [f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f}" for size in ("1", "10")]
+    perplexities = [best_epoch(log)[1] for log in re.findall(r"\]\(([^)]*)\)", tuned[5])]
+    assert tuned[2:5] == [*shown, f"{statistics.mean(perplexities):.2f} ± {statistics.stdev(perplexities):.2f}"]
+    for row in rows:
+        check_means(row)
+        assert f"--batch-size {row[0].partition(',')[0].strip('*')}" in row[1]
+    within = [row for row in rows if bleu_of(row) >= statistics.mean(found["1"]) - statistics.stdev(found["1"])]
+    assert [row[0] for row in within] == [f"**{train_8p.SHARED_BATCH}**"]
+    assert within[0][5].count("](") == 3
 
 
 def bleus_of_beams(log: str) -> dict[str, list[float]]:

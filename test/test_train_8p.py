@@ -260,10 +260,29 @@ def test_a_recipes_batch_that_cannot_be_shared_out_is_refused():
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize(("pairs", "batch"), [(29000, 64), (6401, 64), (6336, 32), (4000, 32), (50, 1)])
-def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, batch):
-    for local_size in (1, 8):
-        assert resolved(pairs, local_size=local_size).batch_size == max(batch, local_size)
+@pytest.mark.parametrize(
+    ("pairs", "alone", "of_eight"),
+    [(29000, 64, 128), (12701, 64, 128), (12672, 64, 64), (6401, 64, 64), (6336, 32, 32), (4000, 32, 32), (50, 1, 8)],
+)
+def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, alone, of_eight):
+    assert resolved(pairs).batch_size == alone
+    assert resolved(pairs, local_size=8).batch_size == of_eight
+
+
+def test_the_tuned_rate_grows_with_the_root_of_the_whole_batch():
+    for batch, rate in ((32, 0.003), (64, 0.003), (256, 0.006), (4096, 0.024)):
+        assert resolved(29000, "-b", str(batch)).lr == pytest.approx(rate)
+        assert resolved(29000, "-b", str(batch), local_size=8).lr == pytest.approx(rate)
+    args = parse("-b", "128")
+    train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+    assert args.lr == pytest.approx(0.006)
+    assert resolved(256, "-b", "4096").lr == pytest.approx(0.006)  # a batch is never above the corpus
+
+
+def test_a_rate_that_is_given_or_of_modelzoo_or_of_a_performance_run_is_not_scaled():
+    assert resolved(29000, "-b", "256", "--lr", "0.5").lr == 0.5
+    assert resolved(29000, "-b", "4096", "--recipe", "modelzoo").lr == 0.003
+    assert resolved(29000, "--performance", local_size=8, kind="npu").lr == 0.003
 
 
 def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
@@ -274,7 +293,7 @@ def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
 
 
 def test_a_recipes_batch_is_that_of_all_nodes():
-    for recipe, batch in (("modelzoo", 256), ("tuned", 32)):
+    for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
         args = parse("--recipe", recipe)
         train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
         assert args.batch_size == batch
