@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_recipes_are_as_they_are_described():
     of_tuned = (
         f"{recipe['optimizer'].capitalize()}, rate {recipe['lr']} with {recipe['warmup']:.0%} warm-up",
         f"{recipe['schedule']} decay",
-        f"batch {recipe['batch_size']} in total",
+        f"batch {recipe['batch_size']} in total, {train_8p.SHARED_BATCH} on several devices",
         f"norm clipped to {recipe['clip']:g}",
         f"label smoothing {recipe['label_smoothing']}",
         f"teacher forcing {recipe['teacher_forcing_ratio']:g}",
@@ -129,6 +130,12 @@ def validations(log: Path) -> list[tuple[float, float, int]]:
     return [(float(bleu), float(perplexity), int(number)) for number, perplexity, bleu in found]
 
 
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """As the tables show it; of one value, that value."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"
+
+
 # How a log says what stands in the results table's columns, from the fourth on.
 RESULTS = [
     r"^greedy: BLEU (\S+)",
@@ -150,9 +157,7 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
         for cell, pattern in zip(cells[4:9], RESULTS, strict=True):
             values = [float(value) for log in logs for value in re.findall(pattern, log, re.MULTILINE)]
             assert len(values) in (0, len(logs))
-            figures = [statistics.mean(values)] if values else []
-            figures += [statistics.stdev(values)] if len(values) > 1 else []
-            assert cell == " ± ".join(f"{figure:.2f}" for figure in figures), row
+            assert cell == (mean_and_deviation(values) if values else ""), row
         recipe = re.search("`(tuned|modelzoo)`", cells[1]).group(1)
         for log in logs:
             logged = flags_of(log)
@@ -244,9 +249,7 @@ def check_means(row: list[str]) -> None:
     logs = [log for _, log in links]
     bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
     for cell, values in zip(row[2:5], (bleus, list(map(last_beam, logs)), perplexities), strict=True):
-        expected = [f"{statistics.mean(values):.2f}"]
-        expected += [f"{statistics.stdev(values):.2f}"] if len(values) > 1 else []
-        assert cell.split(" ± ") == expected, row
+        assert cell == mean_and_deviation(values), row
 
 
 def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
@@ -261,9 +264,8 @@ def test_the_figures_of_the_batches_are_the_means_of_their_logs():
     tuned, *rows = rows_of_the_search("The batch on several devices")
     assert tuned[0].startswith(f"{train_8p.RECIPES['tuned']['batch_size']}")
     found = bleus_of_beams("multi30k-beam-val-cpu.log")
-    shown = [f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f}" for size in ("1", "10")]
     perplexities = [best_epoch(log)[1] for log in re.findall(r"\]\(([^)]*)\)", tuned[5])]
-    assert tuned[2:5] == [*shown, f"{statistics.mean(perplexities):.2f} ± {statistics.stdev(perplexities):.2f}"]
+    assert tuned[2:5] == [mean_and_deviation(values) for values in (found["1"], found["10"], perplexities)]
     for row in rows:
         check_means(row)
         assert f"--batch-size {row[0].partition(',')[0].strip('*')}" in row[1]
@@ -289,8 +291,7 @@ def test_the_bleu_of_each_beam_is_the_mean_of_three_seeds_in_the_log():
         assert len(found[size]) == 3
         assert mean == f"{statistics.mean(found[size]):.2f}"
     for size, words in (("1", "greedy"), ("10", "with the beam")):
-        shown = f"{statistics.mean(found[size]):.2f} ± {statistics.stdev(found[size]):.2f} {words}"
-        assert shown in " ".join(SEARCH.split())
+        assert f"{mean_and_deviation(found[size])} {words}" in " ".join(SEARCH.split())
 
 
 def test_the_bleu_of_each_length_penalty_is_the_mean_of_three_seeds_in_the_logs():
