@@ -56,7 +56,7 @@ from progress import EpochLog, say
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
-SHARED_BATCH = 128  # `tuned`'s in total on several devices: the largest that costs no BLEU (docs/search.md)
+SHARED_BATCH = 128  # `tuned`'s in all on several devices: the largest that keeps 64's BLEU (docs/search.md)
 PERFORMANCE_STEPS = 25
 PERFORMANCE_BATCH = {"npu": 1536, "cuda": 1536, "cpu": 128}  # pairs a device
 
@@ -145,7 +145,9 @@ def build_parser() -> flags.StrictParser:
         help="tokenising processes at most; a small corpus takes one",
     )
 
-    group = parser.add_argument_group("training; what is left out, the recipe decides")
+    group = parser.add_argument_group(
+        "training; what is left out, the recipe decides; with --evaluate, the run that made the checkpoint"
+    )
     group.add_argument("--recipe", choices=sorted(RECIPES), default="tuned", help="preset of the flags of this group")
     group.add_argument("--epochs", "--epoch", type=flags.positive_int, metavar="N", help="times through the pairs")
     group.add_argument(
@@ -153,7 +155,7 @@ def build_parser() -> flags.StrictParser:
         "--batch-size",
         type=flags.positive_int,
         metavar="N",
-        help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} over several devices",
+        help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} in all over several devices",
     )
     group.add_argument("--optimizer", choices=["adam", "adamw"], help="AdamW decouples the weight decay")
     group.add_argument(
@@ -787,24 +789,29 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
     test = corpus.test
     own = data.Split(*map(data.Side.encode, (test.src_tokens, test.trg_tokens), (src_vocab, trg_vocab)))
     where = f"{kind} {args.bleu_npu} ({world.describe(None, 0)})"
+    fixed_length, beam_size, length_penalty = (
+        setting_to_score(args, saved, name) for name in ("fixed_length", "beam_size", "length_penalty")
+    )
+    beam_size = min(beam_size, len(trg_vocab))
     say(f"scored: {path} on {len(test)} test pairs, in float32, on {where}")
-    fixed_length = saved.flags.get("fixed_length", 0)
+    say(f"losses: {f'padded or cut to {fixed_length} tokens' if fixed_length else 'without padding'}")
     for name, ratio in (("loss", 1.0), ("free-running loss", 0.0)):
         loss = scoring.mean_loss(model, own, world, teacher_forcing_ratio=ratio, fixed_length=fixed_length)
         say(f"test {name} {loss:.4f} (perplexity {scoring.perplexity(loss):.2f})")
-    beam_size, length_penalty = (decoding_setting(args, saved, name) for name in ("beam_size", "length_penalty"))
-    beam_size = min(beam_size, len(trg_vocab))
+    if beam_size > 1:
+        say(f"length penalty of the beam: {length_penalty:g}")
     for size in sorted({1, beam_size}):
         found = scoring.translate(model, own.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
         scores = scoring.evaluate(found, test.trg_tokens)
-        say(f"{'greedy' if size == 1 else f'beam of {size}'}: BLEU {scores.bleu:.4f}  chrF {scores.chrf:.4f}")
+        decoding = "greedy" if size == 1 else f"beam of {size}"
+        say(f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}")
     say(f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})")
     say(f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})")
     say(f"BLEU score = {scores.bleu:.4f}")
 
 
-def decoding_setting(args: argparse.Namespace, saved: checkpoint.Checkpoint, name: str) -> int | float:
-    """The flag's value; left out, that of the run that made the checkpoint; else greedy, as the original."""
+def setting_to_score(args: argparse.Namespace, saved: checkpoint.Checkpoint, name: str) -> int | float:
+    """The flag's value; left out, that of the run that made the checkpoint; else, as the original's, modelzoo's."""
     given = getattr(args, name)
     return saved.flags.get(name, RECIPES["modelzoo"][name]) if given is None else given
 

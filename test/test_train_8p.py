@@ -384,13 +384,14 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
 
 def scores_of(out):
     """By name, the BLEU of each way to decode, in order."""
-    return dict(re.findall(r"^(greedy|beam of \d+): BLEU (\S+)  chrF \S+$", out, re.MULTILINE))
+    return dict(re.findall(r"^(greedy|beam of \d+): BLEU (\S+)  sacreBLEU \S+  chrF \S+$", out, re.MULTILINE))
 
 
 def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
     folder, corpus, out = trained
     assert list(scores_of(out)) == ["greedy", "beam of 10"]
     assert f"\nBLEU score = {scores_of(out)['beam of 10']}\n" in out
+    assert "\nlength penalty of the beam: 1.2\n" in out
     for line in (r"test loss \S+ \(perplexity \S+\)", r"test free-running loss .*", r"chrF = \S+ \(.*nc:6.*\)"):
         assert re.search(f"^{line}$", out, re.MULTILINE)
     evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
@@ -424,6 +425,34 @@ def test_evaluate_decodes_as_the_flags_say_and_else_as_the_checkpoints_run_did(
     assert set(asked) == {expected}
 
 
+def test_each_way_to_decode_has_its_own_scores(trained, capsys, monkeypatch):
+    folder, corpus, _ = trained
+    found = iter([scoring.Scores(1, 2, "", 3, ""), scoring.Scores(4, 5, "s", 6, "c")])
+    monkeypatch.setattr(scoring, "evaluate", lambda translations, references: next(found))
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, out, _ = run(*evaluate, "--beam-size", "3", capsys=capsys)
+    assert "\ngreedy: BLEU 1.0000  sacreBLEU 2.0000  chrF 3.0000\n" in out
+    assert "\nbeam of 3: BLEU 4.0000  sacreBLEU 5.0000  chrF 6.0000\n" in out
+    assert out.endswith("\nchrF = 6.0000 (c)\nsacreBLEU = 5.0000 (s)\nBLEU score = 4.0000\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed_length"), [([], 46), (["--fixed-length", "0"], 0), (["--fixed-length", "9"], 9)]
+)
+def test_the_losses_of_the_score_have_the_padding_of_the_flag_and_else_of_the_training(
+    trained, tmp_path, capsys, flags, fixed_length
+):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags["fixed_length"] = 46
+    checkpoint.save(tmp_path / "model", saved)
+    _, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), *flags, capsys=capsys)
+    how = f"padded or cut to {fixed_length} tokens" if fixed_length else "without padding"
+    assert f"\nlosses: {how}\n" in again
+    losses = [re.search(r"^test loss .*$", text, re.MULTILINE).group() for text in (out, again)]
+    assert (losses[0] == losses[1]) == (fixed_length == 0)
+
+
 def test_a_beam_wider_than_the_vocabulary_is_as_wide_as_it(trained, capsys):
     folder, corpus, _ = trained
     evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
@@ -449,6 +478,7 @@ def test_the_originals_checkpoint_is_scored_with_the_data_s_vocabulary_if_it_fit
     code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "original"), capsys=capsys)
     assert code == 0
     assert scores_of(again) == {"greedy": scores_of(out)["greedy"]}
+    assert "\nlosses: padded or cut to 46 tokens\n" in again
 
     torch.save(gru.build(99, 98, emb_dim=2, hid_dim=3).state_dict(), tmp_path / "other")
     code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "other"), capsys=capsys)
