@@ -110,7 +110,9 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1
+    assert done.stdout.count("\n") == 4  # greedy, and three of the beam
+    scores = [float(line.partition(" ")[0]) for line in done.stdout.splitlines()[1:]]
+    assert scores == sorted(scores, reverse=True)
 
 
 def flags_of(log: str) -> dict[str, str]:
@@ -163,6 +165,8 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
             assert cell == (mean_and_deviation(values) if values else ""), row
         recipe = re.search("`(tuned|modelzoo)`", cells[1]).group(1)
         for log in logs:
+            bleus = [re.findall(rf"^{name} = (\S+)", log, re.MULTILINE) for name in ("sacreBLEU", "BLEU score")]
+            assert bleus[0] == bleus[1]
             logged = flags_of(log)
             of_speed = {"batch_size": 128, "epochs": 1} if logged["performance"] == "True" else {}
             assert flags_of_recipe(recipe, **of_speed).items() <= logged.items(), row
@@ -173,6 +177,13 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
         assert len({flags_of(log)["seed"] for log in logs}) == len(logs)
         seconds = re.findall(r"^E2E Training Duration sec : (\d+)", "".join(logs), re.MULTILINE)
         assert cells[9].split()[0] == f"{statistics.mean(map(int, seconds)) / 60:.0f}"
+
+
+@LANGUAGES
+def test_the_commands_note_has_the_figures_of_both_precisions(text):
+    paragraph = text[text.index("`-- --amp-dtype bfloat16`") :].partition("\n\n")[0]
+    rows = rows_of_the_search("What each piece gives")
+    assert re.findall(r"[\d.]+ ± [\d.]+", " ".join(paragraph.split())) == [*rows[1][2:4], *rows[0][2:4]]
 
 
 @LANGUAGES

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import train_8p
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["common.sh", "env_npu.sh"]
 FULL = ["train_full_1p.sh", "train_full_8p.sh"]
@@ -177,6 +179,20 @@ def test_help_is_right_for_each_script(repo, wrapper):
         done.stdout
     )
     assert ("checkpoint" in done.stdout) == (wrapper in FULL)
+    if wrapper in FULL:
+        tuned, modelzoo = (train_8p.RECIPES[name] for name in ("tuned", "modelzoo"))
+        on_sample = train_8p.tuned_batch(4000, 1, 1)
+        assert (
+            f"tuned {tuned['batch_size']}, on several devices {train_8p.SHARED_BATCH}, on sample/ {on_sample}; "
+            f"modelzoo {modelzoo['batch_size']}" in done.stdout
+        )
+        assert f"tuned: {tuned['lr']:g}, times the root of batch / {tuned['batch_size']} where" in done.stdout
+        assert f"the recipe's, {tuned['epochs']}" in done.stdout
+    else:
+        npu, cpu = (train_8p.PERFORMANCE_BATCH[kind] for kind in ("npu", "cpu"))
+        assert train_8p.PERFORMANCE_BATCH["cuda"] == npu
+        assert f"{npu} a device on NPU and CUDA, {cpu} a process on CPU" in done.stdout
+        assert f"until {train_8p.PERFORMANCE_STEPS} steps are done" in done.stdout
     assert repo.run(wrapper, "--batch_size=3", "-h").stdout == done.stdout
     assert not repo.record.exists()
     assert not repo.output().exists()
