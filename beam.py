@@ -1,8 +1,8 @@
 """Beam search: several hypotheses a sentence, all sentences of a batch at once.
 
 Source: Sutskever, Vinyals and Le 2014, "Sequence to Sequence Learning with Neural Networks", arXiv 1409.3215, where a
-hypothesis that ends leaves the beam, which is one narrower from then on; hypotheses of different lengths are compared
-as in Wu et al. 2016, arXiv 1609.08144, equation 14, but by a plain power of the length:
+hypothesis that ends is taken out of the beam and kept; here the beam is one narrower from then on. Hypotheses of
+different lengths are compared as in Wu et al. 2016, arXiv 1609.08144, equation 14, but by a plain power of the length:
 
     score = log P(hypothesis | source) / length ** length_penalty
 

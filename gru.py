@@ -218,7 +218,7 @@ class OutputLoss(torch.autograd.Function):
     They are those of a sum over many rows, which float16 might not hold: so they are kept a power of two smaller.
     """
 
-    BLOCK = 16384  # rows that have logits at a time: the memory
+    BLOCK = 192 * 2**20  # bytes of logits at a time: the peak of a step's memory
     SOFTMAX_ROWS = 512  # rows of one softmax on a CPU, whose cache they fit
     SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
 
@@ -234,7 +234,8 @@ class OutputLoss(torch.autograd.Function):
         total = share.new_zeros(())
         d_features = torch.empty_like(features)
         d_weight = weight.new_empty(width, weight.shape[1])
-        for first, last in runs(counts, OutputLoss.BLOCK, alike=False):
+        block = OutputLoss.BLOCK // (width * features.element_size())  # rows
+        for first, last in runs(counts, block, alike=False):
             rows = slice(sum(counts[:first]), sum(counts[:last]))
             padded = features.new_empty(sum(counts[first:last]), width)
             logits = padded[:, :vocabulary]  # what is beyond the vocabulary stays undefined, here and in `d_weight`

@@ -151,7 +151,8 @@ def padded_batch(src, src_len, trg):
 def blocks(request, monkeypatch):
     """The logits' blocks: larger than the batch, and of one step or two."""
     if request.param == "small blocks":
-        monkeypatch.setattr(gru.OutputLoss, "BLOCK", 10)
+        width = 64  # of the logits' rows, whose numbers are float64 here
+        monkeypatch.setattr(gru.OutputLoss, "BLOCK", 10 * width * 8)
         monkeypatch.setattr(gru.OutputLoss, "SOFTMAX_ROWS", 8)
 
 
@@ -171,6 +172,20 @@ def test_loss_and_every_gradient_equal_the_plain_model(model, pairs, ratio, form
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
     for name, gradient in gradients(actual, model).items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=0, atol=1e-10, msg=name)
+
+
+def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):
+    *_, batch = pairs
+    bound, sizes, mm = 10 * 64 * 8, [], torch.mm
+    assert max(batch.trg_counts) * 64 * 8 <= bound < len(batch.targets) * 64 * 8
+    monkeypatch.setattr(gru.OutputLoss, "BLOCK", bound)
+    monkeypatch.setattr(
+        torch, "mm", lambda *args, out: sizes.append(out.untyped_storage().nbytes()) or mm(*args, out=out)
+    )
+    with torch.no_grad():
+        gru.TrainingLoss(model)(batch, 1.0)
+    assert max(sizes) <= bound
+    assert len(sizes) > 1
 
 
 def test_without_gradients_the_loss_is_the_same_and_their_products_are_left_out(model, pairs, monkeypatch):
