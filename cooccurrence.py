@@ -33,6 +33,7 @@ def pairs_to_count(split: data.Split) -> Tensor:
     indices = torch.arange(taken) * len(split) // taken
     word_pairs = split.src.lengths_of(indices) * split.trg.lengths_of(indices)
     shuffled = torch.randperm(taken, generator=torch.Generator().manual_seed(0))
+    shuffled = shuffled[word_pairs[shuffled] <= MAX_COUNTS]  # else the first that is too long would be the last
     fitting = word_pairs[shuffled].cumsum(0) <= MAX_COUNTS
     return indices[shuffled[fitting].sort().values]
 

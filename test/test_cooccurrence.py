@@ -209,6 +209,13 @@ def test_long_sentences_make_no_more_counts_than_the_memory_is_for(monkeypatch, 
     assert {index % 2 for index in indices.tolist()} == {0, 1}
 
 
+def test_one_pair_too_long_to_count_keeps_no_other_out(monkeypatch):
+    sentences = [[0, 1]] * 39
+    split = data.Split(side([[0, 1] * 50, *sentences]), side([[0, 1] * 50, *sentences]))
+    monkeypatch.setattr(cooccurrence, "MAX_COUNTS", 5000)
+    assert cooccurrence.pairs_to_count(split).tolist() == list(range(1, 40))
+
+
 def test_nothing_is_said_about_unfinished_parts_of_torch(split):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
