@@ -15,13 +15,14 @@ import machine
 FIRST_STEP = r"Epoch: \[0\]\[ *1/[0-9]+\]\s+Time +([0-9.]+)"
 PARTS = """
 import sys, time
-import cooccurrence, data, gru
+import devices, train_8p
+args = train_8p.build_parser().parse_args(["--data-dir", sys.argv[1], "--cache-dir", sys.argv[2]])
+world = devices.World()
 start = time.perf_counter()
-corpus = data.load(sys.argv[1], cache_dir=sys.argv[2], log=lambda line: None)
+corpus = train_8p.load_corpus(args, log=lambda line: None)
 loaded = time.perf_counter()
-model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab))
-gru.INITIALISATIONS["tuned"](model)
-cooccurrence.start_with(model, corpus.train)
+train_8p.resolve_recipe(args, len(corpus.train), world)
+train_8p.first_model(args, world, corpus)
 print("parts:", loaded - start, time.perf_counter() - loaded)
 """
 
