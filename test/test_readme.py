@@ -168,10 +168,16 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
             bleus = [re.findall(rf"^{name} = (\S+)", log, re.MULTILINE) for name in ("sacreBLEU", "BLEU score")]
             assert bleus[0] == bleus[1]
             logged = flags_of(log)
-            of_speed = {"batch_size": 128, "epochs": 1} if logged["performance"] == "True" else {}
-            assert flags_of_recipe(recipe, **of_speed).items() <= logged.items(), row
-            cores = re.search(r"(\d+) threads a process", log).group(1)
-            assert f"on {cores} CPU core" in cells[2] or f"CPU 的 {cores} 个核" in cells[2], row
+            processes = int(re.search(r" processes=(\d+) ", log).group(1))
+            others = {"batch_size": 128, "epochs": 1} if logged["performance"] == "True" else {}
+            if processes > 1:
+                others = {"batch_size": train_8p.SHARED_BATCH, "lr": train_8p.tuned_rate(train_8p.SHARED_BATCH)}
+            assert flags_of_recipe(recipe, **others).items() <= logged.items(), row
+            there, threads = map(int, re.search(r"CPU, (\d+) cores, (\d+) threads a process", log).groups())
+            cores = min(there, threads * processes)
+            assert re.match(rf"{processes} process(es)? on {cores} CPU cores?$", cells[2]) or (
+                cells[2] == f"CPU 的 {cores} 个核上 {processes} 个进程"
+            )
             precision = re.search(r"precision=(\w+)/(O\d)", log).expand(r"\1, \2").removesuffix(", O0")
             assert cells[3].replace("，", ", ") == precision
         assert len({flags_of(log)["seed"] for log in logs}) == len(logs)
