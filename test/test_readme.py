@@ -323,6 +323,15 @@ def test_the_figures_of_the_ablation_are_the_means_of_their_logs():
         assert row[5].count("](") == 3 or abs(difference) >= 0.5, f"{row}: more seeds"
 
 
+def test_the_bleu_of_the_epochs_with_the_lowest_loss_stands_in_the_logs():
+    kept = []
+    for seed in (1234, 2, 3):
+        log = (REPOSITORY / "results" / f"multi30k-tuned-seed{seed}-cpu.log").read_text(encoding="utf-8")
+        found = re.findall(r"^validation: .* free-running loss (\S+) .* greedy BLEU (\S+)", log, re.MULTILINE)
+        kept.append(min((float(loss), float(bleu)) for loss, bleu in found)[1])
+    assert f"whose greedy BLEU is {mean_and_deviation(kept)}." in " ".join(SEARCH.split())
+
+
 def test_the_figures_of_the_batches_are_the_means_of_their_logs():
     tuned, *rows = rows_of_the_search("The batch on several devices")
     assert tuned[0].startswith(f"{train_8p.RECIPES['tuned']['batch_size']}")
