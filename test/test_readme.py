@@ -155,7 +155,7 @@ RESULTS = [
 def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
     """In a row of several logs, their mean and the deviation of one of them."""
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         logs = [(REPOSITORY / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((results/[^)]*)\)", row)]
