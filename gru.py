@@ -218,7 +218,7 @@ class OutputLoss(torch.autograd.Function):
     They are those of a sum over many rows, which float16 might not hold: so they are kept a power of two smaller.
     """
 
-    BLOCK = 192 * 2**20  # bytes of logits at a time: the peak of a step's memory
+    BLOCK = 96 * 2**20  # bytes of logits at a time: the peak of a step's memory
     SOFTMAX_ROWS = 512  # rows of one softmax on a CPU, whose cache they fit
     SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
 
