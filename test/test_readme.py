@@ -186,10 +186,22 @@ def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
 
 
 @LANGUAGES
-def test_the_commands_note_has_the_figures_of_both_precisions(text):
-    paragraph = text[text.index("`-- --amp-dtype bfloat16`") :].partition("\n\n")[0]
+def test_both_precisions_of_tuned_stand_below_the_commands(text):
     rows = rows_of_the_search("What each piece gives")
-    assert re.findall(r"[\d.]+ ± [\d.]+", " ".join(paragraph.split())) == [*rows[1][2:4], *rows[0][2:4]]
+    *_, below = text.partition("\n## ")[2].partition("\n## ")[0].rpartition("\n\n")
+    assert re.findall(r"[\d.]+ ± [\d.]+", " ".join(below.split())) == [*rows[1][2:4], *rows[0][2:4]]
+
+
+@LANGUAGES
+def test_what_else_is_said_of_the_scores_stands_in_their_log(text):
+    log = (REPOSITORY / "results" / "multi30k-scores-cpu.log").read_text(encoding="utf-8")
+    bleus = re.findall(r"^(greedy|beam of 10): BLEU (\S+)  sacreBLEU (\S+)", log, re.MULTILINE)
+    assert len(bleus) == 10
+    assert all(bleu == sacrebleu for _, bleu, sacrebleu in bleus)
+    of_modelzoo = log.rpartition("losses: without padding")[2]
+    perplexity = re.search(r"^test loss \S+ \(perplexity (\S+)\)", of_modelzoo, re.MULTILINE).group(1)
+    paragraph = next(part for part in text.split("\n\n") if "multi30k-scores-cpu.log" in part)
+    assert [f"{float(bleus[-1][1]):.2f}", perplexity] == re.findall(r"\b\d+\.\d\d\b", paragraph)
 
 
 @LANGUAGES
