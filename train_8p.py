@@ -155,7 +155,8 @@ def build_parser() -> flags.StrictParser:
         "--batch-size",
         type=flags.positive_int,
         metavar="N",
-        help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} in all over several devices",
+        help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} in all over several devices, and "
+        f"fewer on a small corpus, so that an epoch has {ENOUGH_UPDATES} updates",
     )
     group.add_argument("--optimizer", choices=["adam", "adamw"], help="AdamW decouples the weight decay")
     group.add_argument(
@@ -199,7 +200,7 @@ def build_parser() -> flags.StrictParser:
         "--fixed-length",
         type=flags.zero_or_sentence_length,
         metavar="N",
-        help="pad or cut to N tokens; 0 to the batch's own",
+        help="pad or cut to N tokens; 0 to the batch's own; with --evaluate, for the losses alone",
     )
     group.add_argument("--batching", choices=["like-length", "random"], help="which pairs share a batch")
     group.add_argument("--last-batch", choices=["keep", "drop"], help="an epoch's incomplete batch")
@@ -212,7 +213,7 @@ def build_parser() -> flags.StrictParser:
         help="of the length that divides a hypothesis's log probability",
     )
 
-    group = parser.add_argument_group("model")
+    group = parser.add_argument_group("model; with --evaluate, the checkpoint's")
     group.add_argument("--emb-dim", type=flags.positive_int, default=256, metavar="N", help="size of the embeddings")
     group.add_argument("--hid-dim", type=flags.positive_int, default=512, metavar="N", help="size of the hidden state")
 
