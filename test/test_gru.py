@@ -147,12 +147,14 @@ def padded_batch(src, src_len, trg):
     )
 
 
+LOGITS_ROW = 64 * 8  # bytes of a row of logits in float64, its width rounded up to 64
+
+
 @pytest.fixture(params=["one block", "small blocks"])
 def blocks(request, monkeypatch):
     """The logits' blocks: larger than the batch, and of one step or two."""
     if request.param == "small blocks":
-        width = 64  # of the logits' rows, whose numbers are float64 here
-        monkeypatch.setattr(gru.OutputLoss, "BLOCK", 10 * width * 8)
+        monkeypatch.setattr(gru.OutputLoss, "BLOCK", 10 * LOGITS_ROW)
         monkeypatch.setattr(gru.OutputLoss, "SOFTMAX_ROWS", 8)
 
 
@@ -176,8 +178,8 @@ def test_loss_and_every_gradient_equal_the_plain_model(model, pairs, ratio, form
 
 def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):
     *_, batch = pairs
-    bound, sizes, mm = 10 * 64 * 8, [], torch.mm
-    assert max(batch.trg_counts) * 64 * 8 <= bound < len(batch.targets) * 64 * 8
+    bound, sizes, mm = 10 * LOGITS_ROW, [], torch.mm
+    assert max(batch.trg_counts) * LOGITS_ROW <= bound < len(batch.targets) * LOGITS_ROW
     monkeypatch.setattr(gru.OutputLoss, "BLOCK", bound)
     monkeypatch.setattr(
         torch, "mm", lambda *args, out: sizes.append(out.untyped_storage().nbytes()) or mm(*args, out=out)

@@ -84,9 +84,9 @@ def test_the_test_command_is_the_one_that_ci_runs(text):
 @pytest.mark.parametrize("path", [path.relative_to(REPOSITORY) for path in DOCUMENTS], ids=str)
 def test_every_link_into_the_repository_leads_somewhere(path):
     text = (REPOSITORY / path).read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#][^)]*)\)", text):
-        if link.startswith("http"):
-            continue
+    links = [link for link in re.findall(r"\]\(([^)#][^)]*)\)", text) if not link.startswith("http")]
+    assert links or "](" not in text
+    for link in links:
         target, _, place = link.partition("#")
         target = REPOSITORY / path.parent / target
         assert target.exists(), link
@@ -255,13 +255,18 @@ def rows_of_the_search(section: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if ".log)" in line and line[0] == "|"]
 
 
+def logs_of(row: list[str]) -> list[str]:
+    """A row's logs, from docs/."""
+    return re.findall(r"\]\(([^)]*)\)", row[-1])
+
+
 def test_the_figures_of_the_search_stand_in_their_logs():
     rows = [row for row in rows_of_the_search("What was tried") if ", epoch " in row[2]]
     assert len(rows) >= 15
     for row in rows:
         bleu, epoch = re.search(r"(\S+), epoch (\d)", row[2]).groups()
         claim = (float(bleu.strip("*")), float(row[3]), int(epoch))
-        assert claim == pytest.approx(best_epoch(re.search(r"\]\((.*?)\)", row[4]).group(1)), abs=0.00501), row
+        assert claim == pytest.approx(best_epoch(logs_of(row)[0]), abs=0.00501), row
 
 
 def test_what_the_search_compares_at_the_same_epoch_stands_in_the_other_runs_log():
@@ -278,7 +283,7 @@ def test_the_means_and_beams_of_the_search_are_those_of_the_rows_logs():
     rows = [row for row in rows_of_the_search("What was tried") if re.fullmatch(r"\**d[1-9]\**", row[0])]
     assert len(rows) == 5
     for row in rows:
-        logs = re.findall(r"\]\(([^)]*)\)", row[4])
+        logs = logs_of(row)
         bleu = statistics.mean(beams_of(log)[0] for log in logs)  # before another length penalty was tried
         assert re.search(r" beam.*? ([\d.]{5})", row[1]).group(1) == f"{bleu:.2f}", row
         if len(logs) > 1:
@@ -291,33 +296,33 @@ def bleu_of(row: list[str]) -> float:
     return float(row[2].partition(" ")[0])
 
 
-def check_means(row: list[str]) -> None:
+def check_means(row: list[str], beams: Sequence[float] | None = None) -> None:
     """That a row's figures are those of its logs, and that those ran with the row's flags.
 
-    The cells are a name, flags, greedy BLEU, BLEU of the beam, perplexity, logs by their seeds.
+    The cells are a name, flags, greedy BLEU, BLEU of the beam, perplexity, logs by their seeds. `beams` are given where
+    the logs have none on the validation pairs.
     """
     links = re.findall(r"\[(\d+)\]\(([^)]*)\)", row[5])
     for seed, log in links:
         expected = flags_of_recipe("tuned", row[1].strip("`"), seed=seed)
         assert expected.items() <= flags_of((REPOSITORY / "docs" / log).read_text(encoding="utf-8")).items(), log
     logs = [log for _, log in links]
+    assert logs == logs_of(row)
     bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
-    for cell, values in zip(row[2:5], (bleus, [beams_of(log)[-1] for log in logs], perplexities), strict=True):
+    beams = beams or [beams_of(log)[-1] for log in logs]
+    for cell, values in zip(row[2:5], (bleus, beams, perplexities), strict=True):
         assert cell == mean_and_deviation(values), row
 
 
 def check_tuned(row: list[str]) -> None:
     """As `check_means`, for README's `tuned`, whose logs have no beam on the validation pairs."""
-    logs = re.findall(r"\]\(([^)]*)\)", row[5])
-    assert logs == [f"../results/multi30k-tuned-seed{seed}-cpu.log" for seed in (1234, 2, 3)]
-    bleus, perplexities, _ = zip(*map(best_epoch, logs), strict=True)
-    beams = bleus_of_beams("multi30k-beam-val-cpu.log")["10"]
-    assert row[2:5] == [mean_and_deviation(values) for values in (bleus, beams, perplexities)]
+    assert logs_of(row) == [f"../results/multi30k-tuned-seed{seed}-cpu.log" for seed in (1234, 2, 3)]
+    check_means(row, bleus_of_beams("multi30k-beam-val-cpu.log")["10"])
 
 
 def precision_of(row: list[str]) -> str:
     """The one that all logs of a row have."""
-    logs = [(REPOSITORY / "docs" / log).read_text(encoding="utf-8") for log in re.findall(r"\]\(([^)]*)\)", row[5])]
+    logs = [(REPOSITORY / "docs" / log).read_text(encoding="utf-8") for log in logs_of(row)]
     (precision,) = {re.search(r" precision=(\w+)/", log).group(1) for log in logs}
     return precision
 
