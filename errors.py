@@ -11,6 +11,7 @@ import sys
 import traceback
 
 PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EXIT_CODES = {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
 
 
@@ -69,6 +70,11 @@ def check_packages() -> None:
         sys.exit(EXIT_CODES["usage"])
 
 
+def is_expected(error: Exception) -> bool:
+    """Whether `run_main` needs no traceback for it: a user's error, and an output that nobody reads or that is full."""
+    return isinstance(error, UserError | BrokenPipeError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
+
+
 def run_main(main, argv: list[str]) -> int:
     """Calls `main(argv)` and turns what it raises into an exit code and, for expected errors, one line on stderr.
 
@@ -79,6 +85,7 @@ def run_main(main, argv: list[str]) -> int:
     Returns:
         The exit code of the process.
     """
+    prepare_output()
     try:
         main(argv)
         sys.stdout.flush()
@@ -95,12 +102,19 @@ def run_main(main, argv: list[str]) -> int:
         discard_output()
         return 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_expected(error):
             raise
         discard_output()
         print(UserError("io", error.strerror, error.filename or "the output", "make room there"), file=sys.stderr)
         return EXIT_CODES["io"]
     return 0
+
+
+def prepare_output() -> None:
+    """Lets stdout take all text, whatever its encoding; what was closed takes it and drops it. For each new process."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (else print would take stdout in its place)
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def discard_output() -> None:

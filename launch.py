@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, is_expected, prepare_output
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
 ROOT_CAUSE_WAIT = 1.0  # seconds in which the other ranks may report: the first report is the cause, the rest follows
@@ -84,17 +84,22 @@ class Worker:
 
 
 class Report(NamedTuple):
-    """How a child's work ended: when, on the machine's monotonic clock, and with what error, if any."""
+    """How a child's work ended: when, on the machine's monotonic clock, and with what error, if any: an expected one
+    as it is, another in one line."""
 
     when: float
-    error: UserError | str | None
+    error: Exception | str | None
 
 
-def launch(worker: Callable, count: int, args: tuple) -> None:
+def launch(worker: Callable, count: int, args: tuple, debug: bool = False) -> None:
     """Runs `worker(index, *args)` in `count` new processes and waits for all of them.
+
+    Args:
+        debug: whether a child shows the traceback of an expected error too, as it shows that of any other.
 
     Raises:
         UserError: the first failure's own, or distributed where a rank died or raised.
+        OSError: the output has no reader or no room, as `errors.run_main` expects it.
     """
     context = multiprocessing.get_context("spawn")
     workers = []
@@ -102,7 +107,7 @@ def launch(worker: Callable, count: int, args: tuple) -> None:
     try:
         for index in range(count):
             pipe, child_end = context.Pipe(duplex=False)
-            process = context.Process(target=run_worker, args=(worker, index, args, child_end, os.getpid()))
+            process = context.Process(target=run_worker, args=(worker, index, args, child_end, os.getpid(), debug))
             process.start()
             child_end.close()
             workers.append(Worker(process, pipe))
@@ -118,25 +123,25 @@ def exit_on_sigterm(signum: int, frame) -> None:
 
 def supervise(workers: list[Worker]) -> None:
     """Waits for the workers; once one has failed, raises its error."""
-    running = list(workers)
+    running, reports = list(workers), {}
     while running:
         multiprocessing.connection.wait([worker.process.sentinel for worker in running])
         ended = [worker for worker in running if worker.process.exitcode is not None]
         for worker in ended:
-            report = worker.report()
+            report = reports[worker] = worker.report()
             if report is None or report.error is not None:
-                raise root_cause(workers, {worker: report})
+                raise root_cause(workers, reports)
             running.remove(worker)
 
 
-def root_cause(workers: list[Worker], reports: dict[Worker, Report | None]) -> UserError:
+def root_cause(workers: list[Worker], reports: dict[Worker, Report | None]) -> Exception:
     """The error to show: the others fail because one did, so the first report counts.
 
     A rank that was killed could not report, and comes before all that could.
 
     Args:
         workers: all of them.
-        reports: those that have been read.
+        reports: those that have been read; each can be read once.
     """
     time.sleep(ROOT_CAUSE_WAIT)
     failed = []
@@ -149,7 +154,7 @@ def root_cause(workers: list[Worker], reports: dict[Worker, Report | None]) -> U
         if report is not None and report.error is not None:
             failed.append((report.when, rank, report.error))
     _, rank, error = min(failed, key=lambda each: each[0])
-    return error if isinstance(error, UserError) else rank_error(rank, f"failed: {error}", "see its traceback above")
+    return error if isinstance(error, Exception) else rank_error(rank, f"failed: {error}", "see its traceback above")
 
 
 def rank_error(rank: int, how: str, todo: str) -> UserError:
@@ -169,16 +174,18 @@ def stop(processes: list) -> None:
             process.join()
 
 
-def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int) -> None:
+def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int, debug: bool) -> None:
     """One child's life: works, reports how that ended, and goes when its parent goes."""
     threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
+    prepare_output()
     try:
         worker(index, *args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         os._exit(130)
     except Exception as error:
-        expected = isinstance(error, UserError)
-        if not expected:
+        expected = is_expected(error)
+        if debug or not expected:
             traceback.print_exc()
         pipe.send(Report(time.monotonic(), error if expected else f"{type(error).__name__}: {error}"))
         # Not sys.exit: the interpreter's end would wait for collectives that no other rank will join.

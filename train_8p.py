@@ -472,7 +472,7 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
 def tuned_batch(pairs: int, nodes: int, local_size: int) -> int:
     """The batch of a node: in total 64, on several devices 128, or less where an epoch would have too few updates.
 
-    Where the ranks cannot share that out evenly it is the next smaller batch that they can.
+    Where the ranks cannot share that out evenly it is the next smaller batch that they can, or one pair for each.
 
     >>> tuned_batch(29000, 1, 1), tuned_batch(29000, 1, 8), tuned_batch(4000, 1, 8)
     (64, 128, 32)
@@ -725,7 +725,8 @@ class BestKeeper:
         translations = scoring.translate(model, val.src, self._corpus.trg_vocab, world)
         if not world.is_main:
             return
-        bleu = scoring.evaluate(translations, val.trg_tokens).bleu
+        references = val.references
+        bleu = scoring.evaluate(translations, references).bleu
         forced, free = losses
         say(
             f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
@@ -735,7 +736,7 @@ class BestKeeper:
         )
         for index in (0, len(val) // 2):
             say(printable(f"  source     {' '.join(val.src_tokens[index])}"))
-            say(printable(f"  reference  {' '.join(val.trg_tokens[index])}"))
+            say(printable(f"  reference  {' '.join(references[index])}"))
             say(printable(f"  model      {' '.join(translations[index])}"))
         merit = bleu if args.best == "bleu" else -free
         if merit > self._best:
@@ -803,7 +804,7 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
         say(f"length penalty of the beam: {length_penalty:g}")
     for size in sorted({1, beam_size}):
         found = scoring.translate(model, own.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
-        scores = scoring.evaluate(found, test.trg_tokens)
+        scores = scoring.evaluate(found, test.references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
         say(f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}")
     say(f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})")
@@ -942,7 +943,7 @@ def train_in_processes(
     if worlds[0].is_main and worlds[0].size > 1:
         store = launch.host_store(addr, port, worlds[0].nodes)
         port = store.port
-    launch.launch(run_rank, len(worlds), (args, chosen, worlds, (addr, port)))
+    launch.launch(run_rank, len(worlds), (args, chosen, worlds, (addr, port)), args.debug)
 
 
 if __name__ == "__main__":

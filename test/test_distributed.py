@@ -1,5 +1,6 @@
 """Several ranks are one training: the real loop, watched from outside while it runs in one and in two processes."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -262,6 +263,59 @@ def test_a_rank_that_fails_ends_the_run_with_its_reason(how, kind, message):
         launch.launch(die, 2, (how,))
     assert caught.value.kind == kind
     assert message in str(caught.value)
+
+
+def fail_after_the_others(index: int) -> None:
+    """Rank 0's scoring or saving, say, of which the others do nothing."""
+    if index == 0:
+        time.sleep(2)
+        raise UserError("io", "what", "where", "todo")
+
+
+def test_a_failure_after_the_other_ranks_have_finished_is_not_laid_to_them():
+    with pytest.raises(UserError) as caught:
+        launch.launch(fail_after_the_others, 2, ())
+    assert str(caught.value) == "error[io]: what; where; todo"
+
+
+def lose_the_output(index: int, number: int) -> None:
+    raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ENOSPC, 5)])
+def test_an_output_that_a_rank_loses_ends_the_run_as_that_of_one_process_does(number, code):
+    script = f"""
+import sys
+sys.path[:0] = {[str(REPOSITORY), str(REPOSITORY / "test")]}
+import launch, test_distributed
+from errors import run_main
+if __name__ == "__main__":
+    sys.exit(run_main(lambda argv: launch.launch(test_distributed.lose_the_output, 1, ({number},)), []))
+"""
+    done = command(sys.executable, "-c", script, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.count("\n") == bool(code)
+
+
+def fail_for_a_reason(index: int) -> None:
+    raise UserError("data", "what", "where", "todo") from ValueError("the cause")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_debug_shows_the_traceback_of_a_ranks_error(capfd, debug):
+    with pytest.raises(UserError):
+        launch.launch(fail_for_a_reason, 1, (), debug)
+    assert ("ValueError: the cause" in capfd.readouterr().err) == debug
+
+
+def say_umlauts(index: int) -> None:
+    print("läuft")
+
+
+def test_a_rank_says_what_its_outputs_encoding_lacks(capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    launch.launch(say_umlauts, 1, ())
+    assert capfd.readouterr().out == "l\\xe4uft\n"
 
 
 def test_a_port_that_is_taken_is_an_error_of_the_distributed_kind():
