@@ -7,7 +7,6 @@ Only plain tensors, numbers and strings are ever read (`weights_only=True`): a c
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import io
@@ -15,6 +14,7 @@ import json
 import os
 import pickle
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 import gru
-from errors import UserError
-from storage import sync_folder
+from errors import UserError, first_line
+from storage import InUse, locked, sync_folder
 
 FORMAT = 1
 TEMPORARY = ".partial-"
@@ -74,7 +74,7 @@ class Checkpoint:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` to `path` in one step.
+    """Writes `checkpoint` to `path` in one step; a link stays, and what it leads to is written.
 
     Raises:
         UserError: io, with the old file untouched.
@@ -82,16 +82,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     content = vars(checkpoint) | {"format": FORMAT, "sha256": checkpoint.digest()}
     buffer = io.BytesIO()
     torch.save(content, buffer)
+    target = Path(os.path.realpath(path))
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + TEMPORARY, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name + TEMPORARY, delete=False) as file:
             temporary = Path(file.name)
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~current_umask())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        os.replace(temporary, target)
     except OSError as error:
         if temporary:
             temporary.unlink(missing_ok=True)
@@ -101,40 +101,59 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
             str(path),
             "make room there, or give --ckptpath",
         ) from error
+    with contextlib.suppress(OSError):  # not each file system can; the file is in place, and is on the disk itself
+        sync_folder(target.parent)
 
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
     """Keeps `path` for one run, and makes sure, before the training and not after it, that it can be written.
 
-    Clears what a killed run may have left half written. The lock is a file beside `path`; it goes with the process.
+    Clears what a killed run may have left half written. The lock is a file beside `path`, or beside what it leads to if
+    it is a link; it goes with the process.
 
     Raises:
-        UserError: io; another run writes there, or the folder is not there or cannot be written to.
+        UserError: io; another run writes there, or it cannot be written to or locked.
     """
-    lock = path.with_name(f".{path.name}.lock")
     check_writable(path)
-    with open(lock, "a+") as file:
+    path = Path(os.path.realpath(path))
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
+            file = held.enter_context(locked(lock, None))
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+            file.flush()
+        except InUse as error:
             todo = "wait for it to end, or give --ckptpath another file"
-            raise UserError("io", f"in use by pid {file.read().strip()}", str(path), todo) from error
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
+            raise UserError("io", f"in use by pid {error}", str(path), todo) from error
+        except OSError as error:
+            todo = "remove that file if no run uses it, or give --ckptpath a file elsewhere"
+            raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
         clear_partial(path)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield
 
 
 def check_writable(path: Path) -> None:
     """Raises an io UserError if no checkpoint can be written to `path`."""
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        what = "a folder, not a file" if path.is_dir() else f"cannot write into {path.parent.resolve()}"
+    what, folder = None, Path(os.path.realpath(path)).parent
+    # os.path's questions and not Path's, which raise where one may not look.
+    if os.path.isdir(path):
+        what = "a folder, not a file"
+    elif os.path.exists(path) and not os.path.isfile(path):
+        what = "a device or a pipe, not a file"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        what = f"cannot write into {folder}"
+    elif os.path.exists(path) and not may_replace(path, folder):
+        what = f"another user's file, and only they may replace it in {folder}"
+    if what:
         raise UserError("io", what, str(path), "give --ckptpath a file in a folder that exists and can be written to")
+
+
+def may_replace(path: Path, folder: Path) -> bool:
+    """Whether a file in a writable folder may be replaced: in a sticky one, such as /tmp, only its owner may."""
+    user, about = os.geteuid(), os.stat(folder)
+    return not about.st_mode & stat.S_ISVTX or user in (0, about.st_uid, os.stat(path).st_uid)
 
 
 def clear_partial(path: Path) -> None:
@@ -152,6 +171,7 @@ def set_aside(path: Path) -> Path | None:
     Raises:
         UserError: io.
     """
+    path = Path(os.path.realpath(path))
     if not path.exists():
         return None
     previous = path.with_name(path.name + ".previous")
@@ -184,7 +204,7 @@ def load(path: str | Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         raise UserError(
             "checkpoint",
-            "holds other things than tensors, numbers and strings; nothing of it was run",
+            "damaged, or holds other things than tensors, numbers and strings; nothing of it was run",
             where,
             "use a file that train_8p.py wrote, or a plain state dict",
         ) from error
@@ -209,7 +229,9 @@ def read_own(content: dict, where: str) -> Checkpoint:
         actual = checkpoint.digest()
         expected = content["sha256"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError("checkpoint", f"damaged ({error})", where, "use an earlier copy, or train again") from error
+        raise UserError(
+            "checkpoint", f"damaged ({first_line(error)})", where, "use an earlier copy, or train again"
+        ) from error
     if actual != expected:
         raise UserError(
             "checkpoint", f"damaged: sha256 {actual}, expected {expected}", where, "use an earlier copy, or train again"

@@ -48,20 +48,38 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+class InUse(Exception):
+    """Another process holds a lock; the message is what it wrote into the lock file."""
+
+
 @contextlib.contextmanager
-def locked(path: Path, log: Log) -> Iterator[None]:
-    """Holds the lock file `path`, which goes with the lock; the system frees it when its holder dies."""
+def locked(path: Path, log: Log | None) -> Iterator[BinaryIO]:
+    """Holds the lock file `path`, which goes with the lock; the system frees it when its holder dies.
+
+    Args:
+        log: is told before this waits for another holder; with None it does not wait.
+
+    Yields:
+        The file, to write into.
+
+    Raises:
+        InUse: there is another holder, and `log` is None.
+        OSError: the file cannot be opened or locked.
+    """
     while True:
-        with open(path, "ab") as file:
+        with open(path, "a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except BlockingIOError as error:
+                if log is None:
+                    file.seek(0)
+                    raise InUse(file.read().decode().strip()) from error
                 log(f"waiting for another process that prepares the same data ({path})")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The holder before us removed the file that we waited for: then its lock keeps nobody out.
             if _is_file_at(path, file.fileno()):
                 try:
-                    yield
+                    yield file
                 finally:
                     path.unlink(missing_ok=True)
                 return

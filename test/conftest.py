@@ -1,5 +1,6 @@
 """What all tests share: a small corpus, and caches that go with the test run."""
 
+import contextlib
 import os
 import random
 from pathlib import Path
@@ -57,3 +58,20 @@ def write_corpus(folder: Path, train: int, val: int = 4, test: int = 4) -> Path:
 def tiny_corpus(tmp_path):
     """The folder of a corpus of 64 training pairs."""
     return write_corpus(tmp_path / "corpus", 64)
+
+
+@pytest.fixture
+def as_nobody():
+    """A context in which root is no more than a user to whom nothing belongs, so that permissions count."""
+
+    @contextlib.contextmanager
+    def nobody():
+        before = os.getresuid()
+        if before == (0, 0, 0):
+            os.setresuid(65534, 65534, 0)
+        try:
+            yield
+        finally:
+            os.setresuid(*before)
+
+    return nobody

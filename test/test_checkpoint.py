@@ -1,5 +1,7 @@
 """A checkpoint holds what is needed, survives what can be survived, and is refused if it is not what was written."""
 
+import errno
+import fcntl
 import os
 import random
 import stat
@@ -10,6 +12,7 @@ import torch
 
 import checkpoint
 import gru
+import storage
 from errors import UserError
 
 SIZES = {"input_dim": 6, "output_dim": 7, "emb_dim": 3, "hid_dim": 4}
@@ -164,11 +167,92 @@ def test_a_state_dict_whose_shapes_contradict_each_other_is_refused(tmp_path):
     assert "decoder.fc_out.bias" in refusal(tmp_path / "odd")
 
 
+def refusal_to_claim(path) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.claimed(path).__enter__()
+    assert caught.value.exit_code == 5
+    return str(caught.value)
+
+
 def test_an_unwritable_place_is_refused_before_training(tmp_path):
-    for path in (tmp_path / "no" / "folder" / "model", tmp_path):
-        with pytest.raises(UserError) as caught:
-            checkpoint.claimed(path).__enter__()
-        assert caught.value.exit_code == 5
+    assert "cannot write into" in refusal_to_claim(tmp_path / "no" / "folder" / "model")
+    for folder in (tmp_path, Path(), Path("/"), Path("..")):
+        assert "a folder, not a file" in refusal_to_claim(folder)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or a pipe" in refusal_to_claim(tmp_path / "pipe")
+    (tmp_path / ".model.lock").mkdir()
+    assert "cannot lock" in refusal_to_claim(tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.lock", "pipe"]
+
+
+def test_a_place_that_one_may_not_look_into_is_refused(tmp_path, as_nobody):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0)
+    with as_nobody():
+        assert "cannot write into" in refusal_to_claim(folder / "model")
+
+
+def test_a_file_that_only_its_owner_may_replace_is_refused(saved, monkeypatch):
+    saved.parent.chmod(0o1777)
+    with checkpoint.claimed(saved):
+        pass
+    monkeypatch.setattr(os, "geteuid", lambda: saved.stat().st_uid + 1)
+    assert "another user's file" in refusal_to_claim(saved)
+    with checkpoint.claimed(saved.with_name("new")):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_the_owner_of_a_folder_may_replace_the_files_of_others_there(saved, monkeypatch):
+    saved.parent.chmod(0o1777)
+    os.chown(saved.parent, 65534, 65534)
+    os.chown(saved, 65533, 65533)
+    monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    with checkpoint.claimed(saved):
+        pass
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def unsupported(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(storage.fcntl, "flock", unsupported)
+    assert f"cannot lock: {os.strerror(errno.ENOLCK)}" in refusal_to_claim(tmp_path / "model")
+
+
+def test_a_run_that_ends_while_another_takes_the_lock_leaves_it_one_that_counts(tmp_path, monkeypatch):
+    path, flock = tmp_path / "model", fcntl.flock
+
+    def late(file, operation):
+        monkeypatch.undo()
+        (tmp_path / ".model.lock").unlink()
+        flock(file, operation)
+
+    monkeypatch.setattr(storage.fcntl, "flock", late)
+    with checkpoint.claimed(path):
+        assert f"in use by pid {os.getpid()}" in refusal_to_claim(path)
+
+
+def test_a_folder_that_cannot_be_synced_does_not_spoil_a_save(tmp_path, monkeypatch):
+    def unsupported(folder):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(checkpoint, "sync_folder", unsupported)
+    checkpoint.save(tmp_path / "model", make())
+    assert checkpoint.load(tmp_path / "model").scores == make().scores
+
+
+def test_what_a_link_leads_to_is_written_and_the_link_stays(saved):
+    link = saved.parent / "link"
+    link.symlink_to(saved.name)
+    with checkpoint.claimed(link):
+        assert "in use" in refusal_to_claim(saved)
+        checkpoint.set_aside(link)
+        checkpoint.save(link, make(seed=1))
+    assert link.is_symlink()
+    digests = [checkpoint.load(path).digest() for path in (saved, saved.with_name(f"{saved.name}.previous"))]
+    assert digests == [make(seed=1).digest(), make().digest()]
+    assert len(list(saved.parent.iterdir())) == 3
 
 
 def test_a_second_run_with_the_same_checkpoint_is_refused(tmp_path):
