@@ -138,7 +138,12 @@ def read_or_build(folder: Path | None, key: str, build: Build, log: Log) -> Entr
     """
     if folder is None:
         return _in_memory(build)
-    with locked(folder / f"{key}.lock", log):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(folder / f"{key}.lock", log))
+        except OSError as error:  # another user has the lock file
+            log(f"not cached: {error}")
+            return read(folder, key, log) or _in_memory(build)
         entry = read(folder, key, log)
         if entry is None:
             try:

@@ -64,7 +64,7 @@ __all__ = [
 SPECIALS = ["<unk>", "<pad>", "<sos>", "<eos>"]
 UNK, PAD, SOS, EOS = 0, 1, 2, 3
 SPLITS = ("train", "val", "test")
-FORMAT = 2  # of what is cached: raise it with every change of that, or of how lines become tokens
+FORMAT = 3  # of what is cached: raise it with every change of that, or of how lines become tokens
 
 
 # ---------------------------------------------------------------- vocabulary
@@ -169,14 +169,19 @@ class Split:
 
     Args:
         src, trg: the ids of both languages, pair by pair.
-        src_tokens: the sources as words, unknown ones too, for a model with a vocabulary of its own; None for train.
-        trg_tokens: the targets as words, unknown ones too and white space left out, for scoring; None for train.
+        src_tokens, trg_tokens: the same as words, unknown ones too, for a model with vocabularies of its own; None for
+            train.
     """
 
     src: Side
     trg: Side
     src_tokens: list[list[str]] | None = None
     trg_tokens: list[list[str]] | None = None
+
+    @property
+    def references(self) -> list[list[str]]:
+        """`trg_tokens` without tokens of white space, which no score counts."""
+        return [[token for token in tokens if not token.isspace()] for tokens in self.trg_tokens]
 
     def __len__(self) -> int:
         return len(self.src.offsets) - 1
@@ -252,10 +257,15 @@ def load(
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
-    if data_dir.is_file() or not data_dir.absolute().parent.is_dir():
-        what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"
-        raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
-    if (langs, names) == (("de", "en"), SPLITS) and not any_corpus(data_dir, langs):
+    try:
+        if data_dir.is_file() or not data_dir.absolute().parent.is_dir():
+            what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"
+            raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
+        nothing_there = not any_corpus(data_dir, langs)
+    except PermissionError as error:
+        what, todo = f"cannot read: {error.strerror}", "name a folder that you may read with --data-dir"
+        raise UserError("io", what, str(error.filename or data_dir), todo) from error
+    if nothing_there and (langs, names) == (("de", "en"), SPLITS):
         download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
     files = find_files(data_dir, langs, names)
     paths = list(itertools.chain.from_iterable(files))
@@ -366,9 +376,7 @@ def _build(
                 vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
             for side, vocab in zip(sides, vocabs, strict=True):
                 side.finish(vocab)
-            src_words, trg_words = sentences
-            spaceless = [[token for token in tokens if not token.isspace()] for tokens in trg_words]
-            words[name] = [None, None] if name == "train" else [src_words, spaceless]
+            words[name] = [None, None] if name == "train" else sentences
     return {"vocabs": [vocab.itos for vocab in vocabs], "words": words, "notes": notes}
 
 

@@ -11,6 +11,7 @@ import json
 import multiprocessing.connection
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -188,7 +189,17 @@ def test_white_space_tokens_are_read_as_in_training_but_are_no_reference_words(t
     corpus = load(write_corpus(tmp_path / "spaced", train=spaced, val=(spaced[0][0], spaced[1][0])))
     assert " " in corpus.src_vocab.itos
     assert corpus.val.src_tokens == [["ein", " ", "hund", " ", "bellt", "."]]
-    assert corpus.val.trg_tokens == [["a", "dog", "barks", "."]]
+    assert corpus.val.trg_tokens == [["a", " ", "dog", " ", "barks", "."]]
+    assert corpus.val.references == [["a", "dog", "barks", "."]]
+
+
+def test_the_words_of_a_split_are_those_of_its_ids(tmp_path, load):
+    """So that a model with a vocabulary of its own is scored on the sentences that another one is validated on."""
+    spaced = [[line.replace(" ", "  ") for line in lines] for lines in (DE, EN)]
+    corpus = load(write_corpus(tmp_path / "spaced", train=spaced, val=(spaced[0][0], spaced[1][0])))
+    for split in (corpus.val, corpus.test):
+        assert torch.equal(data.Side.encode(split.src_tokens, corpus.src_vocab).ids, split.src.ids)
+        assert torch.equal(data.Side.encode(split.trg_tokens, corpus.trg_vocab).ids, split.trg.ids)
 
 
 def test_min_freq_bounds_the_vocabulary(folder, load):
@@ -670,6 +681,16 @@ def test_unreadable_file_is_an_io_error(folder, load):
     refused(lambda: load(folder), "io", "cannot read", "val.de")
 
 
+@pytest.mark.parametrize("closed", ["", "corpus"])
+def test_a_folder_that_one_may_not_look_into_is_an_io_error(tmp_path, load, closed, as_nobody):
+    """Neither the data's own, nor the one above it."""
+    folder = write_corpus(tmp_path / "above" / "corpus")
+    (folder.parent / closed).chmod(0)
+    with as_nobody():
+        refused(lambda: load(folder), "io", "cannot read: Permission denied", str(folder), "--data-dir")
+    (folder.parent / closed).chmod(0o700)
+
+
 def test_nothing_is_written_beside_the_data(folder, load):
     before = sorted(folder.iterdir())
     folder.chmod(0o555)
@@ -927,6 +948,17 @@ def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeyp
     assert same(load(folder), whole)
     assert list((tmp_path / "cache").iterdir()) == []
     assert any("not cached" in line and "No space left" in line for line in load.lines)
+
+
+def test_lock_that_cannot_be_taken_leaves_the_corpus_in_memory(folder, load, tmp_path, builds):
+    """As where another user is building the same cache, or was killed while they did."""
+    whole = load(folder)
+    path = cached(tmp_path)
+    shutil.rmtree(path)
+    path.with_suffix(".lock").mkdir()
+    assert same(load(folder), whole)
+    assert len(builds) == 2
+    assert any("not cached" in line for line in load.lines)
 
 
 def test_what_is_no_fault_of_the_cache_is_not_taken_for_one(folder, load, monkeypatch):
