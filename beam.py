@@ -53,7 +53,7 @@ def beam_search(
     """Translates a batch, following the `beam_size` most probable beginnings of each sentence.
 
     A sentence is done when so many of its hypotheses have ended; what has not ended after `max_len` tokens ends there.
-    With a beam of 1 this is `Seq2Seq.greedy`.
+    With a beam of 1 this is `Seq2Seq.greedy`, but where two words have exactly the same score.
 
     Args:
         model: in evaluation mode.

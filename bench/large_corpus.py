@@ -2,10 +2,10 @@
 
     python bench/large_corpus.py
 
-Generates both corpora with `sample/generate.py`, tokenises each with two workers into an empty cache and reads it once
-more from there; then, in turn, trains some steps on each with `train_8p.py --performance`. Memory is RssAnon of
-`/proc/PID/status`, what a process holds for itself: the corpus lies in mapped files, whose pages the system takes back
-when it needs them.
+Generates both corpora with `sample/generate.py`, tokenises each into an empty cache, with two workers where it is large
+enough for them, and reads it once more from there; then, in turn, trains some steps on each with `train_8p.py
+--performance`. Memory is RssAnon of `/proc/PID/status`, what a process holds for itself: the corpus lies in mapped
+files, whose pages the system takes back when it needs them.
 """
 
 import argparse

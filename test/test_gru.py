@@ -225,7 +225,7 @@ def test_the_loss_of_half_precision_logits_is_summed_in_float32():
 
 def test_gradients_of_very_many_rows_do_not_overflow_in_float16():
     """Of one token in all of them, of which float16 cannot add up more than 65504."""
-    rows, vocabulary = 70_000, 8
+    rows, vocabulary = 80_000, 8
     features, context = torch.ones(rows, 4), torch.zeros(rows, 4)
     weight, bias, targets = torch.zeros(vocabulary, 8), torch.zeros(vocabulary), torch.full((rows,), 5)
     tensors = [tensor.half().requires_grad_() for tensor in (features, context, weight, bias)]

@@ -11,6 +11,7 @@ import gru
 import scoring
 from devices import World
 
+BEAM = {"beam_size": 3, "length_penalty": 0.5}
 VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "])
 
 
@@ -40,9 +41,21 @@ def split():
 
 
 @pytest.fixture
-def model():
-    torch.manual_seed(1)
-    return gru.build(len(VOCAB), len(VOCAB), emb_dim=4, hid_dim=5).eval()
+def model(split):
+    """One that ends each sentence of `split` after another number of words, so that they can be told apart."""
+    torch.manual_seed(10)
+    model = gru.build(len(VOCAB), len(VOCAB), emb_dim=4, hid_dim=5).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    for options in ({}, BEAM):
+        lengths = {len(words) for words in scoring.translate(model, split.src, VOCAB, World(), **options)}
+        assert len(lengths) == 3
+        assert max(lengths) < scoring.MAX_LENGTH - 1
+    return model
+
+
+def words(ids: list[int]) -> list[str]:
+    return [word for word in VOCAB.decode(ids) if word != " "]
 
 
 def test_translations_come_in_the_order_of_the_sources(model, split, monkeypatch):
@@ -58,10 +71,10 @@ def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, mon
     whole = scoring.translate(model, split.src, VOCAB, World())
     loss = scoring.mean_loss(model, split, World(), teacher_forcing_ratio=1.0)
     parts = []
-    monkeypatch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or tensor + 1)
+    monkeypatch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or torch.ones_like(tensor))
     for rank in range(5):
         scoring.translate(model, split.src, VOCAB, World(rank=rank, size=5))
-    assert [VOCAB.decode(row) for row in sum(parts).tolist()] == whole
+    assert [words(row) for row in sum(parts).tolist()] == whole
     parts.clear()
     for rank in range(5):
         scoring.mean_loss(model, split, World(rank=rank, size=5), teacher_forcing_ratio=1.0)
@@ -72,17 +85,19 @@ def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, mon
 def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split, model, monkeypatch):
     """One by one on a CPU, by halves elsewhere; sources padded to a multiple."""
     whole = scoring.translate(model, split.src, VOCAB, World())
+    widths, pad = [], data.pad
+    monkeypatch.setattr(data, "pad", lambda *args, **options: widths.append(options) or pad(*args, **options))
     monkeypatch.setattr(gru, "computes_steps", lambda device: False)
     assert scoring.translate(model, split.src, VOCAB, World()) == whole
+    assert widths == [{"length_step": data.LENGTH_STEP}]
 
 
 def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
-    options = {"beam_size": 3, "length_penalty": 0.5}
-    whole = scoring.translate(model, split.src, VOCAB, World(), **options)
+    whole = scoring.translate(model, split.src, VOCAB, World(), **BEAM)
     for index in range(3):
         src, src_len = data.pad(split.src, torch.tensor([index]))
-        ids = beam.beam_search(model, src, src_len, data.SOS, data.EOS, **options).ids[:, 0, 0]
-        assert [VOCAB.decode(ids.tolist())] == whole[index : index + 1]
+        ids = beam.beam_search(model, src, src_len, data.SOS, data.EOS, **BEAM).ids[:, 0, 0]
+        assert words(ids.tolist()) == whole[index]
 
 
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):

@@ -560,7 +560,7 @@ def test_conda_name_activates_that_environment_and_its_interpreter(repo, tmp_pat
     assert (env["MARK"], env["CONDA_PREFIX"]) == (python, "active")
     assert repo.argv() == ["--amp", "--opt-level=O2"]
 
-    done = repo.run("train_full_1p.sh", "--conda_name=other\n", CONDA_EXE=str(conda))
+    done = repo.run("train_full_1p.sh", "--conda_name=other\n", CONDA_EXE=str(conda), ASCEND_DEVICE_ID="1")
     assert is_usage_error(done)
     assert "cannot activate" in done.stderr
     assert not repo.output("1").exists()
