@@ -1,7 +1,7 @@
 """Expected errors: one line for the user, an exit code for the program that started us.
 
-Exit codes: 0 done, 1 bug or out of memory, 2 usage, 3 data, 4 checkpoint, 5 I/O or network, 6 distributed,
-7 diverged, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, or nobody reads the output any more, 1 bug or out of memory, 2 usage, 3 data, 4 checkpoint, 5 I/O or
+network, 6 distributed, 7 diverged, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import errno

@@ -164,7 +164,8 @@ def build_parser() -> flags.StrictParser:
         "--learning-rate",
         type=flags.positive_float,
         metavar="RATE",
-        help="peak learning rate; tuned's grows with the root of a batch above its own, but for --performance",
+        help=f"peak learning rate; tuned's is that of a batch of {RECIPES['tuned']['batch_size']}, and grows with the "
+        "root of a larger one, but for --performance",
     )
     group.add_argument("--weight-decay", type=flags.non_negative_float, metavar="DECAY", help="the optimizer's")
     group.add_argument("--schedule", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
@@ -228,7 +229,8 @@ def build_parser() -> flags.StrictParser:
         "--device-list",
         type=flags.index_list,
         metavar="LIST",
-        help="such as 0,1,2,3; left out: all of this machine's, on a CPU 0,..,7, of which only the count matters",
+        help="such as 0,1,2,3, one process each with --multiprocessing-distributed, else one on the first; left out: "
+        "all of this machine's, on a CPU 0,..,7",
     )
     group.add_argument(
         "--max-devices", type=flags.positive_int, metavar="N", help="without --device-list, use at most N devices"
