@@ -31,7 +31,8 @@ class WeightAverage:
     def __init__(self, precise: Precision, part: float):
         self._precise, self._part = precise, part
         self._step = 0  # up to which the average has taken the weights in
-        self.model = copy.deepcopy(precise.model) if part else precise.model
+        # `float` changes no number; it lays a GRU's weights side by side again, as cuDNN wants them.
+        self.model = copy.deepcopy(precise.model).float() if part else precise.model
 
     def update(self, step: int) -> None:
         """Takes in the weights after a step, if `EVERY` steps have gone by since it last did.

@@ -11,6 +11,7 @@ import importlib
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -203,6 +204,10 @@ class World:
                 torch.set_num_threads(max(1, cores() // self.local_size))
         else:
             getattr(torch, self.kind).set_device(self.index)  # before the first collective, or all ranks take device 0
+        if self.kind == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # float32 is float32, in the GRUs too: TF32 has float16's digits
+            # PyTorch lays a GRU's weights side by side for cuDNN in float16 and float32; in bfloat16 cuDNN does it.
+            warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
         if self.size == 1:
             return
         if self.kind == "npu":
@@ -211,10 +216,11 @@ class World:
             # One node needs no other interface than loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         where = {"store": store, "rank": self.rank, "world_size": self.size} if store else {"init_method": "env://"}
+        backend = backend or BACKENDS[self.kind]
+        if backend == "nccl":
+            where["device_id"] = self.device  # it then connects here, and not in the first collective
         try:
-            dist.init_process_group(
-                backend or BACKENDS[self.kind], timeout=datetime.timedelta(seconds=timeout), **where
-            )
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **where)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 "distributed",

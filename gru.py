@@ -117,7 +117,8 @@ class GRU(nn.GRU):
         if counts[0] != counts[-1]:
             raise ValueError(f"here all steps need the same number of rows, not {counts}")
         inputs = inputs.view(len(counts), counts[0], -1)
-        inputs = torch.cat((inputs, share.expand(len(counts), -1, -1)), dim=2)
+        if share.shape[1]:
+            inputs = torch.cat((inputs, share.expand(len(counts), -1, -1)), dim=2)
         outputs, _ = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
         return outputs.flatten(0, 1)
 
@@ -245,7 +246,10 @@ class OutputLoss(torch.autograd.Function):
             )
             if with_gradients:  # `logits` are their gradient now
                 torch.mm(logits, weight[:, :own], out=d_features[rows])
-                d_weight[:, :own].addmm_(padded.T, features[rows], beta=1 if first else 0)
+                if first:
+                    d_weight[:, :own].addmm_(padded.T, features[rows])
+                else:
+                    torch.mm(padded.T, features[rows], out=d_weight[:, :own])
         if with_gradients:
             d_share = d_share.to(features.dtype)
             torch.mm(d_share.T, context, out=d_weight[:vocabulary, own:])

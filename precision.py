@@ -21,7 +21,7 @@ import copy
 import importlib
 import inspect
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +35,7 @@ LEVELS = ("O0", "O1", "O2", "O3")
 BACKENDS = ("auto", "apex", "native")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not fill the `out=` of those in gru.py
+BFLOAT16_CAPABILITY = (8, 0)  # of the GPUs that compute in it: Ampere's
 NO_APEX = "ModuleNotFoundError: No module named 'apex'"
 
 # float16 gradients below 6e-8 vanish: hence a scale. A dynamic one starts high and is halved until nothing overflows.
@@ -81,7 +82,13 @@ class Choice:
 
 
 def choose(
-    kind: str, level: str, *, dtype: str = "auto", loss_scale: float | str | None = None, backend: str = "auto"
+    kind: str,
+    level: str,
+    *,
+    dtype: str = "auto",
+    loss_scale: float | str | None = None,
+    backend: str = "auto",
+    indices: Sequence[int] = (0,),
 ) -> Choice:
     """What a device of `kind` runs with.
 
@@ -91,6 +98,7 @@ def choose(
         dtype: "float16", "bfloat16", or "auto" for what is fast on the device.
         loss_scale: a number, "dynamic", or None for what `dtype` needs.
         backend: "apex", "native", or "auto" for apex where it is installed and serves this device and level.
+        indices: this node's devices.
 
     Raises:
         UserError: usage, there is no such precision here.
@@ -98,7 +106,7 @@ def choose(
     if level == "O0":
         return Choice(loss_scale=loss_scale or 1.0)
     half = DTYPES.get(dtype, torch.bfloat16 if kind == "cpu" else torch.float16)
-    check_dtype(kind, half)
+    check_dtype(kind, level, half, indices)
     if level == "O3" and loss_scale not in (None, 1.0):
         todo = "leave it out: O3 has no float32 gradients to unscale into"
         raise UserError("usage", f"a loss scale, {loss_scale}, with O3", "--loss-scale", todo)
@@ -110,17 +118,21 @@ def choose(
     return Choice(level, half, loss_scale or needed, backend, note)
 
 
-def check_dtype(kind: str, half: torch.dtype) -> None:
-    """Raises a usage UserError if a device of `kind` should not compute in `half`."""
-    reason = ""
+def check_dtype(kind: str, level: str, half: torch.dtype, indices: Sequence[int]) -> None:
+    """Raises a usage UserError if these devices of `kind` should not compute in `half`."""
+    reason, todo = "", "leave the flag out: auto is right for every device"
     if kind == "npu" and half == torch.bfloat16:
         reason = "the NPU's GRU computes in float16 and float32 only"
     elif kind == "cpu" and half == torch.float16 and "avx512_fp16" not in words_about_cpu():
         reason = "float16 products take this CPU about ten times as long"
-    elif kind == "cuda" and half == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
-        reason = "this GPU has no bfloat16"
+    elif kind == "cuda" and half == torch.bfloat16:
+        old = [index for index in indices if torch.cuda.get_device_capability(index) < BFLOAT16_CAPABILITY]
+        if old:
+            reason = f"GPU {old[0]} has no bfloat16"
+        elif level == "O1":
+            reason, todo = "PyTorch's autocast computes a GRU in float16 on a GPU", "use --opt-level O2, or float16"
     if reason:
-        raise UserError("usage", f"{reason}", "--amp-dtype", "leave the flag out: auto is right for every device")
+        raise UserError("usage", reason, "--amp-dtype", todo)
 
 
 def choose_backend(kind: str, level: str, half: torch.dtype, wanted: str) -> tuple[str, str]:

@@ -31,7 +31,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from errors import UserError, check_packages, printable, run_main
@@ -346,11 +346,12 @@ def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
     return kind, indices
 
 
-def choose_precision(args: argparse.Namespace, kind: str) -> precision.Choice:
-    """What the flags ask for on a device of `kind`, see `precision.choose`; the flags then say what was chosen."""
+def choose_precision(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> precision.Choice:
+    """What the flags ask for on these devices of `kind`, see `precision.choose`; the flags then say what was chosen."""
     asked = {"--opt-level": args.opt_level, "--amp-dtype": args.amp_dtype, "--amp-backend": args.amp_backend}
     level = str(args.opt_level) if args.amp else "O0"
-    chosen = precision.choose(kind, level, dtype=args.amp_dtype, loss_scale=args.loss_scale, backend=args.amp_backend)
+    wanted = {"dtype": args.amp_dtype, "loss_scale": args.loss_scale, "backend": args.amp_backend}
+    chosen = precision.choose(kind, level, **wanted, indices=indices)
     given = [flag for flag, value in asked.items() if not isinstance(value, flags.Default)]
     left = [] if level != "O0" else [flag for flag in given if flag != "--opt-level" or not args.amp]
     if left:  # O0 is float32, whatever else is asked for
@@ -891,7 +892,7 @@ def main(argv: list[str]) -> None:
     kind, indices = choose_devices(args)
     worlds = make_worlds(args, kind, indices)
     is_main = worlds[0].is_main
-    chosen = None if args.evaluate else choose_precision(args, kind)  # scoring is in float32
+    chosen = None if args.evaluate else choose_precision(args, kind, indices)  # scoring is in float32
     meeting = meeting_point(args, worlds[0].nodes)
     with contextlib.ExitStack() as held:
         if is_main and not (args.evaluate or args.performance):

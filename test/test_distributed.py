@@ -82,7 +82,7 @@ def train_watched(
     )
     kind, indices = train_8p.choose_devices(args)
     worlds = train_8p.make_worlds(args, kind, indices)
-    chosen = train_8p.choose_precision(args, kind)
+    chosen = train_8p.choose_precision(args, kind, indices)
     train_8p.resolve_recipe(args, PAIRS, worlds[0])
     args.epochs, args.performance = EPOCHS, False
     store = launch.host_store("127.0.0.1", 0, 1)

@@ -77,7 +77,7 @@ def test_each_device_has_its_half_and_its_loss_scale(kind, level, dtype, loss_sc
 
 
 def test_bfloat16_on_cuda_needs_no_loss_scale(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert precision.choose("cuda", "O2", dtype="bfloat16").loss_scale == 1.0
     assert precision.choose("cuda", "O2", dtype="bfloat16", loss_scale="dynamic").loss_scale == "dynamic"
 
@@ -88,7 +88,8 @@ def test_bfloat16_on_cuda_needs_no_loss_scale(monkeypatch):
         ("npu", {"level": "O2", "dtype": "bfloat16"}, "--amp-dtype", "GRU"),
         ("npu", {"level": "O1", "dtype": "bfloat16"}, "--amp-dtype", "GRU"),
         ("cpu", {"level": "O2", "dtype": "float16"}, "--amp-dtype", "ten times"),
-        ("cuda", {"level": "O2", "dtype": "bfloat16"}, "--amp-dtype", "GPU"),
+        ("cuda", {"level": "O2", "dtype": "bfloat16", "indices": [0, 1]}, "--amp-dtype", "GPU 1 has no"),
+        ("cuda", {"level": "O1", "dtype": "bfloat16"}, "--amp-dtype", "autocast"),
         ("npu", {"level": "O3", "loss_scale": 32.0}, "--loss-scale", "32.0, with O3"),
         ("npu", {"level": "O3", "loss_scale": "dynamic"}, "--loss-scale", "dynamic, with O3"),
         ("npu", {"level": "O1", "backend": "apex"}, "--amp-backend", "O2 and O3"),
@@ -98,8 +99,7 @@ def test_bfloat16_on_cuda_needs_no_loss_scale(monkeypatch):
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(monkeypatch, kind, options, flag, reason):
-    old_gpu = flag == "--amp-dtype"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: not old_gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
     with pytest.raises(UserError) as caught:
         precision.choose(kind, **options)
     assert caught.value.exit_code == 2
@@ -343,7 +343,7 @@ def test_on_an_npu_the_scaler_is_torch_npus_own_which_sees_what_the_910a_saturat
 
 
 def test_apex_is_taken_where_it_is_installed_and_the_device_suits_it(apex, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert precision.choose("cuda", "O2", dtype="bfloat16").backend == "native", "apex casts to float16"
     assert precision.choose("npu", "O2").backend == "apex"
     assert precision.choose("cuda", "O3", backend="apex").backend == "apex"

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,29 @@ def test_a_faulty_dist_url_is_refused(url):
     refusal(train_8p.meeting_point, parse("--dist-url", url), 1)
 
 
+@pytest.mark.parametrize(("backend", "connects"), [(None, True), ("gloo", False)])
+def test_a_gpu_computes_without_tf32_and_connects_when_the_ranks_meet(monkeypatch, backend, connects):
+    """As far as it can be seen without one."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
+    monkeypatch.setattr(devices.dist, "init_process_group", lambda *args, **options: calls.append(options))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with warnings.catch_warnings(record=True) as caught:
+        devices.World(kind="cuda", index=1, rank=1, size=2, local_size=2).start(backend=backend)
+        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not caught
+    assert calls[0] == 1
+    assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)
+
+
+def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    args = parse("--amp", "--amp-dtype", "bfloat16")
+    assert "GPU 1 has no bfloat16" in refusal(train_8p.choose_precision, args, "cuda", [1])
+    assert train_8p.choose_precision(args, "cuda", [0]).dtype == torch.bfloat16
+
+
 def test_several_nodes_without_a_port_are_refused():
     refusal(train_8p.meeting_point, parse(), 2)
 
@@ -229,7 +253,7 @@ def test_several_nodes_without_a_port_are_refused():
 
 def resolved(pairs, *flags, local_size=1, kind="cpu"):
     args = parse(*flags)
-    train_8p.choose_precision(args, kind)
+    train_8p.choose_precision(args, kind, [0])
     train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
     return args
 
