@@ -58,6 +58,7 @@ __all__ = [
     "make_batch",
     "pad",
     "rank_share",
+    "spaceless",
     "tokenise",
 ]
 
@@ -163,6 +164,15 @@ def _with_ends(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.nda
     return whole, offsets
 
 
+def spaceless(tokens: list[str]) -> list[str]:
+    """The tokens without those of white space, which no score counts.
+
+    >>> spaceless(["ein", " ", "hund"])
+    ['ein', 'hund']
+    """
+    return [token for token in tokens if not token.isspace()]
+
+
 @dataclass(frozen=True)
 class Split:
     """The pairs of one split.
@@ -180,8 +190,8 @@ class Split:
 
     @property
     def references(self) -> list[list[str]]:
-        """`trg_tokens` without tokens of white space, which no score counts."""
-        return [[token for token in tokens if not token.isspace()] for tokens in self.trg_tokens]
+        """`trg_tokens` as they are scored, `spaceless`."""
+        return [spaceless(tokens) for tokens in self.trg_tokens]
 
     def __len__(self) -> int:
         return len(self.src.offsets) - 1

@@ -92,7 +92,7 @@ def translate(
         ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
-    return [[token for token in vocab.decode(row) if not token.isspace()] for row in ids.tolist()]
+    return [data.spaceless(vocab.decode(row)) for row in ids.tolist()]
 
 
 @torch.no_grad()

@@ -805,9 +805,10 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
         say(f"test {name} {loss:.4f} (perplexity {scoring.perplexity(loss):.2f})")
     if beam_size > 1:
         say(f"length penalty of the beam: {length_penalty:g}")
+    references = test.references
     for size in sorted({1, beam_size}):
         found = scoring.translate(model, own.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
-        scores = scoring.evaluate(found, test.references)
+        scores = scoring.evaluate(found, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
         say(f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}")
     say(f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})")

@@ -41,7 +41,7 @@ def translate_plainly(model: plain.Seq2Seq, src: data.Side, vocab: data.Vocabula
     device = model.decoder.fc_out.weight.device
     sentences = (data.pad(src, torch.tensor([index]))[0].to(device) for index in range(len(src.lengths)))
     translations = (vocab.decode(model.greedy(sentence)) for sentence in sentences)
-    return [[token for token in tokens if not token.isspace()] for tokens in translations]
+    return [data.spaceless(tokens) for tokens in translations]
 
 
 def agreement(translations: list[list[str]], references: list[list[str]]) -> float:

@@ -184,22 +184,25 @@ def test_id_outside_the_vocabulary_is_refused_before_a_device_gets_it(folder, lo
     refused(dataclasses.replace(corpus, val=split).check_ids, "data", f"token id {wrong}", "val")
 
 
-def test_white_space_tokens_are_read_as_in_training_but_are_no_reference_words(tmp_path, load):
-    spaced = [[line.replace(" ", "  ") for line in lines] for lines in (DE, EN)]
-    corpus = load(write_corpus(tmp_path / "spaced", train=spaced, val=(spaced[0][0], spaced[1][0])))
-    assert " " in corpus.src_vocab.itos
-    assert corpus.val.src_tokens == [["ein", " ", "hund", " ", "bellt", "."]]
-    assert corpus.val.trg_tokens == [["a", " ", "dog", " ", "barks", "."]]
-    assert corpus.val.references == [["a", "dog", "barks", "."]]
+@pytest.fixture
+def spaced(tmp_path, load):
+    """A corpus with two spaces between any two words."""
+    lines = [[line.replace(" ", "  ") for line in side] for side in (DE, EN)]
+    return load(write_corpus(tmp_path / "spaced", train=lines, val=(lines[0][0], lines[1][0])))
 
 
-def test_the_words_of_a_split_are_those_of_its_ids(tmp_path, load):
+def test_white_space_tokens_are_read_as_in_training_but_are_no_reference_words(spaced):
+    assert " " in spaced.src_vocab.itos
+    assert spaced.val.src_tokens == [["ein", " ", "hund", " ", "bellt", "."]]
+    assert spaced.val.trg_tokens == [["a", " ", "dog", " ", "barks", "."]]
+    assert spaced.val.references == [["a", "dog", "barks", "."]]
+
+
+def test_the_words_of_a_split_are_those_of_its_ids(spaced):
     """So that a model with a vocabulary of its own is scored on the sentences that another one is validated on."""
-    spaced = [[line.replace(" ", "  ") for line in lines] for lines in (DE, EN)]
-    corpus = load(write_corpus(tmp_path / "spaced", train=spaced, val=(spaced[0][0], spaced[1][0])))
-    for split in (corpus.val, corpus.test):
-        assert torch.equal(data.Side.encode(split.src_tokens, corpus.src_vocab).ids, split.src.ids)
-        assert torch.equal(data.Side.encode(split.trg_tokens, corpus.trg_vocab).ids, split.trg.ids)
+    for split in (spaced.val, spaced.test):
+        assert torch.equal(data.Side.encode(split.src_tokens, spaced.src_vocab).ids, split.src.ids)
+        assert torch.equal(data.Side.encode(split.trg_tokens, spaced.trg_vocab).ids, split.trg.ids)
 
 
 def test_min_freq_bounds_the_vocabulary(folder, load):
