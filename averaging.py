@@ -45,7 +45,11 @@ class WeightAverage:
 
     @torch.no_grad()
     def catch_up(self, step: int) -> None:
-        """Takes in the weights after a step, once, for all steps since it last did."""
+        """Takes in the weights after a step, once, for all steps since it last did.
+
+        Args:
+            step: the number of steps so far.
+        """
         if not self._part:
             return
         self._precise.refresh_model()

@@ -258,8 +258,18 @@ class OutputLoss(torch.autograd.Function):
 
     @staticmethod
     def softmax(logits, share, targets, counts, smoothing, ignored, scale, d_share):
-        """The loss of some steps' rows. `logits`, given without the share, becomes the gradient of loss times `scale`;
-        `d_share` adds that up for each sentence."""
+        """The loss of some steps' rows, summed, and in the place of their logits its gradient.
+
+        Args:
+            logits: [rows, vocabulary] without the context's share; becomes the gradient of the loss times `scale`.
+            share: [batch, vocabulary] the context's share of the logits, bias included, in float32 or better.
+            targets: [rows] token ids.
+            counts: the steps' numbers of rows.
+            smoothing: the mass spread over the vocabulary.
+            ignored: the target id that stands for no target.
+            scale: of the gradients.
+            d_share: [batch, vocabulary] the gradient of `share` times `scale`; that of these rows is added to it.
+        """
         loss = share.new_zeros(())
         on_cpu = logits.device.type == "cpu"
         limit = max(OutputLoss.SOFTMAX_ROWS, counts[0]) if on_cpu else len(logits)
@@ -524,6 +534,8 @@ class Seq2Seq(nn.Module):
         """
         context = self.encoder(src, src_len)  # [1, batch, hid dim]
         steps, batch = len(trg) - 1, trg.shape[1]
+        if steps == 0:
+            return context.new_zeros(1, batch, self.decoder.fc_out.out_features)
         features = self.features(trg[:-1].flatten(), [batch] * steps, context[0], teacher_forcing_ratio)
         logits = self.decoder.logits(features.view(steps, batch, -1), context.expand(steps, -1, -1))
         return torch.cat((logits.new_zeros(1, *logits.shape[1:]), logits))  # [trg len, batch, output dim]
@@ -638,7 +650,7 @@ class TrainingLoss(nn.Module):
 
     Args:
         model: the `Seq2Seq` to train.
-        label_smoothing: probability mass spread evenly over the vocabulary (Szegedy et al. 2015, arXiv 1512.00567).
+        label_smoothing: probability mass spread evenly over the vocabulary (Szegedy et al. 2016, arXiv 1512.00567).
         pad_index: the target id that stands for no target.
     """
 

@@ -25,13 +25,15 @@ DEADLINE = 120
 
 
 def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
-    """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights."""
-    shares, totals, steps = [], [], []
+    """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights, and the generator's first state.
+    """
+    shares, totals, steps, generators = [], [], [], []
     rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step
 
     def watched_share(indices, rank, world_size):
         share = rank_share(indices, rank, world_size)
         shares.append(share.tolist())
+        generators.append(torch.get_rng_state())
         return share
 
     def watched_step_done(self, sums, pairs):
@@ -49,7 +51,8 @@ def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None
         watched_step,
     )
     train_8p.run_rank(index, args, chosen, worlds, meeting)
-    torch.save({"shares": shares, "totals": totals, "steps": steps}, Path(folder) / f"rank{worlds[index].rank}.pt")
+    record = {"shares": shares, "totals": totals, "steps": steps, "generator": generators[0]}
+    torch.save(record, Path(folder) / f"rank{worlds[index].rank}.pt")
 
 
 def overflowing_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
@@ -140,6 +143,17 @@ def test_two_ranks_see_each_pair_once_an_epoch_and_none_twice(runs):
     for epoch in range(EPOCHS):
         seen = [pair for shares in steps[3 * epoch : 3 * epoch + 3] for share in shares for pair in share]
         assert sorted(seen) == list(range(PAIRS))
+
+
+def test_each_epoch_of_a_run_has_an_order_of_its_own(runs):
+    one, _ = runs
+    steps = training_shares(one)
+    assert len({str(steps[3 * epoch : 3 * epoch + 3]) for epoch in range(EPOCHS)}) == EPOCHS
+
+
+def test_two_ranks_draw_other_numbers_for_dropout(runs):
+    _, two = runs
+    assert not torch.equal(two[0]["generator"], two[1]["generator"])
 
 
 def test_an_uneven_last_batch_leaves_a_rank_without_pairs(runs):

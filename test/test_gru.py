@@ -375,6 +375,11 @@ def test_dropout_of_one_and_in_evaluation_are_as_ever():
     assert (gru.Dropout(0.5).eval()(torch.ones(9)) == 1).all()
 
 
+def test_a_target_of_sos_alone_has_the_row_of_zeros_alone(model, pairs):
+    src, src_len, trg, _ = pairs
+    assert torch.equal(model(src, trg[:1], 1.0, src_len), plain_logits(model, src, trg[:1], 1.0, src_len))
+
+
 def test_decoder_forward_is_one_step_of_the_model(model, pairs):
     src, src_len, trg, _ = pairs
     context = plain_context(model, src, src_len).unsqueeze(0)
