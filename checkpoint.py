@@ -208,11 +208,11 @@ def load(path: str | Path) -> Checkpoint:
             where,
             "use a file that train_8p.py wrote, or a plain state dict",
         ) from error
+    except PermissionError as error:
+        raise UserError("checkpoint", f"cannot be read: {error.strerror}", where, "check its permissions") from error
     except Exception as error:  # a damaged file makes the reader trip over anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            "checkpoint", f"not a checkpoint that can be read ({reason})", where, "use an earlier copy, or train again"
-        ) from error
+        what = "incomplete, or no checkpoint at all"
+        raise UserError("checkpoint", what, where, "use an earlier copy, or train again") from error
     if isinstance(content, dict) and "format" in content:
         return read_own(content, where)
     return read_original(content, where)

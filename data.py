@@ -267,6 +267,8 @@ def load(
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
+    if src_lang == trg_lang:
+        raise UserError("usage", f"both languages are {src_lang}", "--src-lang, --trg-lang", "give the other one too")
     try:
         if data_dir.is_file() or not data_dir.absolute().parent.is_dir():
             what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"

@@ -76,7 +76,7 @@ def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dic
     deadline = time.monotonic() + timeout
     failures = []
     for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
-        log(f"downloading Multi30k (1.3 MB) from {source}")
+        log(f"no corpus in {target.parent}: downloading Multi30k (1.3 MB) from {source}")
         until = time.monotonic() + (deadline - time.monotonic()) / left
         try:
             return _before(until, _fetch_all, source, until)
@@ -85,10 +85,10 @@ def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dic
             log(f"download failed: {failures[-1]}")
     raise UserError(
         "io",
-        f"Multi30k cannot be downloaded: {', '.join(failures)}",
+        f"there is no corpus in {target.parent}, and Multi30k cannot be downloaded: {', '.join(failures)}",
         str(target),
-        f"fetch {', '.join(f'{there}.gz' for there, _, _ in MULTI30K.values())} from {BASE_URL} by hand and put them "
-        "there as they are, or name another address with --mirror, or train with --data-dir sample, which needs none",
+        "name a corpus's folder with --data-dir, or another address with --mirror, or leave --data-dir out to train on "
+        f"the sample, or put {', '.join(f'{there}.gz' for there, _, _ in MULTI30K.values())} there by hand",
     )
 
 

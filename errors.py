@@ -9,6 +9,7 @@ import importlib.metadata
 import os
 import sys
 import traceback
+from pathlib import Path
 
 PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -56,8 +57,18 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def check_packages() -> None:
-    """Ends the program with one line if a package is not installed; to be called before their imports."""
+def before_imports() -> None:
+    """Ends the program with one line if a package is not installed, and lets Ctrl-C during the imports, which take
+    seconds and come before `run_main`, end it with one line too."""
+    report = sys.excepthook
+
+    def in_one_line(kind, error, trace) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)  # the interpreter then ends as the signal does
+        else:
+            report(kind, error, trace)
+
+    sys.excepthook = in_one_line
     missing = []
     for package in PACKAGES:
         try:
@@ -65,8 +76,9 @@ def check_packages() -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        what, todo = f"not installed: {', '.join(missing)}", "run python3 -m pip install -r requirements.txt"
-        print(UserError("usage", what, sys.executable, f"{todo}, or use the Python that has them"), file=sys.stderr)
+        wanted = Path(__file__).with_name("requirements.txt")
+        todo = f"run python3 -m pip install -r {wanted}, or use the Python that has them"
+        print(UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo), file=sys.stderr)
         sys.exit(EXIT_CODES["usage"])
 
 

@@ -135,6 +135,9 @@ def pair_chunks(paths: tuple[Path, Path], digests: tuple[str, str]) -> Iterator[
             lines = count_lines(src)
             with _reading(paths[1]):
                 trg = list(itertools.islice(trg_file, lines))
+            if first == 1:  # text in UTF-16 has other ends of lines too, and that it is none is what to say
+                for path, text in zip(paths, (src, b"".join(trg[:1])), strict=True):
+                    split_lines(text.partition(b"\n")[0], path)
             if len(trg) < lines:
                 _raise_unlike(paths, first - 1 + lines + sum(1 for _ in src_file), first - 1 + len(trg))
             texts = (src, b"".join(trg))

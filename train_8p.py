@@ -34,9 +34,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from errors import UserError, check_packages, printable, run_main
+from errors import UserError, before_imports, printable, run_main
 
-check_packages()
+before_imports()
 
 # Before torch: it decides how torch is imported.
 import devices  # isort: split
@@ -292,6 +292,21 @@ def build_parser() -> flags.StrictParser:
         if action.dest in RECIPES["tuned"]:
             action.help += f" ({', '.join(f'{recipe}: {values[action.dest]}' for recipe, values in RECIPES.items())})"
     return parser
+
+
+# Flags that --evaluate does not look at.
+OF_TRAINING_ALONE = {*RECIPES["tuned"], "recipe", "emb_dim", "hid_dim", "seed", "print_freq", "ckptpath", "performance"}
+OF_TRAINING_ALONE |= {"amp", "opt_level", "loss_scale", "amp_dtype", "amp_backend"}
+OF_TRAINING_ALONE -= {"fixed_length", "beam_size", "length_penalty"}
+
+
+def unused_to_score(parser: flags.StrictParser, args: argparse.Namespace) -> list[str]:
+    """The flags that were given and have no effect with --evaluate; one with its default's value does not count."""
+    return [
+        action.option_strings[-1 if len(action.option_strings[0]) == 2 else 0]
+        for action in parser._actions
+        if action.dest in OF_TRAINING_ALONE and getattr(args, action.dest) != action.default
+    ]
 
 
 # ---------------------------------------------------------------- set-up
@@ -777,16 +792,16 @@ class BestKeeper:
 # ---------------------------------------------------------------- scoring
 
 
-def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) -> None:
+def score(args: argparse.Namespace, kind: str, path: Path, saved: checkpoint.Checkpoint, corpus: data.Corpus) -> None:
     """Translates the test set with a checkpoint and prints its BLEU.
 
     Args:
         args: the flags; `--bleu-npu` says on which device.
         kind: that device's kind.
-        path: the checkpoint.
+        path: where the checkpoint was read from.
+        saved: the checkpoint.
         corpus: the data, whose test pairs are used.
     """
-    saved = checkpoint.load(path)
     src_vocab, trg_vocab = vocabularies(saved, corpus, str(path))
     world = devices.World(kind=kind, index=args.bleu_npu)
     world.start()
@@ -797,7 +812,9 @@ def score(args: argparse.Namespace, kind: str, path: Path, corpus: data.Corpus) 
     fixed_length, beam_size, length_penalty = (
         setting_to_score(args, saved, name) for name in ("fixed_length", "beam_size", "length_penalty")
     )
-    beam_size = min(beam_size, len(trg_vocab))
+    if beam_size > len(trg_vocab):
+        say(f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types")
+        beam_size = len(trg_vocab)
     say(f"scored: {path} on {len(test)} test pairs, in float32, on {where}")
     say(f"losses: {f'padded or cut to {fixed_length} tokens' if fixed_length else 'without padding'}")
     for name, ratio in (("loss", 1.0), ("free-running loss", 0.0)):
@@ -889,12 +906,16 @@ def run_rank(
 
 
 def main(argv: list[str]) -> None:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    unused = unused_to_score(parser, args) if args.evaluate else []
     kind, indices = choose_devices(args)
     worlds = make_worlds(args, kind, indices)
     is_main = worlds[0].is_main
     chosen = None if args.evaluate else choose_precision(args, kind, indices)  # scoring is in float32
     meeting = meeting_point(args, worlds[0].nodes)
+    if is_main and unused:
+        say(f"note: no effect with --evaluate: {', '.join(unused)}")
     with contextlib.ExitStack() as held:
         if is_main and not (args.evaluate or args.performance):
             held.enter_context(checkpoint.claimed(Path(args.ckptpath)))
@@ -917,6 +938,7 @@ def run(
     """
     is_main, kind = worlds[0].is_main, worlds[0].kind
     left_open = args.device == "auto" and args.npu is None and args.gpu is None
+    saved = checkpoint.load(args.evaluate) if args.evaluate else None  # before a download, or long tokenising
     if is_main and left_open and (reason := devices.passed_over(kind)):
         say(printable(f"note: torch_npu is installed, but there is no NPU to run on: {reason}; running on {kind}"))
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
@@ -925,7 +947,7 @@ def run(
         if is_main:
             for note in corpus.notes:
                 say(printable(note))
-            score(args, kind, Path(args.evaluate), corpus)
+            score(args, kind, Path(args.evaluate), saved, corpus)
         return
 
     start = time.monotonic()
@@ -935,7 +957,8 @@ def run(
     else:
         run_rank(0, args, chosen, worlds, None, corpus)
     if is_main and not args.performance:
-        score(args, kind, Path(args.ckptpath), corpus)
+        path = Path(args.ckptpath)
+        score(args, kind, path, checkpoint.load(path), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")
 
 

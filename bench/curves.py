@@ -128,7 +128,10 @@ def main(argv: list[str]) -> None:
         name, equals, path = argument.partition("=")
         if not equals:
             parser.error(f"expected NAME=LOG, not {argument!r}")
-        runs.append(read_log(name, Path(path)))
+        try:
+            runs.append(read_log(name, Path(path)))
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
 
     import matplotlib.figure
 

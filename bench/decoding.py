@@ -24,6 +24,7 @@ import machine
 import plain
 import scoring
 from devices import World
+from errors import run_main
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MUST = {"fp32": 15, "bf16": 30}
@@ -106,4 +107,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_main(main, sys.argv[1:]))

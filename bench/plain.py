@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import machine
+from errors import run_main
 
 LENGTH = 46  # tokens, `<sos>` and `<eos>` counted
 MAX_LENGTH = 50  # most tokens of a translation
@@ -160,4 +161,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_main(main, sys.argv[1:]))

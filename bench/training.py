@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import machine
 import plain
+from errors import run_main
 
 PORT = {
     "amp": ["--amp", "--teacher-forcing-ratio=1.0"],
@@ -102,4 +103,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_main(main, sys.argv[1:]))

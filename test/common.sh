@@ -25,8 +25,11 @@ fail() { # exit code, message
     exit "$1"
 }
 
-quoted() { # a value of the user's on one line, its control characters escaped
-    printf '%q' "$1"
+quoted() { # a value of the user's on one line, as a shell takes it, so that its control characters are escaped
+    case $1 in
+        '' | *[!a-zA-Z0-9,./_=:+-]*) printf %q "$1" ;;
+        *) printf %s "$1" ;;
+    esac
 }
 
 usage() {
@@ -81,6 +84,7 @@ where CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
   train_\$ASCEND_DEVICE_ID.log  the whole run
   train_CASE_loss.txt          one loss a line
   CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
+The results of this wrapper's earlier runs, whatever their batch, go on as NAME.previous; the log is made anew.
 END
 }
 
@@ -150,6 +154,9 @@ parse_arguments() {
         options+=("$@") # the lone -- is its first
         for argument in "$@"; do
             if [[ $argument == --help || $argument == -h ]]; then help_of_train=yes; fi
+            if [[ $KIND == full && $argument == --performance ]]; then
+                fail 2 "error[usage]: --performance scores nothing, and this wrapper reports a score; test/$name; use test/train_performance_${RANK_SIZE}p.sh"
+            fi
             if [[ ${argument%%=*} == --evaluate ]]; then
                 fail 2 "error[usage]: --evaluate trains nothing, and a wrapper reports a training; test/$name; run python3 $repo/train_8p.py --evaluate CHECKPOINT"
             fi
@@ -216,12 +223,20 @@ prepare_output() {
     fi
     printf '%s\n' "$$" >"$output/.lock"
 
-    # A run that fails must not leave an older run's results. The log is made anew: a tee that outlived its wrapper
-    # would go on writing to the old one.
-    if ! { rm -f -- "$log" "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" \
-        "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
+    # A run that fails must not leave an older run's results under their names. The log is made anew: a tee that
+    # outlived its wrapper would go on writing to the old one.
+    if ! { set_aside "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" &&
+        set_aside "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
+        rm -f -- "$log" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi
+}
+
+set_aside() { # files, or a pattern that no file has
+    local file
+    for file in "$@"; do
+        if [[ -e $file ]]; then mv -f -- "$file" "$file.previous" || return; fi
+    done
 }
 
 try_lock() {

@@ -260,6 +260,22 @@ def test_curves_refuses_what_is_not_one_whole_run(tmp_path, lines):
         curves.read_log("name", tmp_path / "log")
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "code"),
+    [
+        ("decoding", ["--data-dir", REPOSITORY / "sample", "--ckpt", "absent"], 4),
+        ("training", ["--data-dir", "absent/too"], 3),
+        ("plain", ["train", "--data-dir", "absent/too"], 3),
+        ("curves", ["--out", "a.png", "name=absent"], 2),
+    ],
+)
+def test_what_a_user_can_mend_is_said_without_a_traceback(tmp_path, script, arguments, code):
+    command = [sys.executable, REPOSITORY / "bench" / f"{script}.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False), done.stderr
+    assert "absent" in done.stderr.splitlines()[-1]
+
+
 def test_curves_draws_each_figure_in_its_place():
     epochs = [curves.Epoch(0, 4.0, 6.0, 10.0), curves.Epoch(1, 3.0, 5.0, 20.0)]
     runs = [curves.Run("a", 64, epochs), curves.Run("a", 64, epochs), curves.Run("b", 32, epochs[:1])]

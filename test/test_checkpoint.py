@@ -82,7 +82,8 @@ def test_a_truncated_checkpoint_is_refused(saved):
     content = saved.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
-        refusal(saved)
+        message = refusal(saved)
+        assert length == 1 or message.startswith("error[checkpoint]: incomplete, or no checkpoint at all; ")
 
 
 def test_a_flipped_bit_is_refused_or_without_effect(saved):
@@ -123,6 +124,12 @@ def test_a_text_file_is_no_checkpoint(tmp_path):
 
 def test_a_missing_file_is_named(tmp_path):
     assert "no such file" in refusal(tmp_path / "absent")
+
+
+def test_a_file_that_one_may_not_read_is_refused(saved, as_nobody):
+    saved.chmod(0)
+    with as_nobody():
+        assert "cannot be read: Permission denied" in refusal(saved)
 
 
 class Harmful:

@@ -535,9 +535,10 @@ def test_invalid_utf8_is_refused_with_file_line_and_byte(folder, load):
     assert UserError("data", "", "", "").exit_code == 3
 
 
-def test_utf16_is_refused_as_no_utf8(folder, load):
-    (folder / "train.en").write_text("\n".join(EN), encoding="utf-16")
-    refused(lambda: load(folder), "data", "not UTF-8", "train.en:1", "convert the file")
+@pytest.mark.parametrize("name", ["train.de", "train.en"])
+def test_utf16_is_refused_as_no_utf8_and_not_for_its_count_of_lines(folder, load, name):
+    (folder / name).write_text((folder / name).read_text(), encoding="utf-16")  # a last line that does not end
+    refused(lambda: load(folder), "data", "not UTF-8", f"{name}:1", "convert the file")
 
 
 @pytest.mark.parametrize("change", ["bom", "crlf", "no last newline", "spaces around"])
@@ -656,6 +657,10 @@ def test_missing_file_is_refused_with_the_paths_tried(folder, load):
     assert "train" not in message.partition(";")[0], "those are there"
     assert f"{folder}/test.en.gz" in message
     assert f"{folder}/test.de," not in message, "that one is there"
+
+
+def test_one_language_twice_is_refused(folder, load):
+    refused(lambda: load(folder, trg_lang="de"), "usage", "both languages are de", "--src-lang, --trg-lang")
 
 
 def no_download(*args, **options):

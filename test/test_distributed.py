@@ -25,8 +25,7 @@ DEADLINE = 120
 
 
 def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
-    """`train_8p.run_rank`, writing down each step's pairs, loss, gradients and weights, and the generator's first state.
-    """
+    """`train_8p.run_rank`, writing down the generator's first state, each step's pairs, loss, gradients and weights."""
     shares, totals, steps, generators = [], [], [], []
     rank_share, step_done, step = data.rank_share, progress.EpochLog.step_done, precision.NativePrecision.step
 

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -483,6 +484,7 @@ def test_a_beam_wider_than_the_vocabulary_is_as_wide_as_it(trained, capsys):
     code, out, err = run(*evaluate, "--beam-size", "1000", capsys=capsys)
     assert code == 0, err
     types = len(checkpoint.load(folder / "seq2seq-gru-model.pth.tar").trg_vocab)
+    assert f"note: the beam is {types} wide, not 1000: " in out
     assert list(scores_of(out)) == ["greedy", f"beam of {types}"]
 
 
@@ -713,6 +715,7 @@ def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, cap
     [
         (["--data-dir", "{empty}", "--src-lang", "fr"], 3),
         (["--evaluate", "{empty}/absent"], 4),
+        (["--evaluate", "{empty}/absent", "--data-dir", "{empty}/absent/too"], 4),
         (["--ckptpath", "{empty}/no/such/folder/model"], 5),
         (["--opt-level", "O3", "--amp", "--loss-scale", "32"], 2),
         (["--amp", "--amp-backend", "apex", "--amp-dtype", "bfloat16"], 2),
@@ -784,13 +787,35 @@ def test_flags_without_effect_are_named(tiny_corpus, capsys):
     assert "note: --amp-dtype and --amp-backend have no effect in O0\n" in run(*in_o0, capsys=capsys)[1]
 
 
+def test_flags_without_effect_on_a_score_are_named(trained, capsys):
+    folder, corpus, _ = trained
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"), "--beam-size", "1")
+    note = "note: no effect with --evaluate: {}--emb-dim, --hid-dim{}\n"
+    assert note.format("", "") in run(*evaluate, "--fixed-length", "8", capsys=capsys)[1], "what `run` gives"
+    unused = ("--recipe", "modelzoo", "--amp", "-b", "3", "-p", "7", "--performance")
+    expected = note.format("--recipe, --batch-size, ", ", --amp, --print-freq, --performance")
+    assert expected in run(*evaluate, *unused, capsys=capsys)[1]
+
+
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
 def test_missing_packages_are_named_with_what_to_do(tmp_path):
     done = subprocess.run(
         [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
-    assert "requirements.txt" in done.stderr
+    assert f"{REPOSITORY / 'requirements.txt'}" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -303,7 +303,9 @@ def test_an_unknown_precision_mode_is_an_error_that_lists_the_modes(repo, argume
 
 @pytest.mark.parametrize("wrapper", ["train_full_1p.sh", "train_performance_1p.sh"])
 def test_one_device_runs_refuse_a_list_of_devices(repo, wrapper):
-    assert is_usage_error(repo.run(wrapper, "--device_list=0,1"))
+    done = repo.run(wrapper, "--device_list=0,1")
+    assert is_usage_error(done)
+    assert " entry: 0,1; " in done.stderr
 
 
 def test_the_callers_environment_gives_no_arguments(repo):
@@ -329,6 +331,13 @@ def test_evaluate_after_the_hyphens_is_refused_before_anything_is_replaced(repo,
     done = repo.run("train_full_1p.sh", "--", *arguments)
     assert is_usage_error(done)
     assert "train_8p.py --evaluate" in done.stderr
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_performance_run_is_refused_where_a_score_is_wanted(repo, wrapper):
+    done = repo.run(wrapper, "--", "--performance")
+    assert is_usage_error(done) == ("full" in wrapper)
+    assert ("use test/train_performance_" in done.stderr) == ("full" in wrapper)
 
 
 def test_help_after_the_hyphens_is_the_training_scripts_own(repo):
@@ -725,14 +734,17 @@ def test_a_speed_of_nothing_is_a_failure(repo, fps):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_failed_run_leaves_no_results_of_an_earlier_one(repo, wrapper):
+def test_a_failed_run_sets_the_results_of_an_earlier_one_aside(repo, wrapper):
     assert repo.run(wrapper).returncode == 0
-    assert len(list(repo.output().glob(f"*{NETWORK}*"))) == 2
+    results = {path.name: path.read_text() for path in repo.output().glob(f"*{NETWORK}*")}
+    assert len(results) == 2
     (repo.output() / "killed.log.tmp").touch()
     (repo.output() / "a note.txt").touch()
-    assert repo.run(wrapper, behaviour="sys.exit(1)").returncode == 1
-    assert sorted(path.name for path in repo.output().iterdir()) == [".lock", "a note.txt", "train_0.log"]
-    assert (repo.output() / "train_0.log").read_text() == ""
+    for _ in range(2):
+        assert repo.run(wrapper, behaviour="sys.exit(1)").returncode == 1
+    found = {path.name: path.read_text() for path in repo.output().iterdir()}
+    assert found.pop(".lock") and found.pop("a note.txt") == found.pop("train_0.log") == ""
+    assert found == {f"{name}.previous": text for name, text in results.items()}
 
 
 def test_the_results_of_other_wrappers_stay(repo):
