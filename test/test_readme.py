@@ -206,10 +206,20 @@ def test_what_else_is_said_of_the_scores_stands_in_their_log(text):
 
 @LANGUAGES
 def test_the_beginnings_of_modelzoo_are_those_of_its_logs(text):
-    """BLEU after four epochs, of the two seeds."""
+    """BLEU after four epochs, and what the last one adds, of the two seeds."""
     names = ("multi30k-modelzoo-float32-cpu.log", "multi30k-modelzoo-float32-seed2-cpu.log")
-    bleus = [f"{validations(REPOSITORY / 'results' / name)[3][0]:.1f}" for name in names]
-    assert any(join.join(bleus) in text for join in (" and ", " 和 "))
+    runs = [[bleu for bleu, *_ in validations(REPOSITORY / "results" / name)] for name in names]
+    for bleus in ([run[3] for run in runs], [run[9] - run[8] for run in runs]):
+        assert any(join.join(f"{bleu:.1f}" for bleu in bleus) in text for join in (" and ", " 和 "))
+
+
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE, SEARCH], ids=["en", "zh", "search"])
+def test_the_best_epochs_of_eight_processes_and_of_one_with_their_batch_stand_in_their_logs(text):
+    bleus = [
+        f"{max(bleu for bleu, *_ in validations(REPOSITORY / 'results' / name)):.2f}"
+        for name in ("multi30k-tuned-8p-cpu.log", "batch/128.log")
+    ]
+    assert any(re.findall(r"\b\d\d\.\d\d\b", part)[:2] == bleus for part in text.split("\n\n"))
 
 
 @LANGUAGES
