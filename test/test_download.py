@@ -232,6 +232,7 @@ def test_mirror_is_tried_next(tmp_path, start, fault):
     fetch(tmp_path, first.url, mirror=f"{second.url}/some/where/", log=lines.append)
     assert contents(tmp_path) == TEXTS
     assert second.paths[0] == "/some/where/train.de.gz"
+    assert lines[0] == f"no corpus in {tmp_path}: downloading Multi30k (1.3 MB) from {first.url}"
     assert any(line.startswith(f"download failed: {first.url}") for line in lines)
 
 
