@@ -359,6 +359,15 @@ def test_the_bleu_of_the_epochs_with_the_lowest_loss_stands_in_the_logs():
     assert f"whose greedy BLEU is {mean_and_deviation(kept)}." in " ".join(SEARCH.split())
 
 
+def test_the_rates_of_both_kinds_of_batches_are_the_means_of_their_log():
+    log = (REPOSITORY / "bench" / "results" / "batching.log").read_text(encoding="utf-8")
+    rates = {}
+    for kind, rate in re.findall(r"^([\w-]+)\n\* FPS@all (\S+)$", log, re.MULTILINE):
+        rates.setdefault(kind, []).append(float(rate))
+    like, random = statistics.mean(rates["like-length"]), statistics.mean(rates["random"])
+    assert f"speed: {like:.1f} pairs/s in training beside {random:.1f} ([log]" in " ".join(SEARCH.split())
+
+
 def test_the_figures_of_the_batches_are_the_means_of_their_logs():
     tuned, *rows = rows_of_the_search("The batch on several devices")
     assert tuned[0].startswith(f"{train_8p.RECIPES['tuned']['batch_size']}")
