@@ -155,7 +155,7 @@ RESULTS = [
 def test_the_figures_of_the_results_stand_in_the_logs_of_such_runs(text):
     """In a row of several logs, their mean and the deviation of one of them."""
     rows = [line for line in text.splitlines() if line.startswith("|") and "](results/" in line]
-    assert len(rows) == 7
+    assert len(rows) == 8
     for row in rows:
         cells = [cell.strip() for cell in row.split("|")]
         logs = [(REPOSITORY / path).read_text(encoding="utf-8") for path in re.findall(r"\]\((results/[^)]*)\)", row)]
@@ -419,3 +419,8 @@ def test_the_quick_starts_result_stands_in_its_log(text):
     assert len(shown) == 3
     for line in shown:
         assert line in log.splitlines()
+    path = "results/sample-train_full_1p-bfloat16-cpu.log"
+    in_bfloat16 = (REPOSITORY / path).read_text(encoding="utf-8")
+    assert " precision=bfloat16/O2 " in in_bfloat16
+    bleu = re.search(r"^Final Train Accuracy : (\S+)", in_bfloat16, re.MULTILINE).group(1)
+    assert re.search(rf"\b{bleu}\s*[(（]\[\w+\]\({path}\)", text)
