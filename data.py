@@ -22,20 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch: it decides how torch is imported.
-from devices import cores  # isort: split
+from nmt.devices import cores
+from nmt.errors import UserError
+from nmt.storage import Log, sha256
+from nmt.text import cache
+from nmt.text import files as textfiles
+from nmt.text import tokens as textwords
+from nmt.text.download import download_multi30k
+from nmt.text.files import any_corpus, find_files
+from nmt.text.tokens import MAX_WORDS, tokenise
 
 import numpy as np
 import torch
-
-import cache
-import textfiles
-import textwords
-from download import download_multi30k
-from errors import UserError
-from storage import Log, sha256
-from textfiles import any_corpus, find_files
-from textwords import MAX_WORDS, tokenise
 
 __all__ = [
     "Batch",

@@ -35,11 +35,6 @@ import random
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-# Before torch: it decides how torch is imported.
-import devices  # noqa: F401
-
-# isort: split
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -239,7 +234,10 @@ class OutputLoss(torch.autograd.Function):
         for first, last in runs(counts, block, alike=False):
             rows = slice(sum(counts[:first]), sum(counts[:last]))
             padded = features.new_empty(sum(counts[first:last]), width)
-            logits = padded[:, :vocabulary]  # what is beyond the vocabulary stays undefined, here and in `d_weight`
+            logits = padded[:, :vocabulary]
+            # AMX's products read whole blocks of a row and multiply what is beyond the vocabulary by 0. It must not be
+            # NaN there. In `d_weight` it stays undefined.
+            padded[:, vocabulary:] = 0
             torch.mm(features[rows], weight[:, :own].T, out=logits)
             total += OutputLoss.softmax(
                 logits, share, targets[rows], counts[first:last], smoothing, ignored, ctx.scale, d_share

@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import sacrebleu
-import torch
-
 import data
 import gru
-from beam import beam_search
-from devices import World
+from nmt.devices import World
+from nmt.search import beam_search
+
+import sacrebleu
+import torch
 
 MAX_LENGTH = 50  # most tokens of a translation, as in the original
 BATCH_SIZE = 256

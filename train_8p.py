@@ -34,25 +34,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from errors import UserError, before_imports, printable, run_main
+from nmt.errors import UserError, before_imports, printable, run_main
 
 before_imports()
 
-# Before torch: it decides how torch is imported.
-import devices  # isort: split
+import data
+import gru
+import scoring
+from nmt import checkpoint, cooccurrence, devices, flags, launch, precision
+from nmt.averaging import WeightAverage
+from nmt.log import EpochLog, say
 
 import torch
-
-import checkpoint
-import cooccurrence
-import data
-import flags
-import gru
-import launch
-import precision
-import scoring
-from averaging import WeightAverage
-from progress import EpochLog, say
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many

@@ -14,17 +14,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint
 import data
-import machine
-import plain
 import scoring
-from devices import World
-from errors import run_main
+from bench import machine, plain
+from nmt import checkpoint
+from nmt.devices import World
+from nmt.errors import run_main
+
+import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MUST = {"fp32": 15, "bf16": 30}

@@ -16,8 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-import machine
-import tokenising
+from bench import machine, tokenising
 
 SAMPLE_SECONDS = 0.05
 

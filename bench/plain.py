@@ -12,16 +12,13 @@ import argparse
 import json
 import random
 import sys
-from pathlib import Path
+
+import data
+from bench import machine
+from nmt.errors import run_main
 
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import data
-import machine
-from errors import run_main
 
 LENGTH = 46  # tokens, `<sos>` and `<eos>` counted
 MAX_LENGTH = 50  # most tokens of a translation
@@ -142,7 +139,7 @@ def measure(*, steps: int, **flags: object) -> dict[str, float]:
         What it prints: pairs_per_second and peak_mb.
     """
     given = [f"--{name.replace('_', '-')}={value}" for name, value in {"steps": steps, **flags}.items()]
-    command = [sys.executable, str(Path(__file__).resolve()), "train", *given]
+    command = [sys.executable, "-m", "bench.plain", "train", *given]
     return json.loads(list(machine.follow(command))[-1].text)
 
 

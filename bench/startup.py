@@ -10,12 +10,13 @@ import of torch alone, all of the program's imports, reading the cache, building
 import sys
 import tempfile
 
-import machine
+from bench import machine
 
 FIRST_STEP = r"Epoch: \[0\]\[ *1/[0-9]+\]\s+Time +([0-9.]+)"
 PARTS = """
 import sys, time
-import devices, train_8p
+import train_8p
+from nmt import devices
 args = train_8p.build_parser().parse_args(["--data-dir", sys.argv[1], "--cache-dir", sys.argv[2]])
 world = devices.World()
 start = time.perf_counter()

@@ -14,9 +14,7 @@ import contextlib
 import sys
 import tempfile
 
-import curves
-import machine
-import plain
+from bench import curves, machine, plain
 
 PUBLISHED_BLEU = 12.57
 PLAIN_PAIRS = 290_000  # ten epochs of 29,000 pairs

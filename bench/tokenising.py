@@ -13,10 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import machine
-import textwords
+from bench import machine
+from nmt.text import tokens as textwords
 
 LOAD = """
 import sys, time

@@ -14,16 +14,12 @@ rate, from which the limit follows (`machine.flops_per_pair`).
 import re
 import sys
 import tempfile
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
-import machine
-import plain
-from errors import run_main
+from bench import machine, plain
+from nmt.errors import run_main
+
+import torch
 
 PORT = {
     "amp": ["--amp", "--teacher-forcing-ratio=1.0"],

@@ -1,0 +1,185 @@
+"""Command lines that mean what they say.
+
+Plain argparse takes `nan`, `1_0` and `٣` for numbers, abbreviations for flags, and the last of a repeated flag. Here
+each of these is an error. Every flag has two spellings, `--data-dir` and `--data_dir`. What stands behind a lone `--`
+overrides what stands in front of it, so that a wrapper can hand on its user's flags after its own.
+"""
+
+import argparse
+import math
+import re
+
+from nmt.errors import UserError
+
+INTEGER = re.compile(r"[+-]?[0-9]+")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class StrictParser(argparse.ArgumentParser):
+    """An ArgumentParser for optional flags; a faulty command line raises `UserError` of kind usage.
+
+    Defaults stand in the help by themselves; a flag whose default is None should name what decides instead.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UserError("usage", message, f"the command line of {self.prog}", f"see {self.prog} --help")
+
+    def parse_args(self, args: list[str]) -> argparse.Namespace:
+        """Parses `args`; those after a lone `--` override those before it.
+
+        >>> parser = StrictParser(prog="p")
+        >>> _ = parser.add_argument("--batch-size", type=positive_int)
+        >>> parser.parse_args(["--batch_size=1", "--", "--batch-size", "2"]).batch_size
+        2
+        """
+        own, user = args, []
+        if "--" in args:
+            cut = args.index("--")
+            own, user = args[:cut], args[cut + 1 :]
+        namespace = argparse.Namespace()
+        for section in (own, user):
+            section = [hyphenated(arg) for arg in section]
+            self._refuse_repeated(section)
+            namespace = super().parse_args(section, namespace)
+        return namespace
+
+    def _refuse_repeated(self, section: list[str]) -> None:
+        seen = set()
+        for arg in section:
+            action = self._option_string_actions.get(arg.partition("=")[0] if arg.startswith("--") else arg[:2])
+            if action is None or not arg.startswith("-"):
+                continue
+            if action.dest in seen:
+                self.error(f"argument {'/'.join(action.option_strings)}: given more than once")
+            seen.add(action.dest)
+
+
+class Default(str):
+    """A default that can be told from the same value given by the user."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows each default, but no `(default: None)`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def hyphenated(arg: str) -> str:
+    """The flag's name with hyphens, its value untouched.
+
+    >>> hyphenated("--data_dir=my_data")
+    '--data-dir=my_data'
+    """
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
+def integer(text: str) -> int:
+    """A decimal integer in ASCII digits."""
+    if not INTEGER.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in the digits 0-9")
+    return int(text)
+
+
+def positive_int(text: str) -> int:
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 0")
+    return value
+
+
+def zero_or_sentence_length(text: str) -> int:
+    """0, or room for `<sos>`, a word and `<eos>`."""
+    value = non_negative_int(text)
+    if value in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or at least 3")
+    return value
+
+
+def seed(text: str) -> int:
+    """A number that every random generator takes."""
+    value = non_negative_int(text)
+    if value >= 2**63 - 2**20:  # the ranks add theirs
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 2**63 - 2**20")
+    return value
+
+
+def decimal(text: str) -> float:
+    """A finite decimal number in ASCII digits."""
+    if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite decimal number in the digits 0-9")
+    return float(text)
+
+
+def positive_float(text: str) -> float:
+    value = decimal(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    value = decimal(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at least 0")
+    return value
+
+
+def power(text: str) -> float:
+    """An exponent; up to 10, at which a score divided by a sentence's length to that power is still a float32."""
+    value = non_negative_float(text)
+    if value > 10:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 10")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number from 0 to 1."""
+    value = decimal(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between 0 and 1")
+    return value
+
+
+def part(text: str) -> float:
+    """A number from 0 to below 1."""
+    value = fraction(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be below 1")
+    return value
+
+
+def loss_scale(text: str) -> float | str:
+    """A positive number that float32 holds, as it does its reciprocal, or `dynamic`."""
+    if text == "dynamic":
+        return text
+    value = positive_float(text)
+    if not 1e-37 < value < 1e37:
+        raise argparse.ArgumentTypeError(f"{text!r} must be between 1e-37 and 1e37, for float32")
+    return value
+
+
+def index_list(text: str) -> list[int]:
+    """Distinct device indices with commas between them.
+
+    >>> index_list("4,5,6,7")
+    [4, 5, 6, 7]
+    """
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]+", part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of device indices such as 0,1,2")
+    indices = [int(part) for part in parts]
+    if len(set(indices)) < len(indices):
+        raise argparse.ArgumentTypeError(f"{text!r} names a device twice")
+    return indices

@@ -1,0 +1,7 @@
+"""The process that tokenises for another one, started by `nmt.text.tokens.tokenised` and by nobody else."""
+
+import sys
+
+from nmt.text.tokens import serve
+
+serve((sys.argv[1], sys.argv[2]), [int(descriptor) for descriptor in sys.argv[3:]])

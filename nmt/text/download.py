@@ -1,0 +1,148 @@
+"""Multi30k from the network: six files, whole and checked, or none."""
+
+import concurrent.futures
+import contextlib
+import gzip
+import http.client
+import os
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from nmt.errors import UserError, printable
+from nmt.storage import Log, locked, sha256, write_synced
+
+BASE_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
+MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
+    "train.de": ("train.de", 637044, "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"),
+    "train.en": ("train.en", 568929, "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
+    "val.de": ("val.de", 24681, "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a"),
+    "val.en": ("val.en", 21650, "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"),
+    "test.de": ("test_2016_flickr.de", 22890, "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8"),
+    "test.en": ("test_2016_flickr.en", 21077, "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"),
+}
+SOCKET_TIMEOUT = 10.0  # seconds of silence
+
+
+def download_multi30k(
+    directory: Path, *, mirror: str | None = None, base_url: str | None = None, timeout: float = 300.0, log: Log = print
+) -> None:
+    """Multi30k into `directory`/multi30k: the six files, whole and checked, or none.
+
+    Args:
+        mirror: the address to try second; both have `train.de.gz` and so on right below them.
+        base_url: the address to try first, by default `BASE_URL`.
+        timeout: seconds for everything; of what is left, each address gets an equal share.
+
+    Raises:
+        UserError: io, with the failure of each address.
+    """
+    directory = Path(directory)
+    target, temporary = directory / "multi30k", directory / ".multi30k.part"
+    sources = [url.rstrip("/") for url in (base_url or BASE_URL, mirror) if url]
+    made = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory / ".multi30k.lock", log):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a download that was killed: we hold the lock
+            if not (target / "train.de").exists():  # else another process has been quicker
+                _place(_download(sources, timeout, target, log), temporary, target)
+    except OSError as error:
+        todo = "name a folder with --data-dir that can be written and has no multi30k/ of its own"
+        raise UserError("io", f"Multi30k cannot be stored: {error}", str(directory), todo) from error
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty: the download is in it
+                directory.rmdir()
+
+
+def _place(bodies: dict[str, bytes], temporary: Path, target: Path) -> None:
+    try:
+        temporary.mkdir()
+        for name, body in bodies.items():
+            write_synced(temporary / name, gzip.decompress(body))
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dict[str, bytes]:
+    """The files' names and compressed contents, from the first source that has them all."""
+    deadline = time.monotonic() + timeout
+    failures = []
+    for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
+        log(f"no corpus in {target.parent}: downloading Multi30k (1.3 MB) from {source}")
+        until = time.monotonic() + (deadline - time.monotonic()) / left
+        try:
+            return _before(until, _fetch_all, source, until)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            failures.append(printable(f"{source}: {error}"))  # a server's own words
+            log(f"download failed: {failures[-1]}")
+    raise UserError(
+        "io",
+        f"there is no corpus in {target.parent}, and Multi30k cannot be downloaded: {', '.join(failures)}",
+        str(target),
+        "name a corpus's folder with --data-dir, or another address with --mirror, or leave --data-dir out to train on "
+        f"the sample, or put {', '.join(f'{there}.gz' for there, _, _ in MULTI30K.values())} there by hand",
+    )
+
+
+def _before(deadline: float, function: Callable, *args):
+    """`function(*args)`, or TimeoutError at the deadline, whatever it waits for: a socket's timeout bounds neither the
+    look-up of a name nor headers that drip."""
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    seconds = max(0.0, deadline - time.monotonic())
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except concurrent.futures.TimeoutError as error:
+        raise TimeoutError(str(error) or f"not done within {seconds:.1f} s") from error
+
+
+def _fetch_all(source: str, deadline: float) -> dict[str, bytes]:
+    bodies = {}
+    for name, (there, size, digest) in MULTI30K.items():
+        body = _fetch(f"{source}/{there}.gz", size + 1, deadline)
+        if len(body) != size:
+            more = "more than " if len(body) > size else ""
+            raise ValueError(f"{there}.gz has {more}{min(len(body), size)} bytes, expected {size}")
+        if sha256(body) != digest:
+            raise ValueError(f"{there}.gz has sha256 {sha256(body)}, expected {digest}")
+        bodies[name] = body
+    return bodies
+
+
+def _fetch(url: str, limit: int, deadline: float) -> bytes:
+    """The first `limit` bytes at `url`; proxies are the environment's."""
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+        raise ValueError("not an http or https address")
+    opener = urllib.request.build_opener(_NoDowngrade)
+    body = bytearray()
+    with opener.open(url, timeout=max(0.1, min(SOCKET_TIMEOUT, deadline - time.monotonic()))) as response:
+        while chunk := response.read1(min(65536, limit - len(body))):
+            body += chunk
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{len(body)} bytes of {url} by the deadline")
+    return bytes(body)
+
+
+class _NoDowngrade(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https, and from http to http."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        schemes = [urllib.parse.urlsplit(url).scheme for url in (req.full_url, newurl)]
+        if schemes[1] != "https" and schemes != ["http", "http"]:
+            raise urllib.error.HTTPError(req.full_url, code, f"redirect to {newurl} refused", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)

@@ -1,0 +1,131 @@
+"""Command lines: what is taken, and what is refused with exit code 2 and the flag's name."""
+
+import scoring
+import train_8p
+from nmt import flags
+from nmt.errors import UserError
+
+import pytest
+import torch
+
+
+def parse(*args):
+    return train_8p.build_parser().parse_args(list(args))
+
+
+def refusal(*args) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*args)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert message.startswith("error[usage]: ")
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1_0", "٣", "", "abc", "0x10", "1e999"])
+@pytest.mark.parametrize("flag", ["--lr", "--clip", "--dropout", "--loss-scale", "--epochs", "--batch-size", "--seed"])
+def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
+    message = refusal(f"{flag}={text}")
+    assert flag in message
+    assert repr(text) in message
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--lr=0",
+        "--lr=-1",
+        "--epochs=0",
+        "--batch-size=-8",
+        "--print-freq=0",
+        "--loss-scale=0",
+        "--clip=-1",
+        "--loss-scale=1e39",
+        "--loss-scale=1e-40",
+        "--length-penalty=-1",
+        "--length-penalty=101",
+    ]
+    + ["--fixed-length=-1", "--fixed-length=1", "--fixed-length=2"],
+)
+def test_what_is_out_of_range_is_refused(flag):
+    assert flag.partition("=")[0] in refusal(flag)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--dropout=1", "--dropout=1.5", "--teacher-forcing-ratio=2", "--label-smoothing=-0.1"]
+)
+def test_a_probability_lies_between_0_and_1(flag):
+    refusal(flag)
+
+
+@pytest.mark.parametrize("flag", ["--batch", "--mult", "--eval", "--no-such-flag", "stray"])
+def test_an_abbreviated_or_unknown_flag_is_refused(flag):
+    refusal(flag, "4") if flag != "--mult" else refusal(flag)
+
+
+@pytest.mark.parametrize("args", [["--lr", "1", "--lr", "2"], ["--lr=1", "--learning_rate=2"], ["-b", "1", "-b2"]])
+def test_a_repeated_flag_is_refused(args):
+    assert "more than once" in refusal(*args)
+
+
+@pytest.mark.parametrize("text", ["0,0", "0,,1", "-1", "a", "", "0,", "0 1", "٣"])
+def test_a_faulty_device_list_is_refused(text):
+    assert "--device-list" in refusal(f"--device-list={text}")
+
+
+def test_every_flag_has_two_spellings():
+    parser = train_8p.build_parser()
+    for action in parser._actions:
+        for name in action.option_strings:
+            assert "_" not in name, "the hyphened spelling is the one in the help"
+    args = parse("--data_dir", "a_b", "--batch_size=8", "--multiprocessing_distributed", "--epoch", "3")
+    assert (args.data_dir, args.batch_size, args.multiprocessing_distributed, args.epochs) == ("a_b", 8, True, 3)
+
+
+def test_the_originals_flags_are_all_taken():
+    args = parse(
+        *"-j 4 --data-dir d --epochs 2 -b 32 --lr 0.1 --print-freq 5 --seed 7 --ckptpath c --evaluate e".split(),
+        *"--world-size 1 --rank 0 --addr 127.0.0.1 --dist-url env:// --dist-backend gloo".split(),
+        *"--multiprocessing-distributed --device cpu --npu 0 --gpu 0 --device-list 0,1 --bleu-npu 1".split(),
+        *"--amp --opt-level O1 --loss-scale dynamic".split(),
+    )
+    assert (args.workers, args.batch_size, args.loss_scale, args.device_list) == (4, 32, "dynamic", [0, 1])
+
+
+def test_what_stands_behind_a_lone_dash_dash_wins():
+    args = parse("--lr=0.1", "--epochs=3", "--", "--lr=0.2")
+    assert (args.lr, args.epochs) == (0.2, 3)
+    refusal("--lr=0.1", "--", "--lr=0.2", "--lr=0.3")
+
+
+def test_values_are_taken_as_they_are():
+    assert parse("--data-dir=-a b$(c)*\n").data_dir == "-a b$(c)*\n"
+
+
+def test_the_help_shows_every_default_and_no_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        parse("--help")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for shown in (
+        "(default: 10)",
+        "(default: O2)",
+        "(modelzoo: 512, tuned: 64)",
+        "(modelzoo: 0.003, tuned: 0.003)",
+        "(default: 1234)",
+        "(default: ./seq2seq-gru-model.pth.tar)",
+    ):
+        assert shown in text
+    assert "None" not in text
+
+
+def test_with_the_highest_length_penalty_scores_are_still_normal_numbers():
+    highest = parse("--length-penalty=10").length_penalty
+    least = torch.tensor(-1e-6) / scoring.MAX_LENGTH**highest  # of a hypothesis that is all but certain
+    assert least <= -torch.finfo(torch.float32).tiny
+
+
+def test_numbers_are_taken_in_plain_forms():
+    assert [flags.decimal(text) for text in ("1", "0.5", ".5", "1e-3", "2.")] == [1.0, 0.5, 0.5, 0.001, 2.0]

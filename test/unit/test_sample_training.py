@@ -1,0 +1,45 @@
+"""What the sample corpus is for: a model that reads the source learns it, and one that does not, does not."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+BLIND = """
+import sys
+import gru, train_8p
+from nmt.errors import run_main
+
+read = gru.Encoder.read
+gru.Encoder.read = lambda *args: 0 * read(*args)
+sys.exit(run_main(train_8p.main, sys.argv[1:]))
+"""
+
+
+def bleu_of_ten_epochs(tmp_path, *command: str) -> float:
+    """The test BLEU of ten epochs on the sample."""
+    done = subprocess.run(
+        [sys.executable, *command, "--device", "cpu", "--amp", "--amp-dtype", "bfloat16"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "precision=bfloat16/" in done.stdout or "O0" in command
+    return float(re.search(r"^BLEU score = (.*)$", done.stdout, re.MULTILINE).group(1))
+
+
+@pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
+def test_ten_epochs_on_the_sample_give_a_bleu_above_50(tmp_path, level):
+    assert bleu_of_ten_epochs(tmp_path, str(REPOSITORY / "train_8p.py"), "--opt-level", level) > 50
+
+
+def test_without_its_encoder_a_model_stays_under_15(tmp_path):
+    assert bleu_of_ten_epochs(tmp_path, "-c", BLIND) < 15

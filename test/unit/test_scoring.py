@@ -1,0 +1,122 @@
+"""BLEU and losses: against cases by hand and against sacreBLEU."""
+
+import math
+
+import data
+import gru
+import scoring
+from nmt import search
+from nmt.devices import World
+
+import pytest
+import torch
+
+BEAM = {"beam_size": 3, "length_penalty": 0.5}
+VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "])
+
+
+def test_bleu_of_a_case_by_hand():
+    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples are right; no brevity penalty.
+    scores = scoring.evaluate(["the dog runs fast now".split()], ["the dog runs fast here".split()])
+    expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
+    assert scores.bleu == pytest.approx(expected, rel=1e-6)
+    assert scores.sacrebleu == pytest.approx(expected, rel=1e-6)
+    assert "tok:none" in scores.sacrebleu_signature
+
+
+def test_short_translations_pay_the_brevity_penalty():
+    scores = scoring.evaluate(["a b c d".split()], ["a b c d e f".split()])
+    assert scores.bleu == pytest.approx(100 * math.exp(1 - 6 / 4), rel=1e-6)
+
+
+def test_an_empty_translation_scores_nothing():
+    assert scoring.evaluate([[], ["a"]], [["a", "b"], ["c"]]).bleu == 0
+
+
+@pytest.fixture
+def split():
+    sentences = [["a", "b"], ["c"], ["a", "c", "b", "a"]]
+    side = data.Side.encode(sentences, VOCAB)
+    return data.Split(side, side, sentences, sentences)
+
+
+@pytest.fixture
+def model(split):
+    """One that ends each sentence of `split` after another number of words, so that they can be told apart."""
+    torch.manual_seed(10)
+    model = gru.build(len(VOCAB), len(VOCAB), emb_dim=4, hid_dim=5).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    for options in ({}, BEAM):
+        lengths = {len(words) for words in scoring.translate(model, split.src, VOCAB, World(), **options)}
+        assert len(lengths) == 3
+        assert max(lengths) < scoring.MAX_LENGTH - 1
+    return model
+
+
+def words(ids: list[int]) -> list[str]:
+    return [word for word in VOCAB.decode(ids) if word != " "]
+
+
+def test_translations_come_in_the_order_of_the_sources(model, split, monkeypatch):
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    for index in range(3):
+        alone = data.Side.encode([split.src_tokens[index]], VOCAB)
+        assert scoring.translate(model, alone, VOCAB, World()) == [whole[index]]
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 1)
+    assert scoring.translate(model, split.src, VOCAB, World()) == whole
+
+
+def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, monkeypatch):
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    loss = scoring.mean_loss(model, split, World(), teacher_forcing_ratio=1.0)
+    parts = []
+    monkeypatch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or torch.ones_like(tensor))
+    for rank in range(5):
+        scoring.translate(model, split.src, VOCAB, World(rank=rank, size=5))
+    assert [words(row) for row in sum(parts).tolist()] == whole
+    parts.clear()
+    for rank in range(5):
+        scoring.mean_loss(model, split, World(rank=rank, size=5), teacher_forcing_ratio=1.0)
+    loss_sum, count = sum(parts).tolist()
+    assert loss_sum / count == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split, model, monkeypatch):
+    """One by one on a CPU, by halves elsewhere; sources padded to a multiple."""
+    whole = scoring.translate(model, split.src, VOCAB, World())
+    widths, pad = [], data.pad
+    monkeypatch.setattr(data, "pad", lambda *args, **options: widths.append(options) or pad(*args, **options))
+    monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+    assert scoring.translate(model, split.src, VOCAB, World()) == whole
+    assert widths == [{"length_step": data.LENGTH_STEP}]
+
+
+def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
+    whole = scoring.translate(model, split.src, VOCAB, World(), **BEAM)
+    for index in range(3):
+        src, src_len = data.pad(split.src, torch.tensor([index]))
+        ids = search.beam_search(model, src, src_len, data.SOS, data.EOS, **BEAM).ids[:, 0, 0]
+        assert words(ids.tolist()) == whole[index]
+
+
+def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
+    ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
+    monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
+    monkeypatch.setattr(type(model), "greedy", lambda self, src, *rest: ids.expand(4, src.shape[1]))
+    assert scoring.translate(model, split.src, VOCAB, World()) == [["a", "b"]] * 3
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.0])
+def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, monkeypatch, ratio):
+    total, count = 0.0, 0
+    for index in range(3):
+        (src, src_len), (trg, _) = (data.pad(side, torch.tensor([index])) for side in (split.src, split.trg))
+        logits = model(src, trg, ratio, src_len)
+        for t in range(1, len(trg)):
+            total -= logits[t, 0].log_softmax(0)[trg[t, 0]].item()
+            count += 1
+    monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
+    assert scoring.mean_loss(model, split, World(), teacher_forcing_ratio=ratio) == pytest.approx(
+        total / count, rel=1e-5
+    )

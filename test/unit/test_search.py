@@ -1,0 +1,186 @@
+"""Beam search against a plain one: one sentence, one hypothesis, one step at a time."""
+
+import itertools
+import math
+
+import data
+import gru
+from nmt import search
+
+import pytest
+import torch
+from torch import nn
+
+VOCAB, BATCH, MAX_LEN = 7, 6, 9
+
+
+@pytest.fixture(params=range(3))
+def model(request):
+    torch.manual_seed(request.param)
+    model = gru.build(VOCAB, VOCAB, emb_dim=5, hid_dim=6).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.8)
+    return model
+
+
+@pytest.fixture
+def sources():
+    """[src len, batch] and [batch]."""
+    generator = torch.Generator().manual_seed(0)
+    sentences = [torch.randint(4, VOCAB, (size,), generator=generator).tolist() for size in (5, 1, 3, 3, 2, 4)]
+    side = data.Side.encode([[str(token) for token in sentence] for sentence in sentences], numbers())
+    return data.pad(side, torch.arange(BATCH))
+
+
+def numbers():
+    return data.Vocabulary(data.SPECIALS + [str(token) for token in range(4, VOCAB)])
+
+
+def found_by(model, sources, beam_size, **options):
+    options = {"max_len": MAX_LEN} | options
+    return search.beam_search(model, *sources, data.SOS, data.EOS, beam_size=beam_size, **options)
+
+
+def alone(sources, column):
+    """One sentence without its batch-mates' padding."""
+    src, src_len = sources
+    return src[: src_len[column], [column]], src_len[[column]]
+
+
+def log_probability(model, source, tokens):
+    """log P(tokens | source), by reading them as the reference."""
+    trg = torch.tensor([data.SOS, *tokens]).unsqueeze(1)
+    log_p = model(source[0], trg, 1.0, source[1]).log_softmax(2)
+    return sum(log_p[t, 0, trg[t, 0]].item() for t in range(1, len(trg)))
+
+
+def tokens_of(ids):
+    """A hypothesis as long as its probability counts: to its `<eos>`, if it has one."""
+    ids = ids.tolist()
+    return ids[: ids.index(data.EOS) + 1] if data.EOS in ids else ids
+
+
+def plain_beam(model, source, beam_size, length_penalty):
+    """[(score, tokens)] of all hypotheses of a sentence, the best first."""
+    context = model.encoder(*source)
+    live, done = [(0.0, [], context)], []
+    for step in range(MAX_LEN):
+        candidates = []
+        for log_p, tokens, hidden in live:
+            prev_token = torch.tensor([tokens[-1] if tokens else data.SOS])
+            logits, after = model.decoder(prev_token, hidden, context)
+            for token, step_log_p in enumerate(logits[0].log_softmax(0).tolist()):
+                candidates.append((log_p + step_log_p, [*tokens, token], after))
+        candidates.sort(key=lambda candidate: -candidate[0])
+        live = []
+        for log_p, tokens, hidden in candidates[: beam_size - len(done)]:
+            if tokens[-1] == data.EOS or step == MAX_LEN - 1:
+                done.append((log_p / len(tokens) ** length_penalty, tokens))
+            else:
+                live.append((log_p, tokens, hidden))
+    return sorted(done, key=lambda hypothesis: -hypothesis[0])
+
+
+def test_a_beam_of_one_is_greedy(model, sources):
+    ids, scores = found_by(model, sources, 1)
+    assert torch.equal(ids[:, :, 0], model.greedy(*sources, data.SOS, data.EOS, MAX_LEN))
+    assert scores.shape == (BATCH, 1)
+
+
+@pytest.mark.parametrize("gap", [1e-6, 5e-7, 2e-7])
+def test_a_beam_of_one_is_greedy_where_two_words_all_but_tie(sources, gap):
+    """In a sum over fifty steps such a gap is lost."""
+    model = gru.build(VOCAB, VOCAB + 1, emb_dim=5, hid_dim=6).eval()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        model.decoder.fc_out.bias.copy_(torch.tensor([-9.0, -9.0, -9.0, -9.0, 0.0, gap, -9.0, -9.0]))
+    greedy = model.greedy(*sources, data.SOS, data.EOS, 50)
+    assert (greedy == 5).all()
+    assert torch.equal(found_by(model, sources, 1, max_len=50).ids[:, :, 0], greedy)
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize("beam_size", [2, 3, 5])
+def test_all_hypotheses_equal_the_plain_search(model, sources, beam_size, length_penalty, on_accelerator, monkeypatch):
+    expected = [plain_beam(model, alone(sources, column), beam_size, length_penalty) for column in range(BATCH)]
+    if on_accelerator:
+        monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+    ids, scores = found_by(model, sources, beam_size, length_penalty=length_penalty, n_best=beam_size)
+    assert ids.shape == (MAX_LEN, BATCH, beam_size)
+    for column, hypotheses in enumerate(expected):
+        assert [tokens_of(ids[:, column, rank]) for rank in range(beam_size)] == [tokens for _, tokens in hypotheses]
+        assert scores[column].tolist() == pytest.approx([score for score, _ in hypotheses], abs=1e-5)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+def test_the_score_is_that_of_reading_the_hypothesis_as_the_reference(model, sources, length_penalty):
+    ids, scores = found_by(model, sources, 4, length_penalty=length_penalty, n_best=2)
+    for column, rank in itertools.product(range(BATCH), range(2)):
+        tokens = tokens_of(ids[:, column, rank])
+        expected = log_probability(model, alone(sources, column), tokens) / len(tokens) ** length_penalty
+        assert scores[column, rank].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_at_full_size_in_float32_score_and_batch_mates_hold_too():
+    torch.manual_seed(0)
+    model = gru.build(300, 5893).eval()
+    src, src_len = torch.randint(4, 300, (12, BATCH)), torch.tensor([12, 3, 7, 7, 9, 5])
+    src[torch.arange(12).unsqueeze(1) >= src_len] = data.PAD
+    ids, scores = found_by(model, (src, src_len), 5, max_len=50, length_penalty=1.2, n_best=2)
+    greedy = model.greedy(src, src_len, data.SOS, data.EOS, 50)
+    for column in range(BATCH):
+        own = alone((src, src_len), column)
+        assert torch.equal(model.greedy(*own, data.SOS, data.EOS, 50)[:, 0], greedy[:, column])
+        own_ids, own_scores = found_by(model, own, 5, max_len=50, length_penalty=1.2, n_best=2)
+        assert torch.equal(own_ids[:, 0], ids[:, column])
+        assert own_scores[0].tolist() == pytest.approx(scores[column].tolist(), abs=1e-5)
+        for rank in range(2):
+            tokens = tokens_of(ids[:, column, rank])
+            with torch.no_grad():
+                expected = log_probability(model, own, tokens) / len(tokens) ** 1.2
+            assert scores[column, rank].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_a_translation_does_not_depend_on_its_batch_mates(model, sources, beam_size):
+    ids, scores = found_by(model, sources, beam_size)
+    for column in range(BATCH):
+        own_ids, own_scores = found_by(model, alone(sources, column), beam_size)
+        assert torch.equal(own_ids[:, 0], ids[:, column])
+        assert own_scores[0].item() == pytest.approx(scores[column].item(), abs=1e-6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    shuffled = found_by(model, (sources[0][:, order], sources[1][order]), beam_size)
+    assert torch.equal(shuffled.ids, ids[:, order])
+
+
+def test_a_beam_as_wide_as_the_vocabulary_finds_the_most_probable_translation_of_two_tokens(model, sources):
+    """Greedy does not: its first token may be one that nothing probable follows."""
+    ids, scores = found_by(model, sources, VOCAB, max_len=2, length_penalty=0.0)
+    pairs = [[data.EOS]] + [[a, b] for a in range(VOCAB) if a != data.EOS for b in range(VOCAB)]
+    for column in range(BATCH):
+        best = max(pairs, key=lambda tokens: log_probability(model, alone(sources, column), tokens))
+        assert tokens_of(ids[:, column, 0]) == best
+
+
+def test_a_high_length_penalty_gives_no_shorter_translations(model, sources):
+    lengths = [
+        sum(len(tokens_of(ids)) for ids in found_by(model, sources, 4, length_penalty=penalty).ids[:, :, 0].T)
+        for penalty in (0.0, 1.0, 2.0)
+    ]
+    assert lengths == sorted(lengths)
+
+
+def test_the_n_best_are_distinct_and_in_order(model, sources):
+    ids, scores = found_by(model, sources, 5, n_best=5)
+    for column in range(BATCH):
+        assert len({tuple(ids[:, column, rank].tolist()) for rank in range(5)}) == 5
+        assert all(math.isfinite(score) for score in scores[column].tolist())
+        assert scores[column].tolist() == sorted(scores[column].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(("beam_size", "n_best"), [(0, 1), (VOCAB + 1, 1), (2, 3), (2, 0)])
+def test_a_beam_that_cannot_be_is_refused(model, sources, beam_size, n_best):
+    with pytest.raises(ValueError, match="beam_size"):
+        found_by(model, sources, beam_size, n_best=n_best)

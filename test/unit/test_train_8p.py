@@ -1,0 +1,878 @@
+"""The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gru
+import nmt.log
+import scoring
+import train_8p
+from nmt import checkpoint, devices, precision
+from nmt.errors import UserError, run_main
+from nmt.search import beam_search
+
+import pytest
+import torch
+from conftest import REPOSITORY, write_corpus
+
+SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
+STEP_LINE = re.compile(
+    r"^\[cpu id: 0 \] Epoch: \[(\d+)\]\[ *(\d+)/(\d+)\]\t"
+    r"Time +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
+    r"Loss (\d\.\d{4}e[+-]\d\d) \((\d\.\d{4}e[+-]\d\d)\)$",
+    re.MULTILINE,
+)
+
+
+def parse(*args):
+    return train_8p.build_parser().parse_args(list(args))
+
+
+def refusal(function, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+# ---------------------------------------------------------------- devices
+
+
+def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
+    there = {"npu": 0, "cuda": 0, "cpu": 8}
+    monkeypatch.setattr(devices, "device_count", there.__getitem__)
+    assert devices.choose_kind("auto") == "cpu"
+    there["cuda"] = 1
+    assert devices.choose_kind("auto") == "cuda"
+    there["npu"] = 1
+    assert devices.choose_kind("auto") == "npu"
+
+
+@pytest.mark.parametrize("flag", [["--device", "npu"], ["--npu", "0"]])
+def test_an_absent_npu_is_refused_with_the_import_s_own_reason(monkeypatch, flag):
+    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
+    message = refusal(train_8p.choose_devices, parse(*flag))
+    assert "libhccl.so" in message
+    assert "try --device cpu" in message
+
+
+def test_an_absent_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
+    assert "try --device cpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
+
+
+def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
+    (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
+    code = "import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--multiprocessing-distributed", "--device-list", "0,99"],
+        ["--device-list", "99"],
+        ["--bleu-npu", "99"],
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(flags):
+    assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
+def test_a_backend_of_another_device_is_refused(monkeypatch, kind, backend):
+    monkeypatch.setattr(devices, "device_count", lambda kind: 8)
+    message = refusal(train_8p.choose_devices, parse("--device", kind, "--dist-backend", backend))
+    assert f"{backend} does not work on {kind}" in message
+
+
+@pytest.mark.parametrize(
+    ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
+)
+def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seconds, connect, execute):
+    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    devices.set_hccl_timeouts(seconds)
+    assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
+    devices.set_hccl_timeouts(seconds)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
+
+
+def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corpus):
+    """The others wait in it, and HCCL not for ever."""
+    done = []
+    monkeypatch.setattr(train_8p, "load_corpus", lambda *_, **__: done.append("data"))
+    monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
+    monkeypatch.setattr(devices.World, "start", lambda *_, **__: done.append("group"))
+    monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
+    train_8p.run_rank(0, parse(), precision.Choice(), [devices.World()], None)
+    assert done == ["data", "model", "group", "training"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "index"),
+    [("", 0), ("--npu 3", 3), ("--device-list 5,4 --multiprocessing-distributed", 5), ("--npu 3 --bleu-npu 1", 1)],
+)
+def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
+    """Card 0 may be somebody else's."""
+    monkeypatch.setattr(devices, "npu_count", lambda: (8, ""))
+    args = parse(*flags.split())
+    assert train_8p.choose_devices(args)[0] == "npu"
+    assert args.bleu_npu == index
+
+
+def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
+    monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
+    said = refusal(train_8p.choose_devices, parse("--npu", "4"))
+    assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
+
+
+def test_one_device_for_several_processes_is_refused(torchrun):
+    assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
+
+
+def test_flags_that_name_different_devices_are_refused():
+    refusal(train_8p.choose_devices, parse("--npu", "0", "--gpu", "0"))
+    refusal(train_8p.choose_devices, parse("--npu", "0", "--device", "cpu"))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "--batch-size", "64")
+    message = refusal(train_8p.choose_devices, args)
+    assert "64" in message
+    assert "3" in message
+
+
+def test_on_a_cpu_the_default_is_eight_processes_and_only_the_count_matters():
+    args = parse("--device", "cpu", "--multiprocessing-distributed")
+    assert train_8p.choose_devices(args) == ("cpu", list(range(8)))
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5,6,7")
+    worlds = train_8p.make_worlds(args, *train_8p.choose_devices(args))
+    assert [(world.rank, world.index, world.size) for world in worlds] == [(0, 4, 4), (1, 5, 4), (2, 6, 4), (3, 7, 4)]
+
+
+def test_fewer_devices_than_asked_for_are_taken_with_a_notice(monkeypatch, capsys):
+    monkeypatch.setattr(devices, "device_count", lambda kind: 2)
+    args = parse("--device", "cuda", "--multiprocessing-distributed", "--max-devices", "8")
+    assert train_8p.choose_devices(args) == ("cuda", [0, 1])
+    assert "2 cuda devices, not 8" in capsys.readouterr().out
+
+
+def test_without_several_processes_one_device_is_taken():
+    assert train_8p.choose_devices(parse("--device", "cpu")) == ("cpu", [0])
+    assert train_8p.choose_devices(parse("--device", "cpu", "--device-list", "3")) == ("cpu", [3])
+
+
+def test_torchrun_decides_rank_and_size(torchrun):
+    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5")
+    (world,) = train_8p.make_worlds(args, *train_8p.choose_devices(args))
+    assert (world.rank, world.size, world.local_size, world.nodes, world.index) == (1, 2, 2, 1, 5)
+
+
+def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
+    assert "2 processes" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--device-list", "0,1,2"))
+
+
+@pytest.mark.parametrize("flags", [("0", "0"), ("-2", "0"), ("2", "2"), ("2", "-2")])
+def test_nodes_that_cannot_be_are_refused(flags):
+    refusal(train_8p.make_worlds, parse("--world-size", flags[0], "--rank", flags[1]), "cpu", [0])
+
+
+def test_ranks_count_on_over_the_nodes():
+    worlds = train_8p.make_worlds(parse("--world-size", "2", "--rank", "1"), "cpu", [4, 5])
+    assert [(world.rank, world.size, world.nodes) for world in worlds] == [(2, 4, 2), (3, 4, 2)]
+
+
+def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port(monkeypatch):
+    assert train_8p.meeting_point(parse("--dist-url", "tcp://10.0.0.1:29500"), 2) == ("10.0.0.1", 29500)
+    assert train_8p.meeting_point(parse(), 1) == ("127.0.0.1", 0)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
+    assert train_8p.meeting_point(parse("--addr", "10.0.0.3"), 2) == ("10.0.0.3", 1234)
+    assert train_8p.meeting_point(parse("--dist-url", "env://"), 2) == ("10.0.0.2", 1234)
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
+def test_a_faulty_dist_url_is_refused(url):
+    refusal(train_8p.meeting_point, parse("--dist-url", url), 1)
+
+
+@pytest.mark.parametrize(("backend", "connects"), [(None, True), ("gloo", False)])
+def test_a_gpu_computes_without_tf32_and_connects_when_the_ranks_meet(monkeypatch, backend, connects):
+    """As far as it can be seen without one."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
+    monkeypatch.setattr(devices.dist, "init_process_group", lambda *args, **options: calls.append(options))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with warnings.catch_warnings(record=True) as caught:
+        devices.World(kind="cuda", index=1, rank=1, size=2, local_size=2).start(backend=backend)
+        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
+    assert not torch.backends.cudnn.allow_tf32
+    assert not caught
+    assert calls[0] == 1
+    assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)
+
+
+def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
+    args = parse("--amp", "--amp-dtype", "bfloat16")
+    assert "GPU 1 has no bfloat16" in refusal(train_8p.choose_precision, args, "cuda", [1])
+    assert train_8p.choose_precision(args, "cuda", [0]).dtype == torch.bfloat16
+
+
+def test_several_nodes_without_a_port_are_refused():
+    refusal(train_8p.meeting_point, parse(), 2)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def resolved(pairs, *flags, local_size=1, kind="cpu"):
+    args = parse(*flags)
+    train_8p.choose_precision(args, kind, [0])
+    train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
+    return args
+
+
+def test_a_flag_beside_the_recipe_wins():
+    args = resolved(29000, "--recipe", "modelzoo", "--lr", "0.5")
+    assert args.lr == 0.5
+    for name, value in train_8p.RECIPES["modelzoo"].items():
+        assert name == "lr" or getattr(args, name) == value
+
+
+def test_the_modelzoo_recipe_is_the_published_one():
+    args = resolved(29000, "--recipe", "modelzoo", "--amp", kind="npu")
+    assert (args.batch_size, args.optimizer, args.lr, args.schedule) == (512, "adam", 0.003, "constant")
+    assert (args.teacher_forcing_ratio, args.fixed_length, args.clip, args.loss_scale) == (0.5, 46, 0, 32)
+    assert (args.init, args.batching, args.last_batch, args.best, args.epochs) == (
+        "modelzoo",
+        "random",
+        "drop",
+        "loss",
+        10,
+    )
+
+
+def test_a_recipes_batch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(UserError) as caught:
+        resolved(29000, "--recipe", "modelzoo", local_size=3)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("pairs", "alone", "of_eight"),
+    [(29000, 64, 128), (12701, 64, 128), (12672, 64, 64), (6401, 64, 64), (6336, 32, 32), (4000, 32, 32), (50, 1, 8)],
+)
+def test_the_tuned_batch_leaves_a_hundred_updates_an_epoch(pairs, alone, of_eight):
+    assert resolved(pairs).batch_size == alone
+    assert resolved(pairs, local_size=8).batch_size == of_eight
+
+
+def test_the_tuned_rate_grows_with_the_root_of_the_whole_batch():
+    for batch, rate in ((32, 0.003), (64, 0.003), (256, 0.006), (4096, 0.024)):
+        assert resolved(29000, "-b", str(batch)).lr == pytest.approx(rate)
+        assert resolved(29000, "-b", str(batch), local_size=8).lr == pytest.approx(rate)
+    args = parse("-b", "128")
+    train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+    assert args.lr == pytest.approx(0.006)
+    assert resolved(256, "-b", "4096").lr == pytest.approx(0.006)  # a batch is never above the corpus
+
+
+def test_a_rate_that_is_given_or_of_modelzoo_or_of_a_performance_run_is_not_scaled():
+    assert resolved(29000, "-b", "256", "--lr", "0.5").lr == 0.5
+    assert resolved(29000, "-b", "4096", "--recipe", "modelzoo").lr == 0.003
+    assert resolved(29000, "--performance", local_size=8, kind="npu").lr == 0.003
+
+
+def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
+    assert resolved(29000, "--performance", local_size=8, kind="npu").batch_size == 12288
+    assert resolved(29000, "--performance", local_size=8).batch_size == 1024
+    assert resolved(100, "--performance").batch_size == 100
+    assert resolved(29000, "--performance", "--batch-size", "64").batch_size == 64
+
+
+def test_a_recipes_batch_is_that_of_all_nodes():
+    for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
+        args = parse("--recipe", recipe)
+        train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+        assert args.batch_size == batch
+
+
+def test_the_loss_scale_is_32_and_on_a_cpu_1():
+    assert resolved(100, "--amp", kind="npu").loss_scale == 32
+    assert resolved(100, "--amp").loss_scale == 1
+    assert resolved(100, "--amp", "--loss-scale", "8").loss_scale == 8
+
+
+def test_the_rate_rises_then_falls_to_nothing():
+    args = resolved(100)
+    rates = [train_8p.learning_rate(args, step, 1000) for step in range(1000)]
+    assert rates[99] == max(rates) == args.lr
+    assert rates[:100] == sorted(rates[:100])
+    assert rates[99:] == sorted(rates[99:], reverse=True)
+    assert rates[-1] < 1e-4 * args.lr
+
+
+# ---------------------------------------------------------------- whole runs in one process
+
+
+def run(*args, capsys=None):
+    """Exit code, stdout and stderr of the program, in this process."""
+    code = run_main(train_8p.main, [*SMALL, *args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs: its folder, the corpus, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    corpus = write_corpus(folder / "corpus", 64, test=6)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "2", "-b", "4"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, corpus, done.stdout
+
+
+def test_the_log_has_the_lines_that_other_tools_read(trained):
+    _, _, out = trained
+    steps = [(int(epoch), int(step), int(count)) for epoch, step, count, _, _ in STEP_LINE.findall(out)]
+    assert steps == [(0, 10, 16), (0, 16, 16), (1, 10, 16), (1, 16, 16)]
+    assert len(re.findall(r"^\* FPS@all \d+\.\d{3}$", out, re.MULTILINE)) == 2
+    assert len(re.findall(r"^BLEU score = \d+\.\d{4}$", out, re.MULTILINE)) == 1
+    run_line = re.search(r"^run: (.*)$", out, re.MULTILINE).group(1)
+    for fact in ("device=cpu", "processes=1", "batch=4", "batch_per_device=4", "recipe=tuned", "seed=1234", "torch="):
+        assert fact in run_line
+
+
+def test_each_epoch_shows_losses_perplexity_and_two_translations(trained):
+    _, _, out = trained
+    lines = re.findall(r"^validation: .*$", out, re.MULTILINE)
+    assert len(lines) == 2
+    loss, perplexity = map(float, re.search(r"  loss (\S+) \(perplexity (\S+)\)", lines[0]).groups())
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
+    assert "free-running loss" in lines[0]
+    assert "learning rate" in lines[0]
+    for label in ("source", "reference", "model"):
+        assert len(re.findall(rf"^  {label} ", out, re.MULTILINE)) == 4
+
+
+def test_the_checkpoint_can_be_used_without_the_data(trained):
+    folder, _, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    assert saved.src_vocab[:4] == saved.trg_vocab[:4] == ["<unk>", "<pad>", "<sos>", "<eos>"]
+    assert "hund" in saved.src_vocab
+    assert saved.flags["recipe"] == "tuned"
+    assert saved.scores["bleu"] >= 0
+    assert all(tensor.dtype == torch.float32 for tensor in saved.state_dict.values())
+
+
+def test_evaluate_scores_what_the_training_scored(trained, capsys):
+    folder, corpus, out = trained
+    path = folder / "seq2seq-gru-model.pth.tar"
+    code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(path), capsys=capsys)
+    assert code == 0
+    assert re.search("^BLEU score = .*$", again, re.MULTILINE).group() in out
+    assert "sacreBLEU = " in again
+
+
+def scores_of(out):
+    """By name, the BLEU of each way to decode, in order."""
+    return dict(re.findall(r"^(greedy|beam of \d+): BLEU (\S+)  sacreBLEU \S+  chrF \S+$", out, re.MULTILINE))
+
+
+def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
+    folder, corpus, out = trained
+    assert list(scores_of(out)) == ["greedy", "beam of 10"]
+    assert f"\nBLEU score = {scores_of(out)['beam of 10']}\n" in out
+    assert "\nlength penalty of the beam: 1.2\n" in out
+    for line in (r"test loss \S+ \(perplexity \S+\)", r"test free-running loss .*", r"chrF = \S+ \(.*nc:6.*\)"):
+        assert re.search(f"^{line}$", out, re.MULTILINE)
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, greedy, _ = run(*evaluate, "--beam-size", "1", capsys=capsys)
+    assert scores_of(greedy) == {"greedy": scores_of(out)["greedy"]}
+    assert f"\nBLEU score = {scores_of(out)['greedy']}\n" in greedy
+    _, wide, _ = run(*evaluate, "--beam-size", "3", "--length-penalty", "0", capsys=capsys)
+    assert list(scores_of(wide)) == ["greedy", "beam of 3"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [([], (3, 0.25)), (["--beam-size", "2"], (2, 0.25)), (["--length-penalty", "0.75"], (3, 0.75))],
+)
+def test_evaluate_decodes_as_the_flags_say_and_else_as_the_checkpoints_run_did(
+    trained, tmp_path, capsys, monkeypatch, flags, expected
+):
+    folder, corpus, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags.update(beam_size=3, length_penalty=0.25)
+    checkpoint.save(tmp_path / "model", saved)
+    asked = []
+
+    def recorder(*args, **options):
+        asked.append((options["beam_size"], options["length_penalty"]))
+        return beam_search(*args, **options)
+
+    monkeypatch.setattr(scoring, "beam_search", recorder)
+    code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), *flags, capsys=capsys)
+    assert code == 0, err
+    assert set(asked) == {expected}
+
+
+def test_each_way_to_decode_has_its_own_scores(trained, capsys, monkeypatch):
+    folder, corpus, _ = trained
+    found = iter([scoring.Scores(1, 2, "", 3, ""), scoring.Scores(4, 5, "s", 6, "c")])
+    monkeypatch.setattr(scoring, "evaluate", lambda translations, references: next(found))
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, out, _ = run(*evaluate, "--beam-size", "3", capsys=capsys)
+    assert "\ngreedy: BLEU 1.0000  sacreBLEU 2.0000  chrF 3.0000\n" in out
+    assert "\nbeam of 3: BLEU 4.0000  sacreBLEU 5.0000  chrF 6.0000\n" in out
+    assert out.endswith("\nchrF = 6.0000 (c)\nsacreBLEU = 5.0000 (s)\nBLEU score = 4.0000\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fixed_length"), [([], 46), (["--fixed-length", "0"], 0), (["--fixed-length", "9"], 9)]
+)
+def test_the_losses_of_the_score_have_the_padding_of_the_flag_and_else_of_the_training(
+    trained, tmp_path, capsys, flags, fixed_length
+):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags["fixed_length"] = 46
+    checkpoint.save(tmp_path / "model", saved)
+    _, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), *flags, capsys=capsys)
+    how = f"padded or cut to {fixed_length} tokens" if fixed_length else "without padding"
+    assert f"\nlosses: {how}\n" in again
+    losses = [re.search(r"^test loss .*$", text, re.MULTILINE).group() for text in (out, again)]
+    assert (losses[0] == losses[1]) == (fixed_length == 0)
+
+
+def test_a_beam_wider_than_the_vocabulary_is_as_wide_as_it(trained, capsys):
+    folder, corpus, _ = trained
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*evaluate, "--beam-size", "1000", capsys=capsys)
+    assert code == 0, err
+    types = len(checkpoint.load(folder / "seq2seq-gru-model.pth.tar").trg_vocab)
+    assert f"note: the beam is {types} wide, not 1000: " in out
+    assert list(scores_of(out)) == ["greedy", f"beam of {types}"]
+
+
+def test_a_checkpoint_of_the_modelzoo_recipe_is_scored_greedily(trained, tmp_path, capsys):
+    folder, corpus, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.flags["beam_size"] = train_8p.RECIPES["modelzoo"]["beam_size"]
+    checkpoint.save(tmp_path / "modelzoo", saved)
+    _, out, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "modelzoo"), capsys=capsys)
+    assert list(scores_of(out)) == ["greedy"]
+
+
+def test_the_originals_checkpoint_is_scored_with_the_data_s_vocabulary_if_it_fits(trained, tmp_path, capsys):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    torch.save({f"module.{name}": tensor for name, tensor in saved.state_dict.items()}, tmp_path / "original")
+    code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "original"), capsys=capsys)
+    assert code == 0
+    assert scores_of(again) == {"greedy": scores_of(out)["greedy"]}
+    assert "\nlosses: padded or cut to 46 tokens\n" in again
+
+    torch.save(gru.build(99, 98, emb_dim=2, hid_dim=3).state_dict(), tmp_path / "other")
+    code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "other"), capsys=capsys)
+    assert code == 4
+    assert "[99, 98]" in err
+    assert err.count("\n") == 1
+
+
+def test_another_languages_checkpoint_is_refused(trained, tmp_path, capsys):
+    folder, corpus, _ = trained
+    for path in list(corpus.iterdir()):
+        (tmp_path / path.name.replace(".de", ".fr")).write_bytes(path.read_bytes())
+    code, _, err = run(
+        *("--data-dir", str(tmp_path), "--src-lang", "fr", "--evaluate", str(folder / "seq2seq-gru-model.pth.tar")),
+        capsys=capsys,
+    )
+    assert code == 4
+    assert "--src-lang de" in err
+
+
+def test_a_second_run_keeps_the_first_ones_checkpoint_aside(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "-b", "16")
+    assert run(*arguments, capsys=capsys)[0] == 0
+    first = Path("seq2seq-gru-model.pth.tar").read_bytes()
+    code, out, _ = run(*arguments, "--seed", "2", capsys=capsys)
+    assert code == 0
+    assert "seq2seq-gru-model.pth.tar.previous" in out
+    assert Path("seq2seq-gru-model.pth.tar.previous").read_bytes() == first
+
+
+def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
+    digests = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        path = tmp_path / name
+        arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "-b", "16", "--seed", seed)
+        assert run(*arguments, "--ckptpath", str(path), capsys=capsys)[0] == 0
+        digests.append(torch.cat([t.flatten() for t in checkpoint.load(path).state_dict.values()]))
+    assert torch.equal(digests[0], digests[1])
+    assert not torch.equal(digests[0], digests[2])
+
+
+# A run in which each of a recipe's settings matters, and another value of each.
+PLAIN = {
+    "epochs": 2,
+    "batch_size": 24,
+    "optimizer": "adam",
+    "lr": 0.03,
+    "weight_decay": 0.1,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "clip": 0.0,
+    "teacher_forcing_ratio": 0.0,
+    "dropout": 0.0,
+    "output_dropout": 0.0,
+    "label_smoothing": 0.0,
+    "average": 0.0,
+    "init": "modelzoo",
+    "update_bias": 0.0,
+    "embeddings": "drawn",
+    "fixed_length": 0,
+    "batching": "random",
+    "last_batch": "keep",
+    "best": "bleu",
+    "beam_size": 1,
+}
+OTHER = {
+    "epochs": 1,
+    "batch_size": 16,
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "weight_decay": 0.0,
+    "schedule": "cosine",
+    "warmup": 0.5,
+    "clip": 0.1,
+    "teacher_forcing_ratio": 1.0,
+    "dropout": 0.5,
+    "output_dropout": 0.5,
+    "label_smoothing": 0.1,
+    "average": 0.5,
+    "init": "tuned",
+    "update_bias": 1.0,
+    "embeddings": "cooccurrence",
+    "fixed_length": 12,
+    "batching": "like-length",
+    "last_batch": "drop",
+    "best": "loss",
+    "beam_size": 2,
+}
+
+
+def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys):
+    """None but the length penalty, which seldom changes a translation, leaves all losses and scores as they were; none
+    that is of the training's leaves the training's losses."""
+
+    def figures(settings):
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+        path = ["--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]
+        code, out, err = run(*path, "--print-freq=1", *flags, capsys=capsys)
+        assert code == 0, err
+        losses = [step[3:] for step in STEP_LINE.findall(out)]
+        return losses, re.findall(r"^(?:validation:|test |greedy|beam|BLEU score).*$", out, re.MULTILINE)
+
+    assert {*PLAIN, "length_penalty"} == {*OTHER, "length_penalty"} == set(train_8p.RECIPES["tuned"])
+    plain = figures(PLAIN)
+    assert figures(PLAIN) == plain
+    for name, value in OTHER.items():
+        losses, scores = figures(PLAIN | {name: value})
+        if name in ("average", "best", "beam_size"):
+            assert (losses == plain[0], scores == plain[1]) == (True, False), name
+        else:
+            assert losses != plain[0], name
+
+
+def test_each_step_draws_anew_what_it_reads(tiny_corpus, tmp_path, capsys, monkeypatch):
+    drawn = []
+    stretches = gru.stretches
+    monkeypatch.setattr(gru, "stretches", lambda forced: drawn.append(tuple(forced[:4])) or stretches(forced))
+    flags = ("--epochs", "1", "-b", "4", "--teacher-forcing-ratio", "0.5", "--ckptpath", str(tmp_path / "model"))
+    assert run("--data-dir", str(tiny_corpus), *flags, capsys=capsys)[0] == 0
+    assert len({decision for decision in drawn if len(set(decision)) == 2}) > 4
+
+
+def test_each_epoch_and_each_round_of_a_performance_run_has_an_order_of_its_own(tiny_corpus):
+    args = resolved(64, "--data-dir", str(tiny_corpus), "-b", "8", "--performance")
+    corpus = train_8p.load_corpus(args)
+
+    def order(epoch):
+        return torch.cat(list(train_8p.EpochPlan(args, devices.World(), corpus, epoch))).tolist()
+
+    rounds = order(0)  # 25 steps of 8 pairs, of which 64 make a round
+    assert sorted(rounds[:64]) == sorted(rounds[64:128]) == list(range(64))
+    assert rounds[:64] != rounds[64:128]
+    assert order(1)[:64] == rounds[64:128], "a later epoch is what a round so much later is"
+
+
+def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_loss(tiny_corpus, tmp_path, monkeypatch):
+    bleus, losses = [1.0, 3.0, 2.0, 3.0], [4.0, 3.0, 2.0, 2.5]
+    for best, expected in (("bleu", 1), ("loss", 2)):
+        path = tmp_path / best
+        args = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", best)
+        keeper = train_8p.BestKeeper(args, devices.World(), train_8p.load_corpus(args))
+        model = gru.build(*map(len, (keeper._corpus.src_vocab, keeper._corpus.trg_vocab)))
+        for epoch, (bleu, loss) in enumerate(zip(bleus, losses, strict=True)):
+            # Read with the reference, the loss is best elsewhere.
+            found = {1.0: 9.0 - epoch, 0.0: loss}
+            monkeypatch.setattr(
+                scoring, "mean_loss", lambda *_, teacher_forcing_ratio, found=found, **__: found[teacher_forcing_ratio]
+            )
+            scores = scoring.Scores(bleu, bleu, "", 9.0 - bleu, "")
+            monkeypatch.setattr(scoring, "evaluate", lambda *_, scores=scores: scores)
+            keeper.validate(model, epoch, 1.0, 0.1)
+        assert checkpoint.load(path).scores["epoch"] == expected
+
+
+def test_the_modelzoo_recipe_trains(tiny_corpus, tmp_path, capsys):
+    arguments = ("--data-dir", str(tiny_corpus), "--recipe", "modelzoo", "--epochs", "1", "-b", "30", "--amp")
+    code, out, err = run(*arguments, "--ckptpath", str(tmp_path / "model"), capsys=capsys)
+    assert code == 0, err
+    assert [step[:3] for step in STEP_LINE.findall(out)] == [("0", "2", "2")], "64 pairs: the last four are left out"
+
+
+def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    code, out, _ = run("--data-dir", str(tiny_corpus), "--performance", "-b", "16", capsys=capsys)
+    assert code == 0
+    assert [step[1] for step in STEP_LINE.findall(out)] == ["10", "20", "25"]
+    assert "BLEU" not in out.replace("best=bleu", "")
+    assert out.count("* FPS@all ") == 1
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_corpus, capsys):
+    monkeypatch.setattr(train_8p, "SAMPLE", tiny_corpus)
+    code, out, _ = run("--performance", capsys=capsys)
+    assert code == 0
+    assert "bundled sample" in out
+
+
+def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_corpus, tmp_path, capsys, monkeypatch):
+    forward = gru.TrainingLoss.forward
+    monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    path = tmp_path / "model"
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "4", "--print-freq", "1", "--ckptpath", str(path))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 7
+    assert len(out.split("Loss nan")) - 1 == nmt.log.PATIENCE
+    assert "epoch 0, step 3" in err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("best", ["bleu", "loss"])
+def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, capsys, monkeypatch, best):
+    forward = gru.TrainingLoss.forward
+    monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
+    path = tmp_path / "model"
+    path.write_text("of an earlier run")
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "32", "--best", best, "--ckptpath", str(path))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 7, err
+    assert "BLEU score" not in out
+    assert path.read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        (["--data-dir", "{empty}", "--src-lang", "fr"], 3),
+        (["--evaluate", "{empty}/absent"], 4),
+        (["--evaluate", "{empty}/absent", "--data-dir", "{empty}/absent/too"], 4),
+        (["--ckptpath", "{empty}/no/such/folder/model"], 5),
+        (["--opt-level", "O3", "--amp", "--loss-scale", "32"], 2),
+        (["--amp", "--amp-backend", "apex", "--amp-dtype", "bfloat16"], 2),
+        (["--lr", "nan"], 2),
+        (["--seed", "99999999999999999999"], 2),
+        (["--dist-url", "foo"], 2),
+    ],
+)
+def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, flags, code, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    flags = [flag.format(empty=empty) for flag in flags]
+    if "--data-dir" not in flags:
+        flags += ["--data-dir", str(tiny_corpus)]
+    actual, _, err = run(*flags, capsys=capsys)
+    assert actual == code
+    assert err.startswith("error[")
+    assert err.count("\n") == 1
+    assert err.count(";") >= 2
+
+
+@pytest.mark.parametrize(("overflows", "expected"), [({1}, 0), ({0, 1, 2, 3}, 7)])
+def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
+    tiny_corpus, tmp_path, capsys, monkeypatch, overflows, expected
+):
+    steps = iter(range(4))
+    backward = precision.NativePrecision.backward
+    factor = {True: float("inf"), False: 1.0}
+    monkeypatch.setattr(
+        precision.NativePrecision,
+        "backward",
+        lambda self, loss: backward(self, loss * factor[next(steps) in overflows]),
+    )
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "16", "--epochs", "1", "--ckptpath", str(tmp_path / "model"))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == expected, err
+    if expected:
+        assert "the gradients of 4 of 4 steps were not finite" in err
+    else:
+        assert "note: 1 of 4 steps changed no weight" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "kind", "warned"),
+    [
+        (["--recipe", "modelzoo"], torch.bfloat16, "cpu", True),
+        (["--recipe", "modelzoo"], torch.bfloat16, "cuda", True),
+        (["--recipe", "modelzoo"], torch.float16, "cpu", True),
+        (["--recipe", "modelzoo"], torch.float16, "cuda", False),
+        (["--recipe", "modelzoo"], torch.float32, "cpu", False),
+        (["--recipe", "modelzoo", "--performance"], torch.bfloat16, "cpu", False),
+        (["--recipe", "tuned"], torch.bfloat16, "cpu", False),
+    ],
+)
+def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, capsys, monkeypatch, flags, dtype, kind, warned):
+    args = resolved(64, "--data-dir", str(tiny_corpus), *flags)
+    monkeypatch.setattr(devices.World, "describe", lambda *_: "")
+    world = devices.World(kind=kind)
+    train_8p.describe(args, world, precision.Choice("O2", dtype), train_8p.load_corpus(args))
+    name = str(dtype).removeprefix("torch.")
+    assert (f"note: {name} has too few digits" in capsys.readouterr().out) == warned
+
+
+def test_flags_without_effect_are_named(tiny_corpus, capsys):
+    arguments = ("--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--opt-level", "O2")
+    assert "note: --opt-level has no effect without --amp\n" in run(*arguments, capsys=capsys)[1]
+    assert "note:" not in run(*arguments, "--amp", "--amp-dtype", "bfloat16", capsys=capsys)[1]
+    in_o0 = (*arguments[:-1], "O0", "--amp", "--amp-dtype", "float16", "--amp-backend", "apex")
+    assert "note: --amp-dtype and --amp-backend have no effect in O0\n" in run(*in_o0, capsys=capsys)[1]
+
+
+def test_flags_without_effect_on_a_score_are_named(trained, capsys):
+    folder, corpus, _ = trained
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"), "--beam-size", "1")
+    note = "note: no effect with --evaluate: {}--emb-dim, --hid-dim{}\n"
+    assert note.format("", "") in run(*evaluate, "--fixed-length", "8", capsys=capsys)[1], "what `run` gives"
+    unused = ("--recipe", "modelzoo", "--amp", "-b", "3", "-p", "7", "--performance")
+    expected = note.format("--recipe, --batch-size, ", ", --amp, --print-freq, --performance")
+    assert expected in run(*evaluate, *unused, capsys=capsys)[1]
+
+
+INTERRUPTED_IMPORT = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may inherit that it is ignored
+os.kill(os.getpid(), signal.SIGINT)
+while True: pass
+"""
+
+
+def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
+def test_missing_packages_are_named_with_what_to_do(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
+    assert f"{REPOSITORY / 'requirements.txt'}" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_output_whose_encoding_lacks_a_letter_loses_no_run(tiny_corpus, tmp_path):
+    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", tiny_corpus, "--epochs", "1"]
+    env = os.environ | {"PYTHONIOENCODING": "gbk"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "l\\xe4uft" in done.stdout
+    assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
+
+
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--lr", "nan"], 2)])
+def test_a_closed_output_is_no_error_and_a_closed_stderr_does_not_go_to_stdout(tiny_corpus, flags, code):
+    command = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, "--data-dir", str(tiny_corpus), "--performance"]
+    for closed in ("1>&-", "2>&-"):
+        shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+        done = subprocess.run([*shell, *command, *flags], capture_output=True, text=True, timeout=120)
+        assert done.returncode == code
+        assert "error[" not in done.stdout
+        assert done.stderr.count("\n") == (code > 0 and closed == "1>&-")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_for_the_output_is_an_io_error(tiny_corpus):
+    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", tiny_corpus, "--performance"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 5
+    assert done.stderr.startswith("error[io]: No space left on device")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: float(next(clock)))
+    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
+        log = nmt.log.EpochLog(devices.World(), 0, 1, steps, before, print_freq=100)
+        for _ in range(steps):
+            log.data_ready()
+            log.step_done(torch.tensor([1.0, 1.0]), 1)
+        pairs_per_second, _ = log.finish()
+        # The clock is read at the start, after the warm-up if there is one, at the line, and at the end.
+        assert pairs_per_second == pytest.approx(expected / 2)
+
+
+def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
+    log = nmt.log.EpochLog(devices.World(), 0, 1, 4, 0, print_freq=2)
+    for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
+        log.data_ready()
+        log.step_done(torch.tensor([loss_sum, count]), 1)
+    lines = STEP_LINE.findall(capsys.readouterr().out)
+    assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]

@@ -1,0 +1,1070 @@
+"""The shell wrappers: what they pass to train_8p.py, what they write, how they fail.
+
+Most tests run copies of the wrappers beside a stand-in for train_8p.py, which records how it was started and runs a
+few lines of the test's own. The last ones run the real program.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import train_8p
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ["common.sh", "env_npu.sh"]
+FULL = ["train_full_1p.sh", "train_full_8p.sh"]
+PERFORMANCE = ["train_performance_1p.sh", "train_performance_8p.sh"]
+WRAPPERS = FULL + PERFORMANCE
+KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list"]
+KEYS += ["recipe", "conda_name"]
+NETWORK = "GRU_ID0104_for_PyTorch"
+
+STAND_IN = """
+import json, os, sys
+record = dict(argv=sys.argv[1:], script=sys.argv[0], cwd=os.getcwd(), env=dict(os.environ), pid=os.getpid())
+with open(os.environ["RECORD"], "w") as file:
+    json.dump(record, file)
+exec(os.environ["BEHAVIOUR"])
+"""
+
+
+def canned_log(*fps, batch=128, processes=1, bleu="28.0046"):
+    lines = ["sample/ is used, as no --data-dir was given"]
+    lines.append(f"run: device=cpu processes={processes} nodes=1 batch={batch} batch_per_device=99 precision=fp32")
+    for epoch, value in enumerate(fps):
+        for step, loss in ((10, f"{9 - epoch}.2500e+00"), (20, f"{9 - epoch}.1250e+00")):
+            lines.append(
+                f"[cpu id: 0 ] Epoch: [{epoch}][ {step}/20]\tTime  0.270 ( 0.271)\tData  0.001 ( 0.001)"
+                f"\tLoss {loss} (7.7777e+00)"
+            )
+        lines.append(f"* FPS@all {value}")
+    if bleu:
+        lines.append(f"BLEU score = {bleu}")
+    return "\n".join(lines)
+
+
+def printing(text):
+    return f"print({text!r}, flush=True)"
+
+
+FULL_RUN = printing(canned_log("300.000", "100.000", "200.000"))
+
+
+def heed_signals():
+    """Undoes what a test run in the background, or under nohup, hands down: signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Repo:
+    """A copy of the wrappers in a folder whose name needs quoting, with a stand-in for train_8p.py."""
+
+    def __init__(self, folder):
+        self.path = folder / "the repo"
+        self.home = folder / "elsewhere"
+        self.record = folder / "record.json"
+        (self.path / "test").mkdir(parents=True)
+        self.home.mkdir()
+        for script in SCRIPTS + WRAPPERS:
+            shutil.copy(ROOT / "test" / script, self.path / "test")
+        (self.path / "train_8p.py").write_text(STAND_IN)
+
+    def environment(self, behaviour, changes):
+        env = {
+            key: value
+            for key, value in os.environ.items()
+            if key in ("PATH", "HOME", "LANG", "TMPDIR", "PYENV_ROOT", "PYENV_VERSION")
+        }
+        env |= {"PYTHON": sys.executable, "RECORD": str(self.record), "BEHAVIOUR": behaviour}
+        env |= {"GRU_CANN_INFO": "/nonexistent", "GRU_CANN_ROOT": "/nonexistent"}
+        env |= changes
+        return {key: value for key, value in env.items() if value is not None}
+
+    def command(self, wrapper, arguments):
+        return ["bash", str(self.path / "test" / wrapper), *arguments]
+
+    def run(self, wrapper, *arguments, behaviour=FULL_RUN, cwd=None, command=None, **changes):
+        self.record.unlink(missing_ok=True)
+        return subprocess.run(
+            command or self.command(wrapper, arguments),
+            cwd=cwd or self.home,
+            env=self.environment(behaviour, changes),
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=60,
+        )
+
+    @contextlib.contextmanager
+    def started(self, wrapper, *arguments, behaviour, **changes):
+        """A wrapper in a session of its own whose stand-in is at work: it has printed a line."""
+        process = subprocess.Popen(
+            self.command(wrapper, arguments),
+            cwd=self.home,
+            env=self.environment(behaviour, changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=heed_signals,
+        )
+        try:
+            assert process.stdout.readline()
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate(timeout=30)
+
+    def recorded(self):
+        return json.loads(self.record.read_text())
+
+    def argv(self):
+        return self.recorded()["argv"]
+
+    def output(self, device_id="0"):
+        return self.path / "test" / "output" / device_id
+
+
+@pytest.fixture
+def repo(tmp_path):
+    return Repo(tmp_path)
+
+
+def key_values(path):
+    return dict(line.split(" = ", 1) for line in path.read_text().splitlines())
+
+
+def is_usage_error(done):
+    lines = done.stderr.splitlines()
+    return done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error[usage]: ") and not done.stdout
+
+
+def eventually(condition, within=10.0):
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def gone(pid):
+    # A process whose parent has died and that nobody has waited for is gone too.
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    return state.strip()[:1] in ("", "Z")
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_help_is_right_for_each_script(repo, wrapper):
+    done = repo.run(wrapper, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    listed = [line.split("=")[0].strip() for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert listed == [f"--{key}" for key in KEYS] + ["--help, -h             this text"]
+    assert f"bash test/{wrapper} " in done.stdout
+    assert f"{NETWORK}_bs<BatchSize>_{'8p' if '8p' in wrapper else '1p'}_{'acc' if wrapper in FULL else 'perf'}" in (
+        done.stdout
+    )
+    assert ("checkpoint" in done.stdout) == (wrapper in FULL)
+    if wrapper in FULL:
+        tuned, modelzoo = (train_8p.RECIPES[name] for name in ("tuned", "modelzoo"))
+        on_sample = train_8p.tuned_batch(4000, 1, 1)
+        assert (
+            f"tuned {tuned['batch_size']}, on several devices {train_8p.SHARED_BATCH}, on sample/ {on_sample}; "
+            f"modelzoo {modelzoo['batch_size']}" in done.stdout
+        )
+        assert f"tuned: {tuned['lr']:g}, times the root of batch / {tuned['batch_size']} where" in done.stdout
+        assert f"the recipe's, {tuned['epochs']}" in done.stdout
+    else:
+        npu, cpu = (train_8p.PERFORMANCE_BATCH[kind] for kind in ("npu", "cpu"))
+        assert train_8p.PERFORMANCE_BATCH["cuda"] == npu
+        assert f"{npu} a device on NPU and CUDA, {cpu} a process on CPU" in done.stdout
+        assert f"until {train_8p.PERFORMANCE_STEPS} steps are done" in done.stdout
+    assert repo.run(wrapper, "--batch_size=3", "-h").stdout == done.stdout
+    assert not repo.record.exists()
+    assert not repo.output().exists()
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "expected"),
+    [
+        ("train_full_1p.sh", ["--amp", "--opt-level=O2"]),
+        ("train_full_8p.sh", ["--amp", "--opt-level=O2", "--multiprocessing-distributed", "--max-devices=8"]),
+        ("train_performance_1p.sh", ["--amp", "--opt-level=O2", "--performance"]),
+        (
+            "train_performance_8p.sh",
+            ["--amp", "--opt-level=O2", "--multiprocessing-distributed", "--max-devices=8", "--performance"],
+        ),
+    ],
+)
+def test_without_arguments_only_the_wrappers_own_flags_are_passed(repo, wrapper, expected):
+    assert repo.run(wrapper).returncode == 0
+    assert repo.argv() == expected
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("spelling", ["--key=value", "--key value", "--hyphen-key=value"])
+def test_each_argument_reaches_its_flag_in_every_spelling(repo, wrapper, spelling):
+    values = {"data_path": "d", "batch_size": "64", "learning_rate": "0.5", "epochs": "2"}
+    values |= {"precision_mode": "must_keep_origin_dtype", "device": "cpu", "device_list": "3", "recipe": "modelzoo"}
+    arguments = []
+    for key, value in values.items():
+        if "hyphen" in spelling:
+            key = key.replace("_", "-")
+        arguments += [f"--{key}", value] if " " in spelling else [f"--{key}={value}"]
+    assert repo.run(wrapper, *arguments).returncode == 0
+    expected = ["--data-dir=d", "--batch-size=64", "--lr=0.5", "--epochs=2", "--device=cpu", "--recipe=modelzoo"]
+    expected += ["--multiprocessing-distributed"] if "8p" in wrapper else []
+    expected += ["--device-list=3"]
+    if wrapper in PERFORMANCE:
+        expected += ["--performance"]
+    assert repo.argv() == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags"),
+    [
+        ("allow_mix_precision", ["--amp", "--opt-level=O2"]),
+        ("amp", ["--amp", "--opt-level=O2"]),
+        ("must_keep_origin_dtype", []),
+    ],
+)
+def test_precision_mode_chooses_o2_or_fp32(repo, mode, flags):
+    assert repo.run("train_full_1p.sh", f"--precision_mode={mode}").returncode == 0
+    assert repo.argv() == flags
+
+
+def test_a_device_list_replaces_the_limit_of_eight(repo):
+    assert repo.run("train_full_8p.sh", "--device_list=4,5").returncode == 0
+    assert repo.argv()[2:] == ["--multiprocessing-distributed", "--device-list=4,5"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--unknown=1"],
+        ["--unknown"],
+        ["--batch=3"],
+        ["--data_path batch_size=3"],
+        ["-b", "3"],
+        ["sample"],
+        [""],
+        ["-"],
+        ["--=3"],
+        ["--data_path\n=3"],
+        ["--DATA_PATH=x"],
+        ["--$(touch ran)=3"],
+    ],
+)
+def test_an_unknown_argument_is_an_error_that_lists_those_that_exist(repo, arguments):
+    for wrapper in ("train_full_1p.sh", "train_performance_8p.sh"):
+        done = repo.run(wrapper, *arguments)
+        assert is_usage_error(done)
+        assert " ".join(f"--{key}" for key in KEYS) in done.stderr
+    assert not repo.record.exists()
+    assert not list(repo.home.iterdir())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_an_empty_and_a_repeated_value_are_errors(repo, key):
+    for arguments in (
+        [f"--{key}"],
+        [f"--{key}", "--recipe=tuned"],
+        [f"--{key}", "--", "x"],
+        [f"--{key}="],
+        [f"--{key}", ""],
+        [f"--{key}=1", f"--{key.replace('_', '-')}", "2"],
+    ):
+        done = repo.run("train_full_1p.sh", *arguments)
+        assert is_usage_error(done), arguments
+        assert f"--{key}" in done.stderr
+    assert not repo.record.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--precision_mode=O2"], ["--precision_mode", "fp16\n"]])
+def test_an_unknown_precision_mode_is_an_error_that_lists_the_modes(repo, arguments):
+    done = repo.run("train_full_1p.sh", *arguments)
+    assert is_usage_error(done)
+    assert "allow_mix_precision, amp, must_keep_origin_dtype" in done.stderr
+
+
+@pytest.mark.parametrize("wrapper", ["train_full_1p.sh", "train_performance_1p.sh"])
+def test_one_device_runs_refuse_a_list_of_devices(repo, wrapper):
+    done = repo.run(wrapper, "--device_list=0,1")
+    assert is_usage_error(done)
+    assert " entry: 0,1; " in done.stderr
+
+
+def test_the_callers_environment_gives_no_arguments(repo):
+    assert repo.run("train_full_1p.sh", arg_data_path="x", data_path="x", epochs="3", RANK_SIZE="4").returncode == 0
+    assert repo.argv() == ["--amp", "--opt-level=O2"]
+
+
+def test_what_follows_a_lone_hyphen_pair_is_passed_untouched_after_one(repo):
+    user = ["--lr", "0.1", "--unknown", "--", "$(touch ran)", "", "--batch_size=3", "-x"]
+    assert repo.run("train_full_8p.sh", "--batch_size=64", "--", *user).returncode == 0
+    own = ["--batch-size=64", "--amp", "--opt-level=O2", "--multiprocessing-distributed", "--max-devices=8"]
+    assert repo.argv() == [*own, "--", *user]
+    assert not (repo.home / "ran").exists()
+
+
+def test_a_lone_hyphen_pair_with_nothing_behind_it_changes_nothing(repo):
+    assert repo.run("train_full_1p.sh", "--").returncode == 0
+    assert repo.argv() == ["--amp", "--opt-level=O2"]
+
+
+@pytest.mark.parametrize("arguments", [["--evaluate", "model"], ["--evaluate=model"]])
+def test_evaluate_after_the_hyphens_is_refused_before_anything_is_replaced(repo, arguments):
+    done = repo.run("train_full_1p.sh", "--", *arguments)
+    assert is_usage_error(done)
+    assert "train_8p.py --evaluate" in done.stderr
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_performance_run_is_refused_where_a_score_is_wanted(repo, wrapper):
+    done = repo.run(wrapper, "--", "--performance")
+    assert is_usage_error(done) == ("full" in wrapper)
+    assert ("use test/train_performance_" in done.stderr) == ("full" in wrapper)
+
+
+def test_help_after_the_hyphens_is_the_training_scripts_own(repo):
+    done = repo.run("train_full_1p.sh", "--", "--help", behaviour="print('its help')")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "its help\n", "")
+    assert not repo.output().exists()
+
+
+HOSTILE = [
+    "a value  with spaces ",
+    "$(touch ran)",
+    "`touch ran`",
+    "; touch ran",
+    "&& touch ran #",
+    "| touch ran",
+    "> ran",
+    "*",
+    "~",
+    "$HOME ${x:?} $$ !!",
+    "line one\nline two\n",
+    "\n",
+    "\ttab\rreturn",
+    'it\'s "quoted" \\',
+    "'",
+    "-x",
+    "-",
+    "=a=b",
+    "{a,b}",
+    "[a-z]?",
+    "%s%n",
+    "Grün 你好 \U0001f600",
+    "\udcff\udcfe",  # bytes that are no UTF-8
+    "\x1b[31m",
+]
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_hostile_values_are_passed_intact_and_nothing_runs(repo, value):
+    arguments = [f"--data_path={value}", "--recipe", value, f"--device_list={value.replace(',', '')}", "--", value]
+    (repo.home / "a file").touch()
+    assert repo.run("train_performance_1p.sh", *arguments).returncode == 0
+    argv = repo.argv()
+    assert argv[:2] == [f"--data-dir={value}", f"--recipe={value}"]
+    assert argv[4:] == [f"--device-list={value.replace(',', '')}", "--performance", "--", value]
+    assert [path.name for path in repo.home.iterdir()] == ["a file"]
+
+
+def test_random_values_are_passed_intact(repo):
+    draw = random.Random(1234)
+    for _ in range(10):
+        values = ["".join(chr(draw.randrange(1, 256)) for _ in range(40)) for _ in range(4)]
+        data, recipe, *user = values
+        assert repo.run("train_full_8p.sh", f"--data_path={data}", f"--recipe={recipe}", "--", *user).returncode == 0
+        argv = repo.argv()
+        assert argv[:2] == [f"--data-dir={data}", f"--recipe={recipe}"]
+        assert argv[-3:] == ["--", *user]
+    assert not list(repo.home.iterdir())
+
+
+def test_hostile_values_are_shown_on_one_line(repo):
+    for value in ("$(touch ran)", "line one\nline two\n", "\r", "\x1b[31m", "\udcff", "%s%n"):
+        done = repo.run("train_full_1p.sh", f"--precision_mode={value}")
+        assert is_usage_error(done)
+        assert not {"\r", "\x1b"} & set(done.stderr)
+    assert not list(repo.home.iterdir())
+
+
+# Where it runs
+
+
+@pytest.mark.parametrize("folder", ["root", "test", "elsewhere", "symlink", "on the PATH"])
+def test_it_runs_from_anywhere_in_the_callers_folder(repo, tmp_path, folder):
+    wrapper = "train_full_1p.sh"
+    cwd = {"root": repo.path, "test": repo.path / "test"}.get(folder, repo.home)
+    changes = {}
+    if folder == "root":
+        command = ["bash", f"test/{wrapper}"]
+    elif folder == "test":
+        command = ["bash", wrapper]
+    elif folder == "elsewhere":
+        command = ["bash", f"../the repo/test/{wrapper}"]
+    elif folder == "symlink":
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "train").symlink_to(repo.path / "test" / wrapper)
+        command = [str(tmp_path / "bin" / "train")]
+    else:
+        command = [wrapper]
+        changes["PATH"] = f"{repo.path / 'test'}:{os.environ['PATH']}"
+    done = repo.run(wrapper, command=[*command, "--data_path=../my data"], cwd=cwd, CDPATH="/tmp:/", **changes)
+    assert done.returncode == 0, done.stderr
+    record = repo.recorded()
+    assert record["argv"][0] == "--data-dir=../my data"
+    assert record["cwd"] == str(cwd)
+    assert record["script"] == str(repo.path / "train_8p.py")
+    assert (repo.output() / "train_0.log").exists()
+
+
+# The interpreter and the environment
+
+
+def fake_python(path):
+    path.parent.mkdir(parents=True)
+    path.write_text(f'#!/bin/sh\nMARK="$0" exec "{sys.executable}" "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_the_repositorys_environment_serves_unless_another_is_asked_for(repo, tmp_path):
+    on_path = fake_python(tmp_path / "bin" / "python3")
+    of_repo = fake_python(repo.path / ".venv" / "bin" / "python3")
+    asked = fake_python(tmp_path / "my python" / "python3")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    for changes, expected in (
+        ({"PYTHON": asked}, asked),
+        ({"PYTHON": asked, "VIRTUAL_ENV": "/x"}, asked),
+        ({"PYTHON": None}, of_repo),
+        ({"PYTHON": ""}, of_repo),
+        ({"PYTHON": None, "VIRTUAL_ENV": "/x"}, of_repo),
+        ({"PYTHON": None, "CONDA_PREFIX": "/x"}, of_repo),
+    ):
+        assert repo.run("train_full_1p.sh", **{"PATH": path} | changes).returncode == 0
+        assert repo.recorded()["env"]["MARK"] == expected
+    shutil.rmtree(repo.path / ".venv")
+    assert repo.run("train_full_1p.sh", PATH=path, PYTHON=None).returncode == 0
+    assert repo.recorded()["env"]["MARK"] == on_path
+
+
+def test_a_missing_interpreter_is_a_usage_error(repo):
+    assert is_usage_error(repo.run("train_full_1p.sh", PYTHON="/no such/python"))
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_torch_is_told_not_to_load_backends_and_threads_are_left_alone(repo, wrapper):
+    assert repo.run(wrapper, TORCH_DEVICE_BACKEND_AUTOLOAD="1").returncode == 0
+    env = repo.recorded()["env"]
+    assert env["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
+    assert "OMP_NUM_THREADS" not in env
+    assert repo.run(wrapper, OMP_NUM_THREADS="7").returncode == 0
+    assert repo.recorded()["env"]["OMP_NUM_THREADS"] == "7"
+
+
+CANN_SCRIPT = """
+: "$A_VARIABLE_THAT_IS_NOT_SET"
+false
+export FROM_CANN="%s"
+"""
+
+
+def fake_cann(root, product):
+    (root / product).mkdir(parents=True)
+    (root / product / "set_env.sh").write_text(CANN_SCRIPT % f"{root.name}/{product}")
+
+
+@pytest.mark.parametrize("product", ["ascend-toolkit", "nnae"])
+@pytest.mark.parametrize("place", ["info", "root"])
+def test_cann_is_found_by_its_install_file_or_in_its_usual_place(repo, tmp_path, product, place):
+    installed, usual, info = tmp_path / "my CANN", tmp_path / "usual", tmp_path / "info"
+    changes = {"GRU_CANN_ROOT": str(usual)}
+    fake_cann(usual, product)
+    if place == "info":
+        fake_cann(installed, product)
+        info.write_text(f"Driver_Install_Path_Param=/wrong\nUserName=x\nInstall_Path_Param={installed} \r\nOther=/y\n")
+        changes["GRU_CANN_INFO"] = str(info)
+    done = repo.run("train_full_1p.sh", **changes)
+    assert (done.returncode, done.stderr) == (0, "")
+    env = repo.recorded()["env"]
+    assert env["FROM_CANN"] == f"{installed.name if place == 'info' else usual.name}/{product}"
+    assert (env["HCCL_WHITELIST_DISABLE"], env["TASK_QUEUE_ENABLE"], env["CPU_AFFINITY_CONF"]) == ("1", "2", "2")
+
+
+def test_ascend_toolkit_comes_before_nnae_and_settings_of_the_user_stay(repo, tmp_path):
+    fake_cann(tmp_path / "cann", "nnae")
+    fake_cann(tmp_path / "cann", "ascend-toolkit")
+    changes = {"GRU_CANN_ROOT": str(tmp_path / "cann"), "TASK_QUEUE_ENABLE": "1", "HCCL_WHITELIST_DISABLE": ""}
+    assert repo.run("train_full_1p.sh", **changes).returncode == 0
+    env = repo.recorded()["env"]
+    assert env["FROM_CANN"] == "cann/ascend-toolkit"
+    assert (env["HCCL_WHITELIST_DISABLE"], env["TASK_QUEUE_ENABLE"]) == ("", "1")
+
+
+def test_cann_is_left_alone_where_the_platform_has_set_it_up(repo, tmp_path):
+    fake_cann(tmp_path / "cann", "nnae")
+    for flag, found in (("true", False), ("false", True)):
+        changes = {"GRU_CANN_ROOT": str(tmp_path / "cann"), "etp_running_flag": flag}
+        assert repo.run("train_full_1p.sh", **changes).returncode == 0
+        assert ("FROM_CANN" in repo.recorded()["env"]) == found
+
+
+@pytest.mark.parametrize("options", ["-c", "-euc"])
+def test_without_cann_its_script_is_silent_and_changes_nothing(repo, options):
+    state = "$-; $(shopt; set +o; export -p; declare -F)"
+    script = f'before="{state}"; source test/env_npu.sh; after="{state}"; [ "$before" = "$after" ]'
+    done = repo.run("", command=["bash", options, script], cwd=repo.path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("options", ["", "-e", "-eu", "-euo pipefail"])
+def test_canns_script_leaves_the_shells_options_as_they_were(repo, tmp_path, options):
+    fake_cann(tmp_path / "cann", "nnae")
+    state = "$-; $(shopt; shopt -o pipefail; declare -F)"
+    script = f'set {options or "--"}; before="{state}"; source test/env_npu.sh; after="{state}"; '
+    script += '[ "$before" = "$after" ] && '
+    done = repo.run(
+        "", command=["bash", "-c", script + "echo $FROM_CANN"], cwd=repo.path, GRU_CANN_ROOT=str(tmp_path / "cann")
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cann/nnae\n", "")
+
+
+FAKE_CONDA = """#!/bin/sh
+[ "$*" = "info --base" ] && echo "{base}"
+"""
+FAKE_CONDA_SH = """
+: "$PS1"
+conda() { [ "$1 $2" = "activate my env" ] && export CONDA_PREFIX=active PATH="$(dirname "$CONDA_EXE"):$PATH"; }
+"""
+
+
+def test_conda_name_activates_that_environment_and_its_interpreter(repo, tmp_path):
+    python = fake_python(tmp_path / "conda bin" / "python3")
+    conda = tmp_path / "conda bin" / "conda"
+    conda.write_text(FAKE_CONDA.format(base=tmp_path / "conda base"))
+    conda.chmod(0o755)
+    profile = tmp_path / "conda base" / "etc" / "profile.d"
+    profile.mkdir(parents=True)
+    (profile / "conda.sh").write_text(FAKE_CONDA_SH)
+    done = repo.run("train_full_1p.sh", "--conda_name=my env", PYTHON="/wrong", CONDA_EXE=str(conda))
+    assert (done.returncode, done.stderr) == (0, "")
+    env = repo.recorded()["env"]
+    assert (env["MARK"], env["CONDA_PREFIX"]) == (python, "active")
+    assert repo.argv() == ["--amp", "--opt-level=O2"]
+
+    done = repo.run("train_full_1p.sh", "--conda_name=other\n", CONDA_EXE=str(conda), ASCEND_DEVICE_ID="1")
+    assert is_usage_error(done)
+    assert "cannot activate" in done.stderr
+    assert not repo.output("1").exists()
+
+
+def test_conda_name_without_conda_is_an_error(repo):
+    done = repo.run("train_full_1p.sh", "--conda_name=x", CONDA_EXE=None, PATH="/usr/bin:/bin")
+    assert is_usage_error(done)
+    assert "no conda" in done.stderr
+    assert not repo.record.exists()
+
+
+# Results
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
+    full = wrapper in FULL
+    ranks = 8 if "8p" in wrapper else 1
+    text = canned_log("300.000", "100.000", "1000.500", "200.000", batch=512, processes=ranks, bleu=full and "28.0046")
+    done = repo.run(wrapper, behaviour=printing(text) + "; import time; time.sleep(1.1)")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+    case = f"{NETWORK}_bs512_{ranks}p_{'acc' if full else 'perf'}"
+    files = sorted(path.name for path in repo.output().iterdir())
+    assert files == sorted([".lock", "train_0.log", f"train_{case}_loss.txt", f"{case}.log"])
+    results = key_values(repo.output() / f"{case}.log")
+    seconds = results.pop("E2ETrainingTime")
+    assert 1 <= int(seconds) <= 30
+    expected = {
+        "Network": NETWORK,
+        "RankSize": str(ranks),
+        "BatchSize": "512",
+        "DeviceType": os.uname().machine,
+        "CaseName": case,
+        "ActualFPS": "250.00",
+        "TrainingTime": "2048.00",
+        "ActualLoss": "6.1250e+00",
+    }
+    if full:
+        expected["TrainAccuracy"] = "28.0046"
+    assert results == expected
+
+    losses = "9.2500e+00 9.1250e+00 8.2500e+00 8.1250e+00 7.2500e+00 7.1250e+00 6.2500e+00 6.1250e+00"
+    assert (repo.output() / f"train_{case}_loss.txt").read_text().split("\n") == [*losses.split(), ""]
+    assert (repo.output() / "train_0.log").read_text() == text + "\n"
+
+    last = ["------------------ Final result ------------------", "Final Performance images/sec : 250.00"]
+    if full:
+        last += ["Final Train Accuracy : 28.0046"]
+    last += [f"E2E Training Duration sec : {seconds}"]
+    assert done.stdout == "\n".join([text, *last, ""])
+
+
+@pytest.mark.parametrize(
+    ("fps", "median"),
+    [(["7.000"], "7.00"), (["9.000", "10.000", "1.000"], "9.00"), (["3.000", "1.000", "2.000", "4.000"], "2.50")],
+)
+def test_actual_fps_is_the_median_of_the_epochs(repo, fps, median):
+    done = repo.run("train_full_1p.sh", behaviour=printing(canned_log(*fps)))
+    assert f"Final Performance images/sec : {median}\n" in done.stdout
+
+
+def test_numbers_have_a_point_in_every_locale(repo):
+    done = repo.run("train_full_1p.sh", LC_ALL="de_DE.UTF-8", LANG="de_DE.UTF-8")
+    assert "Final Performance images/sec : 200.00\n" in done.stdout
+
+
+def test_rank_size_is_what_ran_where_fewer_than_eight_devices_are_there(repo):
+    text = canned_log("100.000", batch=128, processes=2)
+    assert repo.run("train_full_8p.sh", behaviour=printing(text)).returncode == 0
+    results = key_values(repo.output() / f"{NETWORK}_bs128_8p_acc.log")
+    assert results["RankSize"] == "2"
+
+
+def test_the_last_bleu_score_and_the_loss_of_the_last_step_count(repo):
+    text = canned_log("100.000", bleu="1.0000") + "\nLoss of something else 3.0\nBLEU score = 2.5000"
+    done = repo.run("train_full_1p.sh", behaviour=printing(text))
+    assert "Final Train Accuracy : 2.5000\n" in done.stdout
+    results = key_values(repo.output() / f"{NETWORK}_bs128_1p_acc.log")
+    assert (results["TrainAccuracy"], results["ActualLoss"]) == ("2.5000", "9.1250e+00")
+
+
+def test_the_log_holds_what_the_run_prints_on_both_streams_and_shows_it_live(repo):
+    behaviour = "import time\nprint('on stderr', file=sys.stderr)\nprint('on stdout', flush=True)\ntime.sleep(60)"
+    with repo.started("train_full_1p.sh", behaviour=behaviour) as process:
+        assert process.stdout.readline() == "on stdout\n"
+        assert eventually(lambda: (repo.output() / "train_0.log").read_text() == "on stderr\non stdout\n")
+
+
+def test_the_run_leaves_the_wrappers_input_alone(repo):
+    command = ["bash", "-c", f'echo typed | bash "{repo.path}/test/train_full_1p.sh"']
+    done = repo.run("", command=command, behaviour=FULL_RUN + "; print(repr(sys.stdin.read()))")
+    assert "''" in done.stdout.splitlines()
+
+
+def test_ascend_device_id_names_the_folder_and_the_log(repo):
+    assert repo.run("train_full_1p.sh", ASCEND_DEVICE_ID="17").returncode == 0
+    assert (repo.output("17") / "train_17.log").exists()
+    assert (repo.output("17") / f"{NETWORK}_bs128_1p_acc.log").exists()
+    assert not repo.output().exists()
+
+
+@pytest.mark.parametrize("value", ["../../x", "a", "-1", "0 1", "0\n"])
+def test_an_ascend_device_id_that_is_no_number_is_an_error(repo, value):
+    assert is_usage_error(repo.run("train_full_1p.sh", ASCEND_DEVICE_ID=value))
+    assert not (repo.path / "test" / "output").exists()
+
+
+# Failures
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("code", [1, 2, 3, 7])
+def test_a_failed_run_fails_the_wrapper_with_its_code_and_reason(repo, wrapper, code):
+    reason = "error[data]: train.en has 3 lines, train.de 4; corpus/; make them equal"
+    behaviour = FULL_RUN + f"; print({reason!r}, file=sys.stderr); print('a last word'); sys.exit({code})"
+    done = repo.run(wrapper, behaviour=behaviour)
+    assert done.returncode == code
+    assert done.stderr.splitlines()[-1] == reason
+    assert "Final" not in done.stdout
+    assert sorted(path.name for path in repo.output().iterdir()) == [".lock", "train_0.log"]
+    assert reason in (repo.output() / "train_0.log").read_text()
+
+
+def test_a_traceback_fails_the_wrapper_with_its_last_line(repo):
+    done = repo.run("train_full_1p.sh", behaviour=FULL_RUN + "; raise ValueError('a bug')")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "ValueError: a bug"
+
+
+def test_a_killed_run_names_the_signal(repo):
+    done = repo.run("train_full_1p.sh", behaviour=FULL_RUN + "; sys.stdout.flush(); os.kill(os.getpid(), 9)")
+    assert done.returncode == 137
+    assert done.stderr.splitlines()[-1].startswith("ended by signal 9 ")
+    assert "Final" not in done.stdout
+
+
+def test_a_run_without_a_word_fails_with_a_reason(repo):
+    done = repo.run("train_full_1p.sh", behaviour="sys.exit(3)")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (3, "train_8p.py printed nothing")
+
+
+@pytest.mark.parametrize("missing", ["run:", "* FPS@all", "[cpu", "BLEU"])
+def test_a_log_without_a_result_is_a_failure(repo, missing):
+    lines = canned_log("100.000").split("\n")
+    text = "\n".join(line for line in lines if not line.startswith(missing))
+    done = repo.run("train_full_1p.sh", behaviour=printing(text))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error[bug]: the run ended without a line")
+    assert len(done.stderr.splitlines()) == 1
+    assert "Final" not in done.stdout
+    assert not list(repo.output().glob(f"*{NETWORK}*"))
+
+
+@pytest.mark.parametrize("fps", ["0.000", "nan"])
+def test_a_speed_of_nothing_is_a_failure(repo, fps):
+    done = repo.run("train_full_1p.sh", behaviour=printing(canned_log(fps)))
+    assert done.returncode == 1
+    assert "FPS@all" in done.stderr
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_failed_run_sets_the_results_of_an_earlier_one_aside(repo, wrapper):
+    assert repo.run(wrapper).returncode == 0
+    results = {path.name: path.read_text() for path in repo.output().glob(f"*{NETWORK}*")}
+    assert len(results) == 2
+    (repo.output() / "killed.log.tmp").touch()
+    (repo.output() / "a note.txt").touch()
+    for _ in range(2):
+        assert repo.run(wrapper, behaviour="sys.exit(1)").returncode == 1
+    found = {path.name: path.read_text() for path in repo.output().iterdir()}
+    assert found.pop(".lock") and found.pop("a note.txt") == found.pop("train_0.log") == ""
+    assert found == {f"{name}.previous": text for name, text in results.items()}
+
+
+def test_the_results_of_other_wrappers_stay(repo):
+    for wrapper in WRAPPERS:
+        assert repo.run(wrapper).returncode == 0
+    assert len(list(repo.output().glob(f"{NETWORK}*.log"))) == 4
+    assert len(list(repo.output().glob(f"train_{NETWORK}*_loss.txt"))) == 4
+
+
+@pytest.mark.parametrize("blocked", ["output", "output/0", "output/0/train_0.log"])
+def test_an_output_that_cannot_be_written_is_an_io_error(repo, blocked):
+    # A file where a folder is wanted and the other way round: these stop root too.
+    path = repo.path / "test" / blocked
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if path.suffix else path.touch()
+    done = repo.run("train_full_1p.sh")
+    assert done.returncode == 5
+    assert done.stderr.startswith("error[io]: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not repo.record.exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("leftover", [None, ".lock", "train_0.log"])
+def test_a_read_only_output_is_an_io_error(repo, leftover):
+    repo.output().mkdir(parents=True)
+    if leftover:
+        (repo.output() / leftover).touch()
+    repo.output().chmod(0o555)
+    done = repo.run("train_full_1p.sh")
+    assert (done.returncode, done.stderr[:11]) == (5, "error[io]: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_is_full_for_the_log_is_an_io_error(repo):
+    # A tee that writes its copy to a full disk.
+    bin_folder = repo.home.parent / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "tee").write_text('#!/bin/sh\nexec /usr/bin/env PATH="$OLD_PATH" tee /dev/full\n')
+    (bin_folder / "tee").chmod(0o755)
+    path = os.environ["PATH"]
+    done = repo.run("train_full_1p.sh", PATH=f"{bin_folder}:{path}", OLD_PATH=path)
+    assert done.returncode == 5
+    assert done.stderr.splitlines()[-1].startswith("error[io]: the log is not whole")
+    assert "Final" not in done.stdout
+
+
+# Signals and two runs at once
+
+WAITING = """
+import signal, time
+def leave(number, frame):
+    os.write(1, b"stopped by %d\\n" % number)
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, leave)
+signal.signal(signal.SIGTERM, leave)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def training_pid(repo):
+    return repo.recorded()["pid"]
+
+
+@pytest.mark.parametrize("wrapper", ["train_full_1p.sh", "train_performance_8p.sh"])
+@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_run_and_ends_the_wrapper_without_results(repo, wrapper, to_group, number):
+    with repo.started(wrapper, behaviour=FULL_RUN + "\n" + WAITING) as process:
+        while "ready" not in process.stdout.readline():
+            pass
+        pid = training_pid(repo)
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == 128 + number
+        assert eventually(lambda: gone(pid))
+    assert stdout == f"stopped by {2 if number == signal.SIGINT else 15}\n"
+    assert stderr.splitlines()[-1] == f"interrupted; the last line was: {stdout.strip()}"
+    assert sorted(path.name for path in repo.output().iterdir()) == [".lock", "train_0.log"]
+
+
+STUBBORN = """
+import signal, time
+def leave(number, frame):
+    os.write(1, b"not yet\\n")
+    signal.signal(signal.SIGINT, leave_slowly)
+def leave_slowly(number, frame):
+    time.sleep(1)
+    os.write(1, b"stopped\\n")
+    sys.exit(1)
+signal.signal(signal.SIGINT, leave)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_wrapper_outlasts_the_run_when_it_is_interrupted_twice(repo):
+    with repo.started("train_full_1p.sh", behaviour=STUBBORN) as process:
+        os.kill(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "not yet\n"
+        os.kill(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert gone(training_pid(repo))
+    assert stderr.splitlines()[-1] == "interrupted; the last line was: stopped"
+
+
+def test_a_run_that_swallows_the_interrupt_gives_no_results(repo):
+    waiting = "\nimport time\nprint('ready', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass"
+    with repo.started("train_full_1p.sh", behaviour=FULL_RUN + waiting) as process:
+        while "ready" not in process.stdout.readline():
+            pass
+        os.kill(process.pid, signal.SIGINT)
+        stdout, _ = process.communicate(timeout=30)
+        assert process.returncode == 130
+    assert "Final" not in stdout
+    assert not list(repo.output().glob(f"*{NETWORK}*"))
+
+
+def test_ctrl_c_on_a_terminal_ends_the_run_with_130(repo):
+    pty = pytest.importorskip("pty")
+    # The stand-in for a user: an interactive terminal whose foreground job is the wrapper.
+    pid, terminal = pty.fork()
+    if pid == 0:
+        heed_signals()
+        os.chdir(repo.home)
+        os.execvpe("bash", repo.command("train_full_1p.sh", []), repo.environment(WAITING, {}))
+    shown = b""
+    with contextlib.suppress(OSError):
+        while b"ready" not in shown:
+            shown += os.read(terminal, 1024)
+        os.write(terminal, b"\x03")
+        while part := os.read(terminal, 1024):
+            shown += part
+    _, status = os.waitpid(pid, 0)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert b"stopped by 2" in shown
+    assert shown.count(b"stopped by 2") == 2, "once by the run, once in the reason"
+    assert shown.rstrip().split(b"\r\n")[-1] == b"interrupted; the last line was: stopped by 2"
+
+
+def test_a_killed_wrapper_takes_its_run_along_and_frees_the_folder(repo):
+    with repo.started("train_full_1p.sh", behaviour=WAITING) as process:
+        pid = training_pid(repo)
+        process.kill()
+        process.wait()
+        assert repo.run("train_full_1p.sh").returncode == 0
+        assert eventually(lambda: gone(pid))
+
+
+@pytest.mark.parametrize("flock", [True, False])
+def test_a_second_run_with_the_same_number_is_refused_and_harms_nothing(repo, tmp_path, flock):
+    changes = {}
+    if not flock:
+        # A PATH with every tool but flock.
+        (tmp_path / "bin").mkdir()
+        tools = ["bash", "readlink", "dirname", "sed", "awk", "mkdir", "rm", "mktemp", "mkfifo", "tee", "uname", "mv"]
+        for tool in tools:
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+        changes["PATH"] = str(tmp_path / "bin")
+    elif not shutil.which("flock"):
+        pytest.skip("needs flock")
+    with repo.started("train_full_1p.sh", behaviour=WAITING, **changes) as process:
+        log = repo.output() / "train_0.log"
+        assert eventually(lambda: log.read_text() == "ready\n")  # tee shows a line before it writes it
+        for wrapper in WRAPPERS:
+            done = repo.run(wrapper, **changes)
+            assert done.returncode == 5
+            assert done.stderr.startswith(f"error[io]: in use by pid {process.pid}; ")
+            assert len(done.stderr.splitlines()) == 1
+            assert not repo.record.exists()
+        assert log.read_text() == "ready\n"
+        assert repo.run("train_full_1p.sh", ASCEND_DEVICE_ID="1", **changes).returncode == 0
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=30)
+    assert repo.run("train_full_1p.sh", **changes).returncode == 0
+
+
+def test_a_run_that_leaves_a_process_behind_does_not_hold_the_folder(repo):
+    behaviour = "import subprocess; DEVNULL = subprocess.DEVNULL\n" + FULL_RUN
+    behaviour += "\nsubprocess.Popen(['sleep', '5'], stdout=DEVNULL, stderr=DEVNULL, close_fds=False)"
+    assert repo.run("train_full_1p.sh", behaviour=behaviour).returncode == 0
+    assert repo.run("train_full_1p.sh").returncode == 0
+
+
+def test_no_reader_of_the_output_ends_the_run_without_noise_of_the_shell(repo):
+    script = f'bash "{repo.path}/test/train_full_1p.sh" | head -1; echo "${{PIPESTATUS[0]}}"'
+    behaviour = "for i in range(10000):\n    print('line', i, flush=True)\n"
+    done = repo.run("", command=["bash", "-c", script], behaviour=behaviour)
+    assert done.stdout.splitlines()[0] == "line 0"
+    assert int(done.stdout.splitlines()[1]) != 0
+    assert "common.sh: line" not in done.stderr
+
+
+def test_no_temporary_files_stay(repo, tmp_path):
+    (tmp_path / "tmp").mkdir()
+    for behaviour in (FULL_RUN, "sys.exit(1)"):
+        repo.run("train_full_1p.sh", behaviour=behaviour, TMPDIR=str(tmp_path / "tmp"))
+        assert not list((tmp_path / "tmp").iterdir())
+        assert not list(repo.output().glob("*.tmp"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS + WRAPPERS)
+def test_shellcheck_finds_nothing(script):
+    beside_python = Path(sys.executable).parent / "shellcheck"
+    shellcheck = shutil.which("shellcheck") or (beside_python if beside_python.exists() else None)
+    if shellcheck is None:
+        pytest.skip("needs shellcheck")
+    done = subprocess.run([shellcheck, "-x", f"test/{script}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# The real program
+
+needs_program = pytest.mark.skipif(not (ROOT / "train_8p.py").exists(), reason="needs train_8p.py")
+
+
+@pytest.fixture
+def real(tmp_path):
+    """Runs the real wrappers on a tiny corpus in a folder of its own; gives back the process and its result files."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split, count in (("train", 96), ("val", 8), ("test", 8)):
+        for language in ("de", "en"):
+            (source,) = [*ROOT.glob(f"sample/{split}.{language}"), *ROOT.glob(f"sample/*/{split}.{language}")]
+            lines = source.read_text(encoding="utf-8").split("\n")[:count]
+            (corpus / f"{split}.{language}").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    # A number that nobody uses, so that the output of the user's own runs is left alone.
+    device_id = str(900000 + os.getpid())
+    output = ROOT / "test" / "output" / device_id
+
+    def run(wrapper, *arguments, timeout=300):
+        env = dict(os.environ) | {"PYTHON": sys.executable, "ASCEND_DEVICE_ID": device_id, "OMP_NUM_THREADS": "1"}
+        env |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run(
+            ["bash", str(ROOT / "test" / wrapper), *arguments],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        return done, output
+
+    yield run
+    shutil.rmtree(output, ignore_errors=True)
+
+
+RESULT_KEYS = ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime", "ActualLoss"]
+
+
+def check_real_run(done, output, *, ranks, kind, processes=None):
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = output.glob(f"{NETWORK}_bs*_{ranks}p_{kind}.log")
+    results = key_values(path)
+    assert list(results) == RESULT_KEYS + ["TrainAccuracy"] * (kind == "acc") + ["E2ETrainingTime"]
+    assert results["RankSize"] == str(processes or ranks)
+    assert float(results["ActualFPS"]) > 0
+    assert float(results["ActualLoss"]) > 0
+    last = done.stdout.splitlines()[-4 if kind == "acc" else -3 :]
+    assert last[0] == "------------------ Final result ------------------"
+    assert last[1] == f"Final Performance images/sec : {results['ActualFPS']}"
+    assert last[-1] == f"E2E Training Duration sec : {results['E2ETrainingTime']}"
+    losses = (output / f"train_{results['CaseName']}_loss.txt").read_text().split()
+    assert losses[-1] == results["ActualLoss"]
+
+
+@needs_program
+def test_a_real_full_run_ends_with_its_results_and_a_checkpoint_in_the_callers_folder(real, tmp_path):
+    done, output = real("train_full_1p.sh", "--data_path=corpus", "--epochs=1", "--batch_size=16", "--device=cpu")
+    check_real_run(done, output, ranks=1, kind="acc")
+    assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
+
+
+@needs_program
+def test_a_real_performance_run_ends_with_its_results_and_the_users_flags_win(real, tmp_path):
+    arguments = ["--data_path", "corpus", "--batch_size=32", "--device=cpu", "--", "--batch-size=16"]
+    done, output = real("train_performance_1p.sh", *arguments)
+    check_real_run(done, output, ranks=1, kind="perf")
+    assert (output / f"{NETWORK}_bs16_1p_perf.log").exists()
+    assert not list(tmp_path.glob("*.pth.tar*"))
+
+
+@needs_program
+def test_a_real_error_is_the_wrappers_last_line(real):
+    done, output = real("train_full_1p.sh", "--data_path=nowhere", "--batch_size=-1", "--device=cpu")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error[usage]: ")
+    assert not list(output.glob(f"*{NETWORK}*"))
+
+
+@needs_program
+@pytest.mark.slow
+def test_without_a_data_path_the_sample_is_used_and_a_line_says_so(real):
+    done, output = real("train_performance_1p.sh", "--device=cpu")
+    check_real_run(done, output, ranks=1, kind="perf")
+    assert "sample" in done.stdout
+
+
+@needs_program
+@pytest.mark.slow
+def test_a_real_full_run_of_eight_processes_ends_with_its_results(real):
+    arguments = ["--data_path=corpus", "--epochs=2", "--batch_size=16", "--device=cpu"]
+    done, output = real("train_full_8p.sh", *arguments, timeout=600)
+    check_real_run(done, output, ranks=8, kind="acc")
+
+
+@needs_program
+@pytest.mark.slow
+def test_a_real_performance_run_takes_the_listed_devices(real):
+    arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1"]
+    done, output = real("train_performance_8p.sh", *arguments, timeout=600)
+    check_real_run(done, output, ranks=8, kind="perf", processes=2)
+
+
+@needs_program
+@pytest.mark.slow
+def test_a_real_performance_run_of_eight_processes_ends_with_its_results(real):
+    done, output = real("train_performance_8p.sh", "--data_path=corpus", "--device=cpu", timeout=600)
+    check_real_run(done, output, ranks=8, kind="perf")
