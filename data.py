@@ -496,20 +496,20 @@ class Batch(NamedTuple):
     With padding each step has a row for each sentence.
 
     Attributes:
-        src: [source rows] int64 token ids. src_counts: how many of them each step has.
+        src: [source rows] int64 token ids. src_rows_per_step: how many of them each step has.
         src_last: [batch] int64 the row of each source's last token, in the order of the targets.
-        trg: [target rows] int64 the token in front of each target: `SOS` in step 0. trg_counts: as `src_counts`.
+        trg: [target rows] int64 the token in front of each target: `SOS` in step 0. trg_rows_per_step: likewise.
         targets: [target rows] int64 the tokens to predict; `PAD` where there is none.
-        count: how many of the targets are none of padding.
+        target_tokens: how many of the targets are none of padding.
     """
 
     src: torch.Tensor
-    src_counts: list[int]
+    src_rows_per_step: list[int]
     src_last: torch.Tensor
     trg: torch.Tensor
-    trg_counts: list[int]
+    trg_rows_per_step: list[int]
     targets: torch.Tensor
-    count: int
+    target_tokens: int
 
 
 class Loader:
@@ -571,9 +571,9 @@ def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) ->
     >>> vocab = Vocabulary(SPECIALS + ["ein", "hund"])
     >>> side = Side.encode([["hund"], ["ein", "hund"]], vocab)
     >>> batch = make_batch(Split(side, side), torch.tensor([0, 1]))
-    >>> batch.src.tolist(), batch.src_counts, batch.src_last.tolist()
+    >>> batch.src.tolist(), batch.src_rows_per_step, batch.src_last.tolist()
     ([2, 2, 4, 5, 5, 3, 3], [2, 2, 2, 1], [6, 5])
-    >>> batch.trg.tolist(), batch.targets.tolist(), batch.trg_counts, batch.count
+    >>> batch.trg.tolist(), batch.targets.tolist(), batch.trg_rows_per_step, batch.target_tokens
     ([2, 2, 4, 5, 5], [4, 5, 5, 3, 3], [2, 2, 1], 5)
     """
     plan = _plan(split, indices, fixed_length)
@@ -582,7 +582,7 @@ def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) ->
     trg_rows = torch.arange(1, plan.trg_steps).unsqueeze(1) < trg_lengths  # [trg_steps - 1, batch]
     batch = padded._replace(
         trg=padded.trg[trg_rows.flatten()],
-        trg_counts=trg_rows.sum(1).tolist(),
+        trg_rows_per_step=trg_rows.sum(1).tolist(),
         targets=padded.targets[trg_rows.flatten()],
     )
     if plan.reads_padding:
@@ -593,7 +593,7 @@ def make_batch(split: Split, indices: torch.Tensor, *, fixed_length: int = 0) ->
     first_rows = counts.cumsum(0) - counts  # of each step
     return batch._replace(
         src=padded.src.view(plan.src_steps, -1)[:, by_length][src_rows],
-        src_counts=counts.tolist(),
+        src_rows_per_step=counts.tolist(),
         src_last=first_rows[src_lengths - 1] + torch.argsort(by_length),
     )
 
@@ -621,14 +621,14 @@ class _Plan(NamedTuple):
         spans: [4, batch] int64: offsets and lengths of the sources, offsets and lengths of the targets.
         src_steps, trg_steps: the lengths of the columns.
         reads_padding: whether the encoder reads the columns to their end.
-        count: as in `Batch`.
+        target_tokens: as in `Batch`.
     """
 
     spans: torch.Tensor
     src_steps: int
     trg_steps: int
     reads_padding: bool
-    count: int
+    target_tokens: int
 
 
 def _plan(split: Split, indices: torch.Tensor, fixed_length: int, length_step: int = 1) -> _Plan:
@@ -644,7 +644,7 @@ def _plan(split: Split, indices: torch.Tensor, fixed_length: int, length_step: i
         src_steps=src_steps,
         trg_steps=trg_steps,
         reads_padding=bool(fixed_length),
-        count=int(lengths[1].clamp(max=trg_steps).sum()) - len(pairs) if len(indices) else 0,
+        target_tokens=int(lengths[1].clamp(max=trg_steps).sum()) - len(pairs) if len(indices) else 0,
     )
 
 
@@ -663,12 +663,12 @@ def _padded_batch(plan: _Plan, src_ids: torch.Tensor, trg_ids: torch.Tensor) -> 
     targets = trg[1:].flatten()
     return Batch(
         src=src.flatten(),
-        src_counts=[batch] * plan.src_steps,
+        src_rows_per_step=[batch] * plan.src_steps,
         src_last=last_steps * batch + torch.arange(batch, device=src.device),
         trg=trg[:-1].flatten(),
-        trg_counts=[batch] * (plan.trg_steps - 1),
-        targets=targets if plan.count else torch.full_like(targets, PAD),
-        count=plan.count,
+        trg_rows_per_step=[batch] * (plan.trg_steps - 1),
+        targets=targets if plan.target_tokens else torch.full_like(targets, PAD),
+        target_tokens=plan.target_tokens,
     )
 
 

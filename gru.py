@@ -669,11 +669,11 @@ class TrainingLoss(nn.Module):
             The sum, a scalar in float32 or finer. Its mean over the targets of all ranks is the loss.
         """
         model, fc_out = self.model, self.model.decoder.fc_out
-        context = model.encoder.read(batch.src, batch.src_counts, batch.src_last)  # [batch, hid dim]
-        features = model.features(batch.trg, batch.trg_counts, context, teacher_forcing_ratio)
+        context = model.encoder.read(batch.src, batch.src_rows_per_step, batch.src_last)  # [batch, hid dim]
+        features = model.features(batch.trg, batch.trg_rows_per_step, context, teacher_forcing_ratio)
         tensors = as_autocast(features, context, fc_out.weight, fc_out.bias)
         settings = (self.label_smoothing, self.pad_index, torch.is_grad_enabled())
-        return OutputLoss.apply(*tensors, batch.targets, batch.trg_counts, *settings)
+        return OutputLoss.apply(*tensors, batch.targets, batch.trg_rows_per_step, *settings)
 
 
 @torch.no_grad()

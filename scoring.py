@@ -115,7 +115,7 @@ def mean_loss(
     for indices in batches(by_length, world, BATCH_SIZE):
         batch = loader(indices)
         loss_sum = criterion(batch, teacher_forcing_ratio)
-        totals += torch.stack((loss_sum, loss_sum.new_full((), batch.count)))
+        totals += torch.stack((loss_sum, loss_sum.new_full((), batch.target_tokens)))
     loss_sum, count = world.sum(totals).tolist()
     return loss_sum / count
 

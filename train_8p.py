@@ -616,7 +616,7 @@ def train(
             random.seed(f"{args.seed} {step}")  # teacher forcing: ranks draw alike, however long their sentences are
             with precise.forward_context():
                 loss_sum = criterion(batch, args.teacher_forcing_ratio)
-            count = loss_sum.new_full((), batch.count)
+            count = loss_sum.new_full((), batch.target_tokens)
             totals = world.sum(torch.stack((loss_sum.detach(), count)))  # [2]
             loss = loss_sum * (world.size / totals[1])  # DDP will divide the gradients by the world's size
 

@@ -49,8 +49,12 @@ def read_back(rows, counts):
 
 def check(batch, split, indices, fixed_length=0):
     """That a batch has these pairs, each once and each source with its own target."""
-    without_padding = [[token for token in column if token != PAD] for column in read_back(batch.trg, batch.trg_counts)]
-    targets = [[token for token in column if token != PAD] for column in read_back(batch.targets, batch.trg_counts)]
+    without_padding = [
+        [token for token in column if token != PAD] for column in read_back(batch.trg, batch.trg_rows_per_step)
+    ]
+    targets = [
+        [token for token in column if token != PAD] for column in read_back(batch.targets, batch.trg_rows_per_step)
+    ]
     pairs = []
     for index in indices.tolist():
         trg = sentence(split.trg, index, fixed_length)
@@ -58,15 +62,15 @@ def check(batch, split, indices, fixed_length=0):
         assert without_padding[column][: len(trg) - 1] == trg[:-1]
         pairs.append(column)
         src = sentence(split.src, index, fixed_length)
-        src_columns = read_back(batch.src, batch.src_counts)
+        src_columns = read_back(batch.src, batch.src_rows_per_step)
         own = next(place for place, tokens in enumerate(src_columns) if tokens[: len(src)] == src)
-        starts = [sum(batch.src_counts[:step]) for step in range(len(batch.src_counts))]
+        starts = [sum(batch.src_rows_per_step[:step]) for step in range(len(batch.src_rows_per_step))]
         read = fixed_length or len(src)  # to the end of the padding, or to <eos>
         assert batch.src_last[column] == starts[read - 1] + own
         assert all(token == PAD for token in src_columns[own][len(src) :])
     assert sorted(pairs) == list(range(len(indices)))
-    assert batch.count == sum(len(sentence(split.trg, index, fixed_length)) - 1 for index in indices.tolist())
-    assert batch.count == (batch.targets != PAD).sum()
+    assert batch.target_tokens == sum(len(sentence(split.trg, index, fixed_length)) - 1 for index in indices.tolist())
+    assert batch.target_tokens == (batch.targets != PAD).sum()
 
 
 INDICES = torch.tensor([3, 0, 7, 5])
@@ -76,8 +80,8 @@ def test_a_batch_has_a_row_for_each_token_and_no_other(split):
     batch = data.make_batch(split, INDICES)
     check(batch, split, INDICES)
     assert len(batch.src) == split.src.lengths_of(INDICES).sum()
-    assert len(batch.trg) == len(batch.targets) == batch.count
-    for counts in (batch.src_counts, batch.trg_counts):
+    assert len(batch.trg) == len(batch.targets) == batch.target_tokens
+    for counts in (batch.src_rows_per_step, batch.trg_rows_per_step):
         assert counts[0] == len(INDICES)
         assert counts == sorted(counts, reverse=True)
         assert counts[-1] > 0
@@ -87,8 +91,8 @@ def test_a_batch_has_a_row_for_each_token_and_no_other(split):
 def test_with_a_fixed_length_sources_are_padded_and_read_to_the_end(split):
     batch = data.make_batch(split, INDICES, fixed_length=5)
     check(batch, split, INDICES, fixed_length=5)
-    assert batch.src_counts == [len(INDICES)] * 5
-    assert len(batch.trg) == batch.count
+    assert batch.src_rows_per_step == [len(INDICES)] * 5
+    assert len(batch.trg) == batch.target_tokens
 
 
 @pytest.mark.parametrize("fixed_length", [0, 5])
@@ -98,12 +102,16 @@ def test_with_padding_a_batch_has_the_same_pairs_and_rounded_lengths(split, fixe
     loader = data.Loader(split, "cpu", fixed_length=fixed_length, resident_bytes=resident_bytes, padded=True)
     batch = loader(INDICES)
     check(batch, split, INDICES, fixed_length)
-    assert set(batch.src_counts + batch.trg_counts) == {len(INDICES)}
+    assert set(batch.src_rows_per_step + batch.trg_rows_per_step) == {len(INDICES)}
     if fixed_length:
-        assert len(batch.src_counts) == len(batch.trg_counts) + 1 == fixed_length
+        assert len(batch.src_rows_per_step) == len(batch.trg_rows_per_step) + 1 == fixed_length
     else:
-        assert len(batch.src_counts) % data.LENGTH_STEP == (len(batch.trg_counts) + 1) % data.LENGTH_STEP == 0
-        assert len(batch.src_counts) - split.src.lengths_of(INDICES).max() < data.LENGTH_STEP
+        assert (
+            len(batch.src_rows_per_step) % data.LENGTH_STEP
+            == (len(batch.trg_rows_per_step) + 1) % data.LENGTH_STEP
+            == 0
+        )
+        assert len(batch.src_rows_per_step) - split.src.lengths_of(INDICES).max() < data.LENGTH_STEP
 
 
 def test_on_a_cpu_the_loader_makes_plain_batches(split):
@@ -114,7 +122,7 @@ def test_on_a_cpu_the_loader_makes_plain_batches(split):
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_rank_without_pairs_gets_one_that_does_not_count(split, padded):
     batch = data.Loader(split, "cpu", padded=padded)(INDICES[:0])
-    assert batch.count == 0
+    assert batch.target_tokens == 0
     assert len(batch.src_last) == 1
     assert (batch.targets == PAD).all()
 

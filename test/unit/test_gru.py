@@ -55,12 +55,12 @@ def make_batch(src, src_len, trg):
     counts = [[sum(t == step for t, _ in rows) for step in range(rows[-1][0] + 1)] for rows in (src_rows, trg_rows)]
     return data.Batch(
         src=torch.stack([src[row] for row in src_rows]),
-        src_counts=counts[0],
+        src_rows_per_step=counts[0],
         src_last=torch.tensor([src_rows.index((int(src_len[column]) - 1, column)) for column in by_trg]),
         trg=torch.stack([trg[row] for row in trg_rows]),
         targets=torch.stack([trg[t + 1, column] for t, column in trg_rows]),
-        trg_counts=counts[1],
-        count=len(trg_rows),
+        trg_rows_per_step=counts[1],
+        target_tokens=len(trg_rows),
     )
 
 
@@ -138,12 +138,12 @@ def padded_batch(src, src_len, trg):
     steps, size = len(trg) - 1, src.shape[1]
     return data.Batch(
         src=src.flatten(),
-        src_counts=[size] * len(src),
+        src_rows_per_step=[size] * len(src),
         src_last=(len(src) - 1 if src_len is None else src_len - 1) * size + torch.arange(size),
         trg=trg[:-1].flatten(),
         targets=trg[1:].flatten(),
-        trg_counts=[size] * steps,
-        count=int((trg[1:] != PAD).sum()),
+        trg_rows_per_step=[size] * steps,
+        target_tokens=int((trg[1:] != PAD).sum()),
     )
 
 
@@ -179,7 +179,7 @@ def test_loss_and_every_gradient_equal_the_plain_model(model, pairs, ratio, form
 def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):
     *_, batch = pairs
     bound, sizes, mm = 10 * LOGITS_ROW, [], torch.mm
-    assert max(batch.trg_counts) * LOGITS_ROW <= bound < len(batch.targets) * LOGITS_ROW
+    assert max(batch.trg_rows_per_step) * LOGITS_ROW <= bound < len(batch.targets) * LOGITS_ROW
     monkeypatch.setattr(gru.OutputLoss, "BLOCK", bound)
     monkeypatch.setattr(
         torch, "mm", lambda *args, out: sizes.append(out.untyped_storage().nbytes()) or mm(*args, out=out)
@@ -335,7 +335,7 @@ def test_in_float32_and_bfloat16_loss_and_gradients_are_close_to_float64(dtype, 
     for kind in (torch.float64, dtype):
         same = copy.deepcopy(model).to(dtype).to(kind)  # the same weights, rounded
         loss = gru.TrainingLoss(same, 0.1)(batch, 1.0)
-        results[kind] = loss.double() / batch.count, gradients(loss, same)
+        results[kind] = loss.double() / batch.target_tokens, gradients(loss, same)
     (exact, exact_gradients), (loss, approximate) = results.values()
     torch.testing.assert_close(loss, exact, rtol=tolerance / 10, atol=0)
     for name, gradient in approximate.items():

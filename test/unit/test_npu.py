@@ -185,10 +185,11 @@ for number, (environment, path, arguments) in enumerate(json.load(open("cases.js
     os.environ.update(environment)
     sys.path[:0] = path
     if arguments:
-        import errors, train_8p
+        import train_8p
+        from nmt import errors
         code = errors.run_main(train_8p.main, arguments)
     else:
-        import devices, errors
+        from nmt import devices, errors
         print(devices.choose_kind("auto"))
         code = errors.run_main(devices.choose_kind, "npu")
     sys.stdout.flush()
@@ -312,7 +313,7 @@ def test_a_bad_installation_does_not_reach_torch(corpus, tmp_path):
 
 def test_a_bad_installation_does_not_reach_a_module_that_is_used_alone(tmp_path):
     extra = {"PYTHONPATH": os.pathsep.join(map(str, [SIMULATION, REPOSITORY])), "NPU_SIM_FAULT": "no-cann"}
-    modules = ["gru", "data", "checkpoint"]
+    modules = ["gru", "data", "nmt.checkpoint"]
     with ThreadPoolExecutor(len(modules)) as pool:
         runs = pool.map(lambda name: run(sys.executable, "-c", f"import {name}", cwd=tmp_path, **extra), modules)
     assert {name: done.stderr for name, done in zip(modules, runs, strict=True)} == dict.fromkeys(modules, "")

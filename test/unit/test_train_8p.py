@@ -81,7 +81,7 @@ def test_an_absent_gpu_is_refused(monkeypatch):
 
 def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
     (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
-    code = "import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
+    code = "from nmt import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
