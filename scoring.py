@@ -1,18 +1,25 @@
-"""How good a model is: its translations, their BLEU and chrF, and the loss on pairs that it has not seen."""
+"""How good a model is: its translations, their BLEU and chrF, and its losses on pairs that it has not seen."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import data
 import gru
-from nmt.devices import World
-from nmt.search import beam_search
+from nmt.checkpoint import Checkpoint
+from nmt.distributed import World
+from nmt.errors import UserError
+from nmt.kernels import computes_steps
+from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
 
 MAX_LENGTH = 50  # most tokens of a translation, as in the original
 BATCH_SIZE = 256
+
+
+# ---------------------------------------------------------------- scores of translations
 
 
 @dataclass(frozen=True)
@@ -45,14 +52,21 @@ def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scor
     from torchtext.data.metrics import bleu_score  # slow to import, and a performance run does not need it
 
     texts = [" ".join(tokens) for tokens in translations], [[" ".join(tokens) for tokens in references]]
-    found = []
-    for metric in (sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()):  # force: tokenised on purpose
-        found += [metric.corpus_score(*texts).score, str(metric.get_signature())]
-    return Scores(100 * bleu_score(translations, [[reference] for reference in references]), *found)
+    bleu, chrf = sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()  # force: tokenised on purpose
+    return Scores(
+        bleu=100 * bleu_score(translations, [[reference] for reference in references]),
+        sacrebleu=bleu.corpus_score(*texts).score,
+        sacrebleu_signature=str(bleu.get_signature()),
+        chrf=chrf.corpus_score(*texts).score,
+        chrf_signature=str(chrf.get_signature()),
+    )
+
+
+# ---------------------------------------------------------------- what a model gives
 
 
 def batches(order: torch.Tensor, world: World, batch_size: int) -> list[torch.Tensor]:
-    """This rank's share of the sentences `order`, [n], in batches; none where there are more ranks than sentences."""
+    """This rank's share of the sentences `order`, [n], in batches. With more ranks than sentences it may be empty."""
     share = data.rank_share(order, world.rank, world.size)
     return list(share.split(max(1, batch_size))) if len(share) else []
 
@@ -66,26 +80,26 @@ def translate(
     beam_size: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[str]]:
-    """Translations, shared out over the ranks.
+    """Translates sentences, shared out over the ranks.
 
     Args:
         model: the fp32 model, in evaluation mode, on the rank's device.
         src: the source sentences.
         vocab: the target vocabulary.
-        world: the ranks; every rank calls this.
-        beam_size, length_penalty: as in `beam_search`; a beam of 1 is greedy.
+        world: the ranks. Every rank calls this.
+        beam_size, length_penalty: as in `beam_search`. A beam of 1 is greedy.
 
     Returns:
-        The tokens of each sentence, those of white space dropped, in the order of `src`, on every rank.
+        The tokens of each sentence without those of white space, in the order of `src`, on every rank.
     """
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
-    length_step = 1 if gru.computes_steps(world.device) else data.LENGTH_STEP
+    length_step = 1 if computes_steps(world.device) else data.LENGTH_STEP
     for indices in batches(by_length, world, BATCH_SIZE // beam_size):
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         if beam_size == 1:
-            found = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
+            found = greedy(model, tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
         else:
             options = {"beam_size": beam_size, "max_len": MAX_LENGTH, "length_penalty": length_penalty}
             found = beam_search(model, tokens, lengths, data.SOS, data.EOS, **options).ids[:, :, 0]
@@ -95,29 +109,37 @@ def translate(
     return [data.spaceless(vocab.decode(row)) for row in ids.tolist()]
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Cross entropies per target token, without smoothing.
+
+    Attributes:
+        forced: each step reads the reference. Its exponential is the perplexity.
+        free_running: each step reads the model's own most probable token, as the original's validation did.
+    """
+
+    forced: float
+    free_running: float
+
+
 @torch.no_grad()
-def mean_loss(
-    model: gru.Seq2Seq, split: data.Split, world: World, *, teacher_forcing_ratio: float, fixed_length: int = 0
-) -> float:
-    """Cross entropy per target position over a whole split, without smoothing; its exponential is the perplexity.
+def losses(model: gru.Seq2Seq, loader: data.Loader, world: World) -> Losses:
+    """The losses over a whole split, shared out over the ranks.
 
     Args:
         model: the fp32 model, in evaluation mode, on the rank's device.
-        split: the pairs.
-        world: the ranks; every rank calls this.
-        teacher_forcing_ratio: 1 reads the reference; 0 reads the model's own argmax ("free-running").
-        fixed_length: as in training.
+        loader: makes the batches of the split. Its `fixed_length` counts as in training.
+        world: the ranks. Every rank calls this.
     """
     criterion = gru.TrainingLoss(model)
-    loader = data.Loader(split, world.device, fixed_length=fixed_length)
-    totals = torch.zeros(2, device=world.device)  # sum of the losses, number of positions
-    by_length = torch.argsort(split.trg.lengths, stable=True)
+    totals = torch.zeros(3, device=world.device)  # the losses, forced and free-running, and the target tokens
+    by_length = torch.argsort(loader.split.trg.lengths, stable=True)
     for indices in batches(by_length, world, BATCH_SIZE):
         batch = loader(indices)
-        loss_sum = criterion(batch, teacher_forcing_ratio)
-        totals += torch.stack((loss_sum, loss_sum.new_full((), batch.target_tokens)))
-    loss_sum, count = world.sum(totals).tolist()
-    return loss_sum / count
+        sums = [criterion(batch, teacher_forcing_ratio) for teacher_forcing_ratio in (1.0, 0.0)]
+        totals += torch.stack((*sums, sums[0].new_full((), batch.target_tokens)))
+    forced, free_running, target_tokens = world.sum(totals).tolist()
+    return Losses(forced / target_tokens, free_running / target_tokens)
 
 
 def perplexity(loss: float) -> float:
@@ -127,3 +149,114 @@ def perplexity(loss: float) -> float:
     (20.5, inf)
     """
     return math.exp(loss) if loss < 50 else math.inf
+
+
+# ---------------------------------------------------------------- a checkpoint on the test set
+
+
+def restore(saved: Checkpoint, where: str) -> gru.Seq2Seq:
+    """The model of a checkpoint, on the CPU and in evaluation mode.
+
+    Args:
+        saved: the checkpoint.
+        where: its path, for errors.
+
+    Raises:
+        UserError: checkpoint, the weights are not those of a model of this kind.
+    """
+    try:
+        return gru.restore(saved.state_dict, saved.sizes or gru.sizes_of(saved.state_dict))
+    except ValueError as error:
+        todo = "use the file as train_8p.py or the original wrote it"
+        raise UserError("checkpoint", f"holds no model of this kind: {error}", where, todo) from error
+
+
+def vocabularies(
+    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus, where: str
+) -> tuple[data.Vocabulary, data.Vocabulary]:
+    """The vocabularies that go with a checkpoint: its own, or the data's where it has none and they fit.
+
+    Args:
+        saved: the checkpoint.
+        model: from `restore`.
+        corpus: the data to score on.
+        where: the checkpoint's path, for errors.
+
+    Raises:
+        UserError: checkpoint, they do not fit.
+    """
+    if saved.src_vocab is None or saved.trg_vocab is None:
+        sizes = [model.encoder.embedding.num_embeddings, model.decoder.embedding.num_embeddings]
+        there = [len(corpus.src_vocab), len(corpus.trg_vocab)]
+        if sizes != there:
+            raise UserError(
+                "checkpoint",
+                f"it has no vocabulary and was trained with {sizes} types, this data has {there}",
+                where,
+                "give the data that it was trained on with --data-dir; ids shift between versions of spaCy",
+            )
+        return corpus.src_vocab, corpus.trg_vocab
+    languages = [saved.about["src_lang"], saved.about["trg_lang"]]
+    if languages != [corpus.src_lang, corpus.trg_lang]:
+        raise UserError(
+            "checkpoint",
+            f"it translates {languages[0]} to {languages[1]}, the data is {corpus.src_lang} and {corpus.trg_lang}",
+            where,
+            f"give --src-lang {languages[0]} --trg-lang {languages[1]} and such data",
+        )
+    return data.Vocabulary(saved.src_vocab), data.Vocabulary(saved.trg_vocab)
+
+
+def in_vocabularies(
+    split: data.Split, own: tuple[data.Vocabulary, data.Vocabulary], wanted: tuple[data.Vocabulary, data.Vocabulary]
+) -> data.Split:
+    """`split`, whose ids are of the vocabularies `own`, in ids of the vocabularies `wanted`."""
+    if [vocab.itos for vocab in own] == [vocab.itos for vocab in wanted]:
+        return split
+    sides = (split.src_tokens, split.trg_tokens)
+    src, trg = (data.Side.encode(tokens, vocab) for tokens, vocab in zip(sides, wanted, strict=True))
+    return data.Split(src, trg, split.src_tokens, split.trg_tokens)
+
+
+def report(
+    model: gru.Seq2Seq,
+    test: data.Split,
+    trg_vocab: data.Vocabulary,
+    world: World,
+    *,
+    name: str,
+    fixed_length: int,
+    beam_size: int,
+    length_penalty: float,
+) -> Iterator[str]:
+    """Scores a model on the test set. Each line of the log comes as soon as its figures are known.
+
+    Args:
+        model: in evaluation mode, on the device of `world`.
+        test: the pairs, in ids of the model's vocabularies.
+        trg_vocab: the model's target vocabulary.
+        world: one process.
+        name: the model's, for the log.
+        fixed_length: for the losses alone, see `data.Loader`.
+        beam_size, length_penalty: of the final score. Greedy decoding is scored beside it.
+    """
+    if beam_size > len(trg_vocab):
+        yield f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types"
+        beam_size = len(trg_vocab)
+    where = f"{world.device_type} {world.index} ({world.describe(None, 0)})"
+    yield f"scored: {name} on {len(test)} test pairs, in float32, on {where}"
+    yield f"losses: {f'padded or cut to {fixed_length} tokens' if fixed_length else 'without padding'}"
+    found = losses(model, data.Loader(test, world.device, fixed_length=fixed_length), world)
+    yield f"test loss {found.forced:.4f} (perplexity {perplexity(found.forced):.2f})"
+    yield f"test free-running loss {found.free_running:.4f} (perplexity {perplexity(found.free_running):.2f})"
+    if beam_size > 1:
+        yield f"length penalty of the beam: {length_penalty:g}"
+    references = test.references
+    for size in sorted({1, beam_size}):
+        translations = translate(model, test.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
+        scores = evaluate(translations, references)
+        decoding = "greedy" if size == 1 else f"beam of {size}"
+        yield f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}"
+    yield f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})"
+    yield f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})"
+    yield f"BLEU score = {scores.bleu:.4f}"

@@ -1,9 +1,9 @@
 """The file that a trained model lives in: its weights and all that is needed to use them.
 
 A checkpoint holds the fp32 weights under the names of `gru.py`'s state dict, both vocabularies, the sizes, the flags of
-the run and its scores, with a sha256 over all of it: PyTorch itself loads a tensor with a flipped bit without a word.
-It is written beside its place and then renamed, so that a run killed at any moment leaves the old one or the new one.
-Only plain tensors, numbers and strings are ever read (`weights_only=True`): a checkpoint cannot run code.
+the run and its scores. A sha256 covers all of it, because PyTorch loads a tensor with a flipped bit without a word.
+The file is written beside its place and then renamed. A run killed at any moment leaves the old file or the new one.
+Only plain tensors, numbers and strings are ever read (`weights_only=True`), so a checkpoint cannot run code.
 """
 
 import contextlib
@@ -11,24 +11,26 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import gru
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, locked, sync_folder
+from nmt.storage import InUse, Log, locked, replacing
 
 import torch
 from torch import Tensor
 
 FORMAT = 1
 TEMPORARY = ".partial-"
+# How the original trained and scored, as `train_8p.py` would say it. Its checkpoints do not.
+ORIGINAL_FLAGS = {"fixed_length": 46, "beam_size": 1, "length_penalty": 1.0}
 
 
 @dataclass
@@ -37,8 +39,8 @@ class Checkpoint:
 
     Attributes:
         state_dict: name → fp32 tensor on the CPU.
-        sizes: input_dim, output_dim, emb_dim, hid_dim.
-        src_vocab, trg_vocab: words by id; None in a checkpoint of the original, which held none.
+        sizes: input_dim, output_dim, emb_dim, hid_dim. Empty in a checkpoint of the original, which does not say them.
+        src_vocab, trg_vocab: words by id. None in a checkpoint of the original, which held none.
         flags: the run's flags, recipe resolved.
         scores: the epoch's validation figures.
         about: languages, the data's fingerprint, versions.
@@ -48,15 +50,9 @@ class Checkpoint:
     sizes: dict[str, int]
     src_vocab: list[str] | None = None
     trg_vocab: list[str] | None = None
-    flags: dict = field(default_factory=dict)
-    scores: dict = field(default_factory=dict)
-    about: dict = field(default_factory=dict)
-
-    def build_model(self, device: torch.device | str = "cpu") -> gru.Seq2Seq:
-        """The model in fp32, ready to translate (dropout off)."""
-        model = gru.build(**self.sizes, device=device)
-        model.load_state_dict(self.state_dict)
-        return model.eval()
+    flags: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
         """sha256 over everything that the checkpoint says."""
@@ -68,8 +64,39 @@ class Checkpoint:
         return hasher.hexdigest()
 
 
+# ---------------------------------------------------------------- writing
+
+
+class BestFile:
+    """The best model of a run, on disk.
+
+    Args:
+        path: the file.
+        log: takes the lines that say what was kept and written.
+
+    Attributes:
+        merit: of the model in the file, the higher the better.
+    """
+
+    def __init__(self, path: Path, log: Log):
+        self._path, self._log = path, log
+        self.merit = -math.inf
+
+    def replace(self, merit: float, checkpoint: Checkpoint) -> None:
+        """Writes a better model. The first one of a run sets the file of an earlier run aside.
+
+        Raises:
+            UserError: io.
+        """
+        if self.merit == -math.inf and (previous := set_aside(self._path)):
+            self._log(f"note: {self._path} was there already: the old one is now {previous.name}")
+        self.merit = merit
+        save(self._path, checkpoint)
+        self._log(f"saved: {self._path} (the best so far)")
+
+
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes `checkpoint` to `path` in one step; a link stays, and what it leads to is written.
+    """Writes `checkpoint` to `path` in one step. A link stays, and the file that it leads to is written.
 
     Raises:
         UserError: io, with the old file untouched.
@@ -77,41 +104,31 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     content = vars(checkpoint) | {"format": FORMAT, "sha256": checkpoint.digest()}
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    target = Path(os.path.realpath(path))
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name + TEMPORARY, delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(followed(path)) as file:
             file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~current_umask())
-        os.replace(temporary, target)
     except OSError as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
-        raise UserError(
-            "io",
-            f"cannot write the checkpoint: {error.strerror or error}",
-            str(path),
-            "make room there, or give --ckptpath",
-        ) from error
-    with contextlib.suppress(OSError):  # not each file system can; the file is in place, and is on the disk itself
-        sync_folder(target.parent)
+        what = f"cannot write the checkpoint: {error.strerror or error}"
+        raise UserError("io", what, str(path), "make room there, or give --ckptpath") from error
+
+
+def followed(path: Path) -> Path:
+    """The file itself, where `path` is a link to it. Messages name the path as it was given."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Keeps `path` for one run, and makes sure, before the training and not after it, that it can be written.
+    """Keeps `path` for one run, and makes sure before the training that it can be written.
 
-    Clears what a killed run may have left half written. The lock is a file beside `path`, or beside what it leads to if
-    it is a link; it goes with the process.
+    It clears what a killed run may have left half written. The lock is a file beside the checkpoint, and it goes with
+    the process.
 
     Raises:
-        UserError: io; another run writes there, or it cannot be written to or locked.
+        UserError: io, if another run writes there, or if it cannot be written or locked.
     """
     check_writable(path)
-    path = Path(os.path.realpath(path))
+    path = followed(path)
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as held:
         try:
@@ -131,7 +148,7 @@ def claimed(path: Path) -> Iterator[None]:
 
 def check_writable(path: Path) -> None:
     """Raises an io UserError if no checkpoint can be written to `path`."""
-    what, folder = None, Path(os.path.realpath(path)).parent
+    what, folder = None, followed(path).parent
     # os.path's questions and not Path's, which raise where one may not look.
     if os.path.isdir(path):
         what = "a folder, not a file"
@@ -158,15 +175,15 @@ def clear_partial(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path | None:
-    """Keeps an earlier run's checkpoint as `NAME.previous`, too: the next save takes its name.
+    """Keeps an earlier run's checkpoint as `NAME.previous` too, because the next save takes its name.
 
     Returns:
-        That path; None if there is no earlier checkpoint.
+        The path `NAME.previous`, or None if there is no earlier checkpoint.
 
     Raises:
         UserError: io.
     """
-    path = Path(os.path.realpath(path))
+    path = followed(path)
     if not path.exists():
         return None
     previous = path.with_name(path.name + ".previous")
@@ -183,11 +200,14 @@ def set_aside(path: Path) -> Path | None:
     return previous
 
 
+# ---------------------------------------------------------------- reading
+
+
 def load(path: str | Path) -> Checkpoint:
     """Reads a checkpoint of this program, or the original's bare state dict.
 
     Raises:
-        UserError: checkpoint; the file is missing, broken, of another kind, or holds code.
+        UserError: checkpoint, if the file is missing, broken, of another kind, or holds code.
     """
     where = str(path)
     if os.path.isdir(path):
@@ -238,38 +258,8 @@ def read_original(content: object, where: str) -> Checkpoint:
     """Reads a state dict, bare or under `state_dict`, with or without DistributedDataParallel's `module.` prefix."""
     if isinstance(content, dict):
         content = content.get("state_dict", content)
-    state = {}
-    if isinstance(content, dict):
-        state = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-    expected = gru.build(1, 1, emb_dim=1, hid_dim=1).state_dict()
-    if state.keys() != expected.keys() or any(
-        not isinstance(tensor, Tensor) or tensor.dim() != expected[name].dim() for name, tensor in state.items()
-    ):
-        raise UserError(
-            "checkpoint", "holds no state dict of this model", where, f"expected the keys {', '.join(expected)}"
-        )
-    input_dim, emb_dim = state["encoder.embedding.weight"].shape
-    sizes = {
-        "input_dim": input_dim,
-        "output_dim": len(state["decoder.embedding.weight"]),
-        "emb_dim": emb_dim,
-        "hid_dim": state["encoder.rnn.weight_hh_l0"].shape[1],
-    }
-    checkpoint = Checkpoint({name: tensor.float().contiguous() for name, tensor in state.items()}, sizes)
-    fitting = gru.build(**sizes).state_dict()
-    for name, tensor in checkpoint.state_dict.items():
-        if tensor.shape != fitting[name].shape:
-            raise UserError(
-                "checkpoint",
-                f"{name} has shape {list(tensor.shape)}, the other tensors ask for {list(fitting[name].shape)}",
-                where,
-                "use the file as it was written",
-            )
-    return checkpoint
-
-
-def current_umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        todo = "give a file that train_8p.py wrote, or a plain state dict"
+        raise UserError("checkpoint", "holds no state dict", where, todo)
+    state = {str(name).removeprefix("module."): tensor.float().contiguous() for name, tensor in content.items()}
+    return Checkpoint(state, sizes={}, flags=dict(ORIGINAL_FLAGS))

@@ -6,8 +6,10 @@ overrides what stands in front of it, so that a wrapper can hand on its user's f
 """
 
 import argparse
+import dataclasses
 import math
 import re
+from typing import Any
 
 from nmt.errors import UserError
 
@@ -61,8 +63,8 @@ class Default(str):
     """A default that can be told from the same value given by the user."""
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default, but no `(default: None)`."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each default, but no `(default: None)`. An epilog keeps its lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -76,6 +78,76 @@ def hyphenated(arg: str) -> str:
     """
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else arg
+
+
+# ---------------------------------------------------------------- a table of settings and its flags
+
+
+def row(group: str, default: Any, takes: Any, help: str, *, also: str = "", trains: bool = False) -> Any:
+    """A row of a settings table: a field of a dataclass, and its flag.
+
+    Args:
+        group: the flag's group in the help.
+        default: the value where the flag is left out. A dict holds each recipe's value, and the default is None.
+        takes: how the flag's text is read: a function of this module, a tuple of choices, the name of a free text, or
+            None for a flag without a value.
+        help: what the flag does.
+        also: other spellings of the flag, with spaces between.
+        trains: whether training alone reads it.
+    """
+    recipes = default if isinstance(default, dict) else None
+    about = {"group": group, "takes": takes, "help": help, "also": also.split(), "trains": trains, "recipes": recipes}
+    return dataclasses.field(default=None if recipes else default, metadata=about)
+
+
+def values_of_recipe(table: type, recipe: str) -> dict[str, Any]:
+    """The values that a recipe gives to its rows."""
+    rows = dataclasses.fields(table)
+    return {row.name: row.metadata["recipes"][recipe] for row in rows if row.metadata["recipes"]}
+
+
+def parser_of(table: type, **options: Any) -> StrictParser:
+    """The parser with a flag for each row of a table; the options are those of `ArgumentParser`."""
+    parser = StrictParser(**options)
+    groups: dict[str, Any] = {}
+    for row in dataclasses.fields(table):
+        about, takes = row.metadata, row.metadata["takes"]
+        settings: dict[str, Any] = {"dest": row.name, "default": row.default, "help": about["help"]}
+        if about["recipes"]:
+            settings["help"] += f" ({', '.join(f'{name}: {value}' for name, value in about['recipes'].items())})"
+        if takes is None:
+            settings["action"] = "store_true"
+        elif isinstance(takes, tuple):
+            settings["choices"] = takes
+        elif isinstance(takes, str):
+            settings["metavar"] = takes
+        else:
+            annotation = str(row.type)
+            metavar = "LIST" if "list" in annotation else "N" if "int" in annotation else "X"
+            settings |= {"type": takes, "metavar": metavar}
+        if about["group"] not in groups:
+            groups[about["group"]] = parser.add_argument_group(about["group"])
+        short, long = ([name for name in about["also"] if (name[1] == "-") == is_long] for is_long in (False, True))
+        groups[about["group"]].add_argument(*short, flag_of(row.name), *long, **settings)
+    return parser
+
+
+def flag_of(name: str) -> str:
+    """The flag of a row.
+
+    >>> flag_of("batch_size")
+    '--batch-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def given_in_vain(settings: Any) -> list[str]:
+    """The flags of a table that were given and that only training reads. A default's own value does not count."""
+    rows = [row for row in dataclasses.fields(settings) if row.metadata["trains"]]
+    return [flag_of(row.name) for row in rows if getattr(settings, row.name) != row.default]
+
+
+# ---------------------------------------------------------------- how a flag's text is read
 
 
 def integer(text: str) -> int:

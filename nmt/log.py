@@ -1,27 +1,35 @@
-"""What a run tells about itself: the step lines that other tools read, the speed, and a bar for people.
+"""The log of a run: the step lines that other tools read, the speed, and a bar for people.
 
-Step lines keep the original's form: means since the last line, in brackets means since the epoch began.
+Step lines keep the original's form: means since the last line, and in brackets means since the epoch began.
 
     [npu id: 0 ] Epoch: [0][ 50/57]	Time  0.270 ( 0.271)	Data  0.001 ( 0.001)	Loss 5.9470e+00 (5.9470e+00)
 """
 
+import math
+import os
 import sys
 import threading
 import time
 
 from nmt import devices
+from nmt.distributed import World
 from nmt.errors import UserError
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-WARM_UP_STEPS = 5  # of a run: kernels are chosen and memory is claimed in them
-PATIENCE = 3  # lines in a row without a finite loss before the run is given up
+WARM_UP_STEPS = 5  # of a run: in them kernels are chosen and memory is claimed
+LINES_WITHOUT_A_LOSS = 3  # so many lines in a row without a finite loss end the run
 
-
-# tqdm would make a lock between processes, which a rank that is ended leaves behind; only rank 0 writes.
+# By default tqdm makes a lock between processes, and a rank that is killed leaves it behind. Only rank 0 writes.
 tqdm.set_lock(threading.RLock())
+
+
+def only_rank_0_speaks(rank: int) -> None:
+    """Silences the standard output of the other ranks to the end of the process. apex and torch_npu print there too."""
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def say(line: str) -> None:
@@ -31,32 +39,34 @@ def say(line: str) -> None:
 
 
 class EpochLog:
-    """Times one epoch, and prints its lines on rank 0.
+    """Times one epoch and prints its lines.
 
     The device is synchronised where the clock is read, and nowhere else: at the lines, after the warm-up, at the end.
     Losses add up on the device.
 
     Args:
-        world: the ranks; only rank 0 prints.
+        world: the ranks.
         epoch: the epoch's number.
-        epochs: how many the run has.
+        epochs: the run's number of epochs.
         steps: the epoch's number of steps.
         steps_before: the run's steps before this epoch.
-        print_freq: steps between two lines; the last step always has one.
+        print_freq: steps between two lines. The last step always has one.
     """
 
-    def __init__(self, world: devices.World, epoch: int, epochs: int, steps: int, steps_before: int, print_freq: int):
+    def __init__(self, world: World, epoch: int, epochs: int, *, steps: int, steps_before: int, print_freq: int):
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
         self._step = self._pairs = self._not_finite = 0
-        self._totals = torch.zeros(2, dtype=torch.float64)  # since the epoch began, on the host: NPUs have no float64
-        self._since_line = torch.zeros(2, device=world.device)  # sum of the losses, number of target positions
+        # The sum of the losses and the number of target tokens: since the last line, on the device, and since the epoch
+        # began, on the host, because NPUs have no float64.
+        self._since_line = torch.zeros(2, device=world.device)
+        self._totals = torch.zeros(2, dtype=torch.float64)
         self._data_time = self._data_time_since_line = 0.0
         self._start = self._line = self._timed_from = self._waiting_since = self._now()
         self._line_step = 0
         self._bar = None
-        if world.is_main and sys.stdout.isatty():
+        if sys.stdout.isatty():
             self._bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False, file=sys.stdout)
 
     def _now(self) -> float:
@@ -64,21 +74,22 @@ class EpochLog:
         return time.perf_counter()
 
     def data_ready(self) -> None:
-        """To be called when the host has built a batch: what passed since the last step's end was the data's time."""
+        """Call this when the host has built a batch. The time since the end of the last step was the data's."""
         self._data_time_since_line += time.perf_counter() - self._waiting_since
 
-    def step_done(self, totals: Tensor, pairs: int) -> None:
+    def step_done(self, total_loss: Tensor, total_tokens: Tensor, pairs: int) -> None:
         """Counts a step.
 
         Args:
-            totals: [2] sum of the losses and number of target positions, over all ranks, on the device.
-            pairs: pairs of the step over all ranks.
+            total_loss: [] the sum of the losses over all ranks, on the device.
+            total_tokens: [] their number of target tokens, likewise.
+            pairs: the step's pairs over all ranks.
 
         Raises:
-            UserError: diverged, the loss was not finite on several lines in a row.
+            UserError: diverged, if the loss was not finite on several lines in a row.
         """
         self._step += 1
-        self._since_line += totals
+        self._since_line += torch.stack((total_loss, total_tokens))
         if self._step == self._warm_up:
             self._timed_from = self._now()
         elif self._step > self._warm_up:
@@ -97,23 +108,21 @@ class EpochLog:
         steps = self._step - self._line_step
         loss = float(since_line[0] / since_line[1])
         mean_loss = float(self._totals[0] / self._totals[1])
-        if self._world.is_main:
-            line = (
-                f"[{self._world.kind} id: {self._world.index} ] "
+        if self._bar is None:
+            say(
+                f"[{self._world.device_type} id: {self._world.index} ] "
                 f"Epoch: [{self._epoch}][{self._step:{len(str(self._steps))}d}/{self._steps}]\t"
                 f"Time {(now - self._line) / steps:6.3f} ({(now - self._start) / self._step:6.3f})\t"
                 f"Data {self._data_time_since_line / steps:6.3f} ({self._data_time / self._step:6.3f})\t"
                 f"Loss {loss:.4e} ({mean_loss:.4e})"
             )
-            if self._bar is None:
-                say(line)
-            else:
-                self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
-        self._not_finite = 0 if loss - loss == 0 else self._not_finite + 1
-        if self._not_finite == PATIENCE:
+        else:
+            self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
+        self._not_finite = 0 if math.isfinite(loss) else self._not_finite + 1
+        if self._not_finite == LINES_WITHOUT_A_LOSS:
             raise UserError(
                 "diverged",
-                f"the loss was {loss} on {PATIENCE} lines in a row",
+                f"the loss was {loss} on {LINES_WITHOUT_A_LOSS} lines in a row",
                 f"epoch {self._epoch}, step {self._step}",
                 "lower --lr, or --loss-scale if one is in use; the best checkpoint so far is kept",
             )
@@ -127,7 +136,7 @@ class EpochLog:
         """Ends the epoch.
 
         Returns:
-            Pairs a second over all ranks, each pair counted once and the run's warm-up left out; the mean loss.
+            Pairs a second over all ranks, without the run's warm-up, and the mean loss. Each pair counts once.
         """
         rate = self._rate(self._now())
         if self._bar is not None:
