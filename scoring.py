@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import data
 import gru
-from nmt.devices import World
+from nmt.distributed import World
 from nmt.search import beam_search
 
 import sacrebleu

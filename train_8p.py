@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import inspect
 import itertools
 import math
 import os
@@ -41,7 +42,7 @@ before_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, devices, flags, launch, precision
+from nmt import checkpoint, cooccurrence, devices, distributed, flags, launch, precision
 from nmt.averaging import WeightAverage
 from nmt.log import EpochLog, say
 
@@ -59,9 +60,7 @@ RECIPES = {
     "modelzoo": {
         "epochs": 10,
         "batch_size": 512,
-        "optimizer": "adam",
         "lr": 0.003,
-        "weight_decay": 0.0,
         "schedule": "constant",
         "warmup": 0.0,
         "clip": 0.0,
@@ -84,9 +83,7 @@ RECIPES = {
     "tuned": {
         "epochs": 10,
         "batch_size": 64,
-        "optimizer": "adam",
         "lr": 0.003,
-        "weight_decay": 0.0,
         "schedule": "cosine",
         "warmup": 0.1,
         "clip": 1.0,
@@ -151,7 +148,6 @@ def build_parser() -> flags.StrictParser:
         help=f"pairs in a batch over the devices of a node; tuned has {SHARED_BATCH} in all over several devices, and "
         f"fewer on a small corpus, so that an epoch has {ENOUGH_UPDATES} updates",
     )
-    group.add_argument("--optimizer", choices=["adam", "adamw"], help="AdamW decouples the weight decay")
     group.add_argument(
         "--lr",
         "--learning-rate",
@@ -160,7 +156,6 @@ def build_parser() -> flags.StrictParser:
         help=f"peak learning rate; tuned's is that of a batch of {RECIPES['tuned']['batch_size']}, and grows with the "
         "root of a larger one, but for --performance",
     )
-    group.add_argument("--weight-decay", type=flags.non_negative_float, metavar="DECAY", help="the optimizer's")
     group.add_argument("--schedule", choices=["constant", "cosine"], help="of the learning rate after the warm-up")
     group.add_argument("--warmup", type=flags.fraction, metavar="PART", help="part of the steps in which it rises")
     group.add_argument(
@@ -212,7 +207,7 @@ def build_parser() -> flags.StrictParser:
     group.add_argument("--hid-dim", type=flags.positive_int, default=512, metavar="N", help="size of the hidden state")
 
     group = parser.add_argument_group("devices")
-    group.add_argument("--device", choices=["auto", *devices.KINDS], default="auto", help="auto: npu, cuda, cpu")
+    group.add_argument("--device", choices=["auto", *devices.DEVICE_TYPES], default="auto", help="auto: npu, cuda, cpu")
     group.add_argument("--npu", type=flags.non_negative_int, metavar="INDEX", help="run on this NPU")
     group.add_argument("--gpu", type=flags.non_negative_int, metavar="INDEX", help="run on this GPU")
     group.add_argument(
@@ -260,7 +255,7 @@ def build_parser() -> flags.StrictParser:
     )
     group.add_argument(
         "--amp-backend",
-        choices=precision.BACKENDS,
+        choices=precision.AMP_BACKENDS,
         default=flags.Default("auto"),
         help="auto: on NPUs and GPUs apex for O2 and O3, if it is installed; else native",
     )
@@ -305,135 +300,22 @@ def unused_to_score(parser: flags.StrictParser, args: argparse.Namespace) -> lis
 # ---------------------------------------------------------------- set-up
 
 
-def choose_devices(args: argparse.Namespace) -> tuple[str, list[int]]:
-    """The kind of device and the indices of this node's devices, one process each.
-
-    Raises:
-        UserError: usage, flags contradict each other or this machine.
-    """
-    given = {"npu": args.npu, "cuda": args.gpu}
-    chosen = [kind for kind, index in given.items() if index is not None]
-    if len(chosen) == 2 or (chosen and args.device not in ("auto", chosen[0])):
-        raise UserError("usage", "two different devices", "--npu, --gpu, --device", "name the device by one of them")
-    if chosen and (args.device_list or args.multiprocessing_distributed or under_torchrun()):
-        raise UserError(
-            "usage",
-            "one device beside a list of devices or several processes",
-            f"--{chosen[0]}".replace("cuda", "gpu"),
-            "leave it out, and give --device-list with --multiprocessing-distributed or under torchrun",
-        )
-    kind = devices.choose_kind(chosen[0] if chosen else args.device)
-    own = devices.BACKENDS[kind]
-    if args.dist_backend not in (None, own) and (args.dist_backend, kind) != ("gloo", "cuda"):
-        raise UserError("usage", f"{args.dist_backend} does not work on {kind}", "--dist-backend", f"use {own}")
-    if under_torchrun():
-        indices = args.device_list or list(range(int(os.environ["LOCAL_WORLD_SIZE"])))
-        if len(indices) != int(os.environ["LOCAL_WORLD_SIZE"]):
-            raise UserError(
-                "usage",
-                f"{len(indices)} devices for the {os.environ['LOCAL_WORLD_SIZE']} processes of torchrun",
-                "--device-list",
-                "name one device for each process, or leave the flag out",
-            )
-    elif chosen:
-        indices = [given[kind]]
-    elif args.multiprocessing_distributed:
-        indices = args.device_list or list(range(devices.default_count(kind)))[: args.max_devices]
-        if not args.device_list and len(indices) < (args.max_devices or 0):
-            say(f"note: this machine has {len(indices)} {kind} devices, not {args.max_devices}: running on those")
-    else:
-        indices = (args.device_list or [0])[:1]
-        if len(args.device_list or []) > 1:
-            say(f"note: one process on device {indices[0]} alone; --multiprocessing-distributed takes the whole list")
-    devices.check_indices(kind, indices, "--npu or --gpu" if chosen else "--device-list")
-    if args.bleu_npu is None:
-        args.bleu_npu = indices[0]
-    devices.check_indices(kind, [args.bleu_npu], "--bleu-npu")
-    if args.batch_size is not None:
-        check_divisible(args.batch_size, len(indices))
-    return kind, indices
-
-
-def choose_precision(args: argparse.Namespace, kind: str, indices: Sequence[int]) -> precision.Choice:
-    """What the flags ask for on these devices of `kind`, see `precision.choose`; the flags then say what was chosen."""
+def choose_precision(args: argparse.Namespace, device_type: str, indices: Sequence[int]) -> precision.Choice:
+    """What the flags ask for on these devices, see `precision.choose`; the flags then say what was chosen."""
     asked = {"--opt-level": args.opt_level, "--amp-dtype": args.amp_dtype, "--amp-backend": args.amp_backend}
     level = str(args.opt_level) if args.amp else "O0"
     wanted = {"dtype": args.amp_dtype, "loss_scale": args.loss_scale, "backend": args.amp_backend}
-    chosen = precision.choose(kind, level, **wanted, indices=indices)
+    mixed = precision.choose(device_type, level, **wanted, indices=indices)
     given = [flag for flag, value in asked.items() if not isinstance(value, flags.Default)]
     left = [] if level != "O0" else [flag for flag in given if flag != "--opt-level" or not args.amp]
     if left:  # O0 is float32, whatever else is asked for
         what = "in O0" if args.amp else "without --amp"
-        chosen = dataclasses.replace(
-            chosen, note=f"{' and '.join(left)} {'have' if left[1:] else 'has'} no effect {what}"
+        mixed = dataclasses.replace(
+            mixed, note=f"{' and '.join(left)} {'have' if left[1:] else 'has'} no effect {what}"
         )
-    args.opt_level, args.loss_scale, args.amp_backend = chosen.level, chosen.loss_scale, chosen.backend
-    args.amp_dtype = chosen.dtype_name
-    return chosen
-
-
-def check_divisible(batch_size: int, count: int) -> None:
-    """Raises a usage UserError if a batch has not the same number of pairs for each of `count` devices."""
-    if batch_size % count:
-        raise UserError(
-            "usage",
-            f"a batch of {batch_size} cannot be shared out evenly over {count} devices",
-            "--batch-size",
-            f"give a multiple of {count}",
-        )
-
-
-def under_torchrun() -> bool:
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
-
-
-def make_worlds(args: argparse.Namespace, kind: str, indices: list[int]) -> list[devices.World]:
-    """What each process of this node knows of all; under torchrun only this process's.
-
-    Raises:
-        UserError: usage, --world-size or --rank have no meaning.
-    """
-    local_size = len(indices)
-    if under_torchrun():
-        size = int(os.environ["WORLD_SIZE"])
-        index = indices[int(os.environ["LOCAL_RANK"])]
-        return [devices.World(int(os.environ["RANK"]), size, size // local_size, local_size, kind, index)]
-    nodes = 1 if args.world_size == -1 else args.world_size
-    node = 0 if args.rank == -1 else args.rank
-    if nodes < 1 or not 0 <= node < nodes:
-        raise UserError(
-            "usage",
-            f"node {node} of {nodes}",
-            "--rank and --world-size",
-            "nodes are counted from 1 and numbered from 0",
-        )
-    first = node * local_size
-    return [
-        devices.World(first + i, nodes * local_size, nodes, local_size, kind, index) for i, index in enumerate(indices)
-    ]
-
-
-def meeting_point(args: argparse.Namespace, nodes: int) -> tuple[str, int]:
-    """Address and port at which the ranks meet; port 0 stands for any free one.
-
-    Raises:
-        UserError: usage, --dist-url cannot be understood, or several nodes were given no port.
-    """
-    addr, port = args.addr, os.environ.get("MASTER_PORT", "0")
-    if args.dist_url == "env://":
-        addr = os.environ.get("MASTER_ADDR", addr)
-    elif args.dist_url is not None:
-        scheme, _, rest = args.dist_url.partition("://")
-        addr, _, port = rest.rpartition(":")
-        if scheme != "tcp" or not addr:
-            raise UserError("usage", f"{args.dist_url!r}", "--dist-url", "expected env:// or tcp://HOST:PORT")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise UserError("usage", f"{port!r} is not a port", "--dist-url or MASTER_PORT", "give a number below 65536")
-    if nodes > 1 and int(port) == 0:
-        raise UserError(
-            "usage", "several nodes need a port that all know", "--dist-url", f"give tcp://{addr}:29500 on every node"
-        )
-    return addr, int(port)
+    args.opt_level, args.loss_scale, args.amp_backend = mixed.level, mixed.loss_scale, mixed.backend
+    args.amp_dtype = mixed.dtype_name
+    return mixed
 
 
 def load_corpus(args: argparse.Namespace, *, verify: bool = True, log: Callable[[str], None] = say) -> data.Corpus:
@@ -455,7 +337,7 @@ def load_corpus(args: argparse.Namespace, *, verify: bool = True, log: Callable[
     )
 
 
-def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -> None:
+def resolve_recipe(args: argparse.Namespace, pairs: int, world: distributed.World) -> None:
     """Fills in the flags that were left to the recipe.
 
     Args:
@@ -465,12 +347,12 @@ def resolve_recipe(args: argparse.Namespace, pairs: int, world: devices.World) -
     """
     if args.performance:
         args.epochs = args.epochs or 1
-        args.batch_size = args.batch_size or PERFORMANCE_BATCH[world.kind] * world.local_size
+        args.batch_size = args.batch_size or PERFORMANCE_BATCH[world.device_type] * world.local_size
     elif args.batch_size is None and args.recipe == "tuned":
         args.batch_size = tuned_batch(pairs, world.nodes, world.local_size)
     elif args.batch_size is None:
         args.batch_size = RECIPES[args.recipe]["batch_size"] // world.nodes  # a recipe's batch is that of all nodes
-    check_divisible(args.batch_size, world.local_size)
+    distributed.check_divisible(args.batch_size, world.local_size)
     args.batch_size = min(args.batch_size, math.ceil(pairs / world.nodes))
     # The few steps of a performance run are not there to learn, whatever its batch is.
     if args.lr is None and args.recipe == "tuned" and not args.performance:
@@ -507,27 +389,27 @@ def tuned_rate(batch: int) -> float:
     return recipe["lr"] * math.sqrt(max(1.0, batch / recipe["batch_size"]))
 
 
-def describe(args: argparse.Namespace, world: devices.World, chosen: precision.Choice, corpus: data.Corpus) -> None:
+def describe(args: argparse.Namespace, world: distributed.World, mixed: precision.Choice, corpus: data.Corpus) -> None:
     """Prints what is about to run."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
     for name in ("torch_npu", "apex"):  # not always installed in a way that leaves metadata
         if name in sys.modules:
             versions[name] = getattr(sys.modules[name], "__version__", "unknown")
     facts = {
-        "device": world.kind,
+        "device": world.device_type,
         "processes": world.size,
         "nodes": world.nodes,
         "batch": args.batch_size * world.nodes,
         "batch_per_device": f"{args.batch_size / world.local_size:g}",
-        "precision": chosen.name,
-        "amp_backend": chosen.backend,
-        "loss_scale": chosen.loss_scale,
+        "precision": mixed.name,
+        "amp_backend": mixed.backend,
+        "loss_scale": mixed.loss_scale,
         "recipe": args.recipe,
         "seed": args.seed,
         "python": platform.python_version(),
     }
     say("run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items()))
-    say(f"device: {world.describe(args.dist_backend, args.dist_timeout)}")
+    say(f"device: {world.describe()}")
     hidden = ("data_dir", "evaluate", "debug")
     say("flags: " + " ".join(f"{key}={value}" for key, value in sorted(vars(args).items()) if key not in hidden))
     say(
@@ -536,13 +418,13 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
     )
     for note in corpus.notes:
         say(printable(note))
-    if chosen.note:
-        say(printable(f"note: {chosen.note}"))
+    if mixed.note:
+        say(printable(f"note: {mixed.note}"))
     # Of float16 elsewhere it is not known; the published run, on NPUs, learned.
-    short = chosen.dtype is torch.bfloat16 or (chosen.dtype is torch.float16 and world.kind == "cpu")
+    short = mixed.dtype is torch.bfloat16 or (mixed.dtype is torch.float16 and world.device_type == "cpu")
     if args.fixed_length and short and not args.performance:
         say(
-            f"note: {chosen.dtype_name} has too few digits to carry a sentence through the padding of "
+            f"note: {mixed.dtype_name} has too few digits to carry a sentence through the padding of "
             "--fixed-length, and the encoder may never learn to; float32 does: "
             "without --amp, or --precision_mode=must_keep_origin_dtype"
         )
@@ -551,7 +433,7 @@ def describe(args: argparse.Namespace, world: devices.World, chosen: precision.C
 # ---------------------------------------------------------------- training
 
 
-def first_model(args: argparse.Namespace, world: devices.World, corpus: data.Corpus) -> gru.Seq2Seq:
+def first_model(args: argparse.Namespace, world: distributed.World, corpus: data.Corpus) -> gru.Seq2Seq:
     """The model before its first step, on the CPU. What the words start with is counted by rank 0 alone."""
     torch.manual_seed(args.seed)
     model = gru.build(
@@ -571,8 +453,8 @@ def first_model(args: argparse.Namespace, world: devices.World, corpus: data.Cor
 
 def train(
     args: argparse.Namespace,
-    chosen: precision.Choice,
-    world: devices.World,
+    mixed: precision.Choice,
+    world: distributed.World,
     corpus: data.Corpus,
     model: gru.Seq2Seq,
 ) -> None:
@@ -580,7 +462,7 @@ def train(
 
     Args:
         args: the flags, recipe resolved.
-        chosen: the precision.
+        mixed: the precision.
         world: the ranks.
         corpus: the data.
         model: as `first_model` makes it; rank 0's weights are all ranks'.
@@ -591,12 +473,11 @@ def train(
     torch.manual_seed(args.seed + world.rank)  # from here on, for dropout: the ranks drop different positions
 
     if world.is_main:
-        describe(args, world, chosen, corpus)
+        describe(args, world, mixed, corpus)
         say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-    settings = precision.OptimizerSettings(args.optimizer, args.lr, args.weight_decay)
-    precise = precision.start(chosen, model, device, settings)
-    average = WeightAverage(precise, args.average)
-    criterion = world.parallel(gru.TrainingLoss(precise.working_model, args.label_smoothing))
+    trainer = precision.make_trainer(mixed, model, device)
+    average = WeightAverage(trainer, args.average)
+    criterion = world.parallel(gru.TrainingLoss(trainer.working_model, args.label_smoothing))
     keeper = BestKeeper(args, world, corpus)
     loader = data.Loader(corpus.train, device, fixed_length=args.fixed_length)
 
@@ -614,27 +495,24 @@ def train(
 
             # 2. the loss: the mean over the targets of all ranks
             random.seed(f"{args.seed} {step}")  # teacher forcing: ranks draw alike, however long their sentences are
-            with precise.forward_context():
+            with trainer.forward_context():
                 loss_sum = criterion(batch, args.teacher_forcing_ratio)
-            count = loss_sum.new_full((), batch.target_tokens)
-            totals = world.sum(torch.stack((loss_sum.detach(), count)))  # [2]
-            loss = loss_sum * (world.size / totals[1])  # DDP will divide the gradients by the world's size
+            total_loss, total_tokens = world.sums(loss_sum, batch.target_tokens)  # one all-reduce
+            loss = loss_sum * (world.size / total_tokens)  # DDP will divide the gradients by the world's size
 
             # 3. the update
             rate = learning_rate(args, step, total_steps)
-            for group in precise.optimizer.param_groups:
-                group["lr"] = rate
-            precise.backward(loss)
-            precise.step(args.clip)
+            trainer.backward(loss)
+            trainer.step(rate, max_norm=args.clip)
             step += 1
             average.update(step)
-            log.step_done(totals, len(indices))
+            log.step_done(torch.stack((total_loss, total_tokens)), len(indices))
 
         pairs_per_second, mean_loss = log.finish()
-        precise.refresh_model()
+        trainer.refresh_model()
         if world.is_main:
             say(f"* FPS@all {pairs_per_second:.3f}")
-        if (skipped := precise.skipped_steps()) and world.is_main:
+        if (skipped := trainer.skipped_steps()) and world.is_main:
             say(
                 f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite. "
                 "If that goes on, lower --loss-scale or --lr, or give --loss-scale dynamic."
@@ -650,7 +528,7 @@ class EpochPlan:
     Iterating gives the indices of the pairs of each step, over all ranks, each [batch] int64.
     """
 
-    def __init__(self, args: argparse.Namespace, world: devices.World, corpus: data.Corpus, epoch: int):
+    def __init__(self, args: argparse.Namespace, world: distributed.World, corpus: data.Corpus, epoch: int):
         self._args, self._world, self._corpus, self._epoch = args, world, corpus, epoch
         self._steps = len(self._round(0))
         if args.performance:
@@ -703,7 +581,7 @@ class BestKeeper:
         corpus: the data.
     """
 
-    def __init__(self, args: argparse.Namespace, world: devices.World, corpus: data.Corpus):
+    def __init__(self, args: argparse.Namespace, world: distributed.World, corpus: data.Corpus):
         self._args, self._world, self._corpus = args, world, corpus
         self._path = Path(args.ckptpath)
         self._best = -math.inf
@@ -785,23 +663,25 @@ class BestKeeper:
 # ---------------------------------------------------------------- scoring
 
 
-def score(args: argparse.Namespace, kind: str, path: Path, saved: checkpoint.Checkpoint, corpus: data.Corpus) -> None:
+def score(
+    args: argparse.Namespace, device_type: str, path: Path, saved: checkpoint.Checkpoint, corpus: data.Corpus
+) -> None:
     """Translates the test set with a checkpoint and prints its BLEU.
 
     Args:
         args: the flags; `--bleu-npu` says on which device.
-        kind: that device's kind.
+        device_type: that device's type.
         path: where the checkpoint was read from.
         saved: the checkpoint.
         corpus: the data, whose test pairs are used.
     """
     src_vocab, trg_vocab = vocabularies(saved, corpus, str(path))
-    world = devices.World(kind=kind, index=args.bleu_npu)
+    world = distributed.World(device_type=device_type, index=args.bleu_npu)
     world.start()
     model = saved.build_model(world.device)
     test = corpus.test
     own = data.Split(*map(data.Side.encode, (test.src_tokens, test.trg_tokens), (src_vocab, trg_vocab)))
-    where = f"{kind} {args.bleu_npu} ({world.describe(None, 0)})"
+    where = f"{device_type} {args.bleu_npu} ({world.describe()})"
     fixed_length, beam_size, length_penalty = (
         setting_to_score(args, saved, name) for name in ("fixed_length", "beam_size", "length_penalty")
     )
@@ -866,108 +746,86 @@ def vocabularies(
 
 
 def run_rank(
-    index: int,
-    args: argparse.Namespace,
-    chosen: precision.Choice,
-    worlds: list[devices.World],
-    meeting: tuple[str, int] | None,
-    corpus: data.Corpus | None = None,
+    world: distributed.World, args: argparse.Namespace, mixed: precision.Choice, corpus: data.Corpus | None = None
 ) -> None:
     """The life of one process that trains: meets the others, if there are any, trains, leaves.
 
     Args:
-        index: which of `worlds` is this process's.
+        world: this process among all.
         args: the flags, recipe resolved.
-        chosen: the precision.
-        worlds: this node's.
-        meeting: where the ranks meet; None for one process, and under torchrun, whose environment says.
+        mixed: the precision.
         corpus: the data; None in a spawned process, which reads it from the cache that its parent has built.
     """
-    world = worlds[index]
     if not world.is_main:
         # Rank 0 alone writes the log; apex and torch_npu print lines of their own on every rank.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
     # All that takes time comes before the group is made: the others wait in it no longer than HCCL allows.
     corpus = corpus or load_corpus(args, verify=False, log=lambda line: None)
-    if world.kind != "cpu":
+    if world.device_type != "cpu":
         corpus.check_ids()
     model = first_model(args, world, corpus)
-    store = launch.join_store(*meeting, args.dist_timeout) if meeting and world.size > 1 else None
-    world.start(backend=args.dist_backend, timeout=args.dist_timeout, store=store)
-    train(args, chosen, world, corpus, model)
+    world.start()
+    train(args, mixed, world, corpus, model)
     world.stop()
+
+
+def plan_ranks(args: argparse.Namespace) -> distributed.Plan:
+    """Which ranks run where, see `distributed.plan`."""
+    names = inspect.signature(distributed.plan).parameters
+    return distributed.plan(**{name: getattr(args, name) for name in names})
 
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     unused = unused_to_score(parser, args) if args.evaluate else []
-    kind, indices = choose_devices(args)
-    worlds = make_worlds(args, kind, indices)
-    is_main = worlds[0].is_main
-    chosen = None if args.evaluate else choose_precision(args, kind, indices)  # scoring is in float32
-    meeting = meeting_point(args, worlds[0].nodes)
+    plan = plan_ranks(args)
+    args.bleu_npu = plan.scoring_index
+    is_main = plan.worlds[0].is_main
+    mixed = None if args.evaluate else choose_precision(args, plan.device_type, plan.indices)  # scoring is in float32
+    for note in plan.notes:
+        say(f"note: {note}")
     if is_main and unused:
         say(f"note: no effect with --evaluate: {', '.join(unused)}")
     with contextlib.ExitStack() as held:
         if is_main and not (args.evaluate or args.performance):
             held.enter_context(checkpoint.claimed(Path(args.ckptpath)))
-        run(args, chosen, worlds, meeting)
+        run(args, mixed, plan)
 
 
-def run(
-    args: argparse.Namespace,
-    chosen: precision.Choice | None,
-    worlds: list[devices.World],
-    meeting: tuple[str, int],
-) -> None:
+def run(args: argparse.Namespace, mixed: precision.Choice | None, plan: distributed.Plan) -> None:
     """Trains and scores, or only scores.
 
     Args:
         args: the flags.
-        chosen: the precision to train in.
-        worlds: this node's processes; under torchrun, this one.
-        meeting: address and port at which spawned ranks meet.
+        mixed: the precision to train in.
+        plan: which ranks run where.
     """
-    is_main, kind = worlds[0].is_main, worlds[0].kind
-    left_open = args.device == "auto" and args.npu is None and args.gpu is None
+    is_main, device_type = plan.worlds[0].is_main, plan.device_type
     saved = checkpoint.load(args.evaluate) if args.evaluate else None  # before a download, or long tokenising
-    if is_main and left_open and (reason := devices.passed_over(kind)):
-        say(printable(f"note: torch_npu is installed, but there is no NPU to run on: {reason}; running on {kind}"))
     corpus = load_corpus(args, log=say if is_main else lambda line: None)
 
     if args.evaluate:
         if is_main:
             for note in corpus.notes:
                 say(printable(note))
-            score(args, kind, Path(args.evaluate), saved, corpus)
+            score(args, device_type, Path(args.evaluate), saved, corpus)
         return
 
     start = time.monotonic()
-    resolve_recipe(args, len(corpus.train), worlds[0])
-    if not under_torchrun() and (args.multiprocessing_distributed or worlds[0].nodes > 1):
-        train_in_processes(args, chosen, worlds, meeting)
+    resolve_recipe(args, len(corpus.train), plan.worlds[0])
+    if plan.spawns:
+        plan.spawn(run_rank, args, mixed, debug=args.debug)
     else:
-        run_rank(0, args, chosen, worlds, None, corpus)
+        run_rank(plan.worlds[0], args, mixed, corpus)
     if is_main and not args.performance:
         path = Path(args.ckptpath)
-        score(args, kind, path, checkpoint.load(path), corpus)
+        score(args, device_type, path, checkpoint.load(path), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")
-
-
-def train_in_processes(
-    args: argparse.Namespace, chosen: precision.Choice, worlds: list[devices.World], meeting: tuple[str, int]
-) -> None:
-    """Spawns this node's processes and waits for them; node 0's parent is where all meet."""
-    addr, port = meeting
-    if worlds[0].is_main and worlds[0].size > 1:
-        store = launch.host_store(addr, port, worlds[0].nodes)
-        port = store.port
-    launch.launch(run_rank, len(worlds), (args, chosen, worlds, (addr, port)), args.debug)
 
 
 if __name__ == "__main__":
     exit_code = run_main(main, sys.argv[1:])
-    if under_torchrun():
+    if distributed.under_torchrun():
         launch.leave(exit_code)
     sys.exit(exit_code)

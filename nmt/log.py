@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from nmt import devices
+from nmt import devices, distributed
 from nmt.errors import UserError
 
 import torch
@@ -45,7 +45,9 @@ class EpochLog:
         print_freq: steps between two lines; the last step always has one.
     """
 
-    def __init__(self, world: devices.World, epoch: int, epochs: int, steps: int, steps_before: int, print_freq: int):
+    def __init__(
+        self, world: distributed.World, epoch: int, epochs: int, steps: int, steps_before: int, print_freq: int
+    ):
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
@@ -99,7 +101,7 @@ class EpochLog:
         mean_loss = float(self._totals[0] / self._totals[1])
         if self._world.is_main:
             line = (
-                f"[{self._world.kind} id: {self._world.index} ] "
+                f"[{self._world.device_type} id: {self._world.index} ] "
                 f"Epoch: [{self._epoch}][{self._step:{len(str(self._steps))}d}/{self._steps}]\t"
                 f"Time {(now - self._line) / steps:6.3f} ({(now - self._start) / self._step:6.3f})\t"
                 f"Data {self._data_time_since_line / steps:6.3f} ({self._data_time / self._step:6.3f})\t"
