@@ -16,9 +16,9 @@ FIRST_STEP = r"Epoch: \[0\]\[ *1/[0-9]+\]\s+Time +([0-9.]+)"
 PARTS = """
 import sys, time
 import train_8p
-from nmt import devices
+from nmt import distributed
 args = train_8p.build_parser().parse_args(["--data-dir", sys.argv[1], "--cache-dir", sys.argv[2]])
-world = devices.World()
+world = distributed.World()
 start = time.perf_counter()
 corpus = train_8p.load_corpus(args, log=lambda line: None)
 loaded = time.perf_counter()

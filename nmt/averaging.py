@@ -1,15 +1,15 @@
-"""An average of the weights over the last steps: the model that is validated and saved in place of the last step's.
+"""The average of the weights over the last steps. It is validated and saved instead of the last step's weights.
 
 Source: Shamir and Zhang 2013, "Stochastic Gradient Descent for Non-smooth Optimization", arXiv 1212.1824, section 4,
-polynomial-decay averaging: of the average before step t a part of (t - 1) / (t + eta) is kept. The first weights leave
-it with the first step, and however long the run, it covers the same part of it: the later steps have the greater
-weight, and the last 1 / (eta + 1) of them, the `part`, about two thirds of all (67% where it is 0.2).
+polynomial-decay averaging. Step t keeps the part (t - 1) / (t + eta) of the average before it. So the first weights
+leave it with the first step, and later steps have more weight. However long the run is, the average covers the same
+part of it. The last 1 / (eta + 1) of the steps, the `part`, have about two thirds of the weight (67% for 0.2).
 """
 
 import copy
 import math
 
-from nmt.precision import Precision
+from nmt.precision import Trainer
 
 import torch
 
@@ -20,22 +20,22 @@ class WeightAverage:
     """The running average of a model's weights.
 
     Args:
-        precise: what trains the model.
-        part: the last part of the steps so far that is to have most of the weight, above 0 and at most 1, which is
-            the mean of all. 0: there is no average, and `model` is the trained one.
+        trainer: trains the model.
+        part: the last part of the steps so far, which gets most of the weight. Above 0 and at most 1, and 1 means the
+            mean of all steps. With 0 there is no average, and `model` is the trained one.
 
     Attributes:
         model: the fp32 model with the averaged weights.
     """
 
-    def __init__(self, precise: Precision, part: float):
-        self._precise, self._part = precise, part
-        self._step = 0  # up to which the average has taken the weights in
-        # `float` changes no number; it lays a GRU's weights side by side again, as cuDNN wants them.
-        self.model = copy.deepcopy(precise.model).float() if part else precise.model
+    def __init__(self, trainer: Trainer, part: float):
+        self._trainer, self._part = trainer, part
+        self._step = 0  # the last one that the average contains
+        # `float` changes no number. It lays a GRU's weights side by side again, for cuDNN.
+        self.model = copy.deepcopy(trainer.model).float() if part else trainer.model
 
     def update(self, step: int) -> None:
-        """Takes in the weights after a step, if `EVERY` steps have gone by since it last did.
+        """Takes in the weights after a step, if at least `EVERY` steps have passed since the last time.
 
         Args:
             step: the number of steps so far.
@@ -45,15 +45,15 @@ class WeightAverage:
 
     @torch.no_grad()
     def catch_up(self, step: int) -> None:
-        """Takes in the weights after a step, once, for all steps since it last did.
+        """Takes in the weights after a step. They count for all steps since the last time.
 
         Args:
             step: the number of steps so far.
         """
         if not self._part:
             return
-        self._precise.refresh_model()
+        self._trainer.refresh_model()
         eta = 1 / self._part - 1
         kept = math.prod((t - 1) / (t + eta) for t in range(self._step + 1, step + 1))
-        torch._foreach_lerp_(list(self.model.parameters()), list(self._precise.model.parameters()), 1 - kept)
+        torch._foreach_lerp_(list(self.model.parameters()), list(self._trainer.model.parameters()), 1 - kept)
         self._step = step

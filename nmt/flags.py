@@ -1,8 +1,8 @@
 """Command lines that mean what they say.
 
 Plain argparse takes `nan`, `1_0` and `٣` for numbers, abbreviations for flags, and the last of a repeated flag. Here
-each of these is an error. Every flag has two spellings, `--data-dir` and `--data_dir`. What stands behind a lone `--`
-overrides what stands in front of it, so that a wrapper can hand on its user's flags after its own.
+each of these is an error. Every flag has two spellings, `--data-dir` and `--data_dir`. Flags behind a lone `--`
+override the flags in front of it, so a wrapper can hand on its user's flags after its own.
 """
 
 import argparse
@@ -18,9 +18,9 @@ DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 class StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser for optional flags; a faulty command line raises `UserError` of kind usage.
+    """An ArgumentParser for optional flags. A faulty command line raises a usage `UserError`.
 
-    Defaults stand in the help by themselves; a flag whose default is None should name what decides instead.
+    The help shows defaults by itself. If a flag's default is None, its help text should say what decides instead.
     """
 
     def __init__(self, **options):
@@ -30,7 +30,7 @@ class StrictParser(argparse.ArgumentParser):
         raise UserError("usage", message, f"the command line of {self.prog}", f"see {self.prog} --help")
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:
-        """Parses `args`; those after a lone `--` override those before it.
+        """Parses `args`. Flags after a lone `--` override those before it.
 
         >>> parser = StrictParser(prog="p")
         >>> _ = parser.add_argument("--batch-size", type=positive_int)
@@ -44,23 +44,28 @@ class StrictParser(argparse.ArgumentParser):
         namespace = argparse.Namespace()
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
-            self._refuse_repeated(section)
+            self._refuse_what_argparse_takes(section)
             namespace = super().parse_args(section, namespace)
         return namespace
 
-    def _refuse_repeated(self, section: list[str]) -> None:
+    def _refuse_what_argparse_takes(self, section: list[str]) -> None:
+        """Refuses a repeated flag, and the value `--`, which argparse drops and then fails."""
         seen = set()
         for arg in section:
-            action = self._option_string_actions.get(arg.partition("=")[0] if arg.startswith("--") else arg[:2])
+            name, _, value = arg.partition("=") if arg.startswith("--") else (arg[:2], "", arg[2:].removeprefix("="))
+            action = self._option_string_actions.get(name)
             if action is None or not arg.startswith("-"):
                 continue
+            names = "/".join(action.option_strings)
             if action.dest in seen:
-                self.error(f"argument {'/'.join(action.option_strings)}: given more than once")
+                self.error(f"argument {names}: given more than once")
+            if value == "--":
+                self.error(f"argument {names}: '--' is not a value")
             seen.add(action.dest)
 
 
 class Default(str):
-    """A default that can be told from the same value given by the user."""
+    """A default. The script can tell it from the same value given by the user."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -180,7 +185,7 @@ def zero_or_sentence_length(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """A number that every random generator takes."""
+    """A number that every random generator accepts."""
     value = non_negative_int(text)
     if value >= 2**63 - 2**20:  # the ranks add theirs
         raise argparse.ArgumentTypeError(f"{text!r} must be below 2**63 - 2**20")
@@ -209,7 +214,7 @@ def non_negative_float(text: str) -> float:
 
 
 def power(text: str) -> float:
-    """An exponent; up to 10, at which a score divided by a sentence's length to that power is still a float32."""
+    """An exponent from 0 to 10. With 10, a score divided by a sentence's length to that power is still a float32."""
     value = non_negative_float(text)
     if value > 10:
         raise argparse.ArgumentTypeError(f"{text!r} must be at most 10")
@@ -233,7 +238,7 @@ def part(text: str) -> float:
 
 
 def loss_scale(text: str) -> float | str:
-    """A positive number that float32 holds, as it does its reciprocal, or `dynamic`."""
+    """`dynamic`, or a positive number. float32 can hold the number and its reciprocal."""
     if text == "dynamic":
         return text
     value = positive_float(text)
@@ -243,7 +248,7 @@ def loss_scale(text: str) -> float | str:
 
 
 def index_list(text: str) -> list[int]:
-    """Distinct device indices with commas between them.
+    """Distinct device indices, separated by commas.
 
     >>> index_list("4,5,6,7")
     [4, 5, 6, 7]

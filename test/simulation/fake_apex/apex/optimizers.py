@@ -5,7 +5,7 @@ from apex import amp
 import torch
 
 
-class NpuFusedAdamW(torch.optim.AdamW):
+class NpuFusedAdam(torch.optim.Adam):
     def __init__(self, *arguments, **options):
-        amp.calls.append("NpuFusedAdamW")
+        amp.calls.append("NpuFusedAdam")
         super().__init__(*arguments, **options)

@@ -1,0 +1,392 @@
+"""Ranks: from the flags to the processes that train together, and what each of them knows of the others.
+
+`plan` reads the flags and the environment. A run has one rank, or one rank for each device: `Plan.spawn` starts them as
+processes, or torchrun has started them. The code of a rank calls `World.start`, trains, and calls `World.stop`.
+"""
+
+import dataclasses
+import datetime
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from nmt import devices, launch
+from nmt.errors import UserError, first_line, printable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}  # each device type's own backend of torch.distributed
+NPU_VARIABLES = (  # the log shows those that are set
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "HCCL_CONNECT_TIMEOUT",
+    "HCCL_EXEC_TIMEOUT",
+    "TASK_QUEUE_ENABLE",
+    "CPU_AFFINITY_CONF",
+)
+
+
+# ---------------------------------------------------------------- one rank among all
+
+
+@dataclass(frozen=True)
+class World:
+    """What one rank knows of all the ranks. `World()` is a process that runs alone on the CPU.
+
+    Attributes:
+        rank: this process among all, from 0.
+        size: number of processes on all nodes.
+        nodes: number of nodes.
+        local_size: number of processes on this node.
+        device_type: "npu", "cuda" or "cpu".
+        index: this process's device.
+        backend: "hccl", "nccl", "gloo", or None for the device's own.
+        timeout: seconds for the ranks to meet, and for each collective.
+        meeting: address and port at which the ranks meet. None: torchrun's environment has them.
+    """
+
+    rank: int = 0
+    size: int = 1
+    nodes: int = 1
+    local_size: int = 1
+    device_type: str = "cpu"
+    index: int = 0
+    backend: str | None = None
+    timeout: float = 600.0
+    meeting: tuple[str, int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu") if self.device_type == "cpu" else torch.device(self.device_type, self.index)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def start(self) -> None:
+        """Takes this process's device and joins the process group.
+
+        Raises:
+            UserError: distributed, the other ranks did not come.
+        """
+        devices.prepare(self.device, self.local_size)
+        if self.size == 1:
+            return
+        if self.device_type == "npu":
+            set_hccl_timeouts(self.timeout)
+        if self.nodes == 1 and sys.platform == "linux":
+            # One node needs no other interface than loopback.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        options = {"init_method": "env://"}
+        if self.meeting is not None:
+            store = launch.join_store(*self.meeting, self.timeout)
+            options = {"store": store, "rank": self.rank, "world_size": self.size}
+        if self._collectives == "nccl":
+            options["device_id"] = self.device  # it then connects here, and not in the first collective
+        try:
+            timeout = datetime.timedelta(seconds=self.timeout)
+            dist.init_process_group(self._collectives, timeout=timeout, **options)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                "distributed",
+                f"the {self.size} ranks did not meet: {first_line(error)}",
+                f"rank {self.rank}",
+                "see that every node was started with the same --addr, port and --world-size",
+            ) from error
+
+    def stop(self) -> None:
+        """Leaves the process group."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    def describe(self) -> str:
+        """The device's name and how the ranks meet, for the log."""
+        parts = [devices.name(self.device)]
+        if self.size > 1:
+            parts.append(f"{self.size} ranks by {self._collectives}, timeout {self.timeout:g} s")
+        if self.device_type == "npu":
+            parts += [f"{variable}={os.environ[variable]}" for variable in NPU_VARIABLES if variable in os.environ]
+        return printable("; ".join(parts))
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over the ranks in each backward pass. With one rank, `module` itself."""
+        if self.size == 1:
+            return module
+        device_ids = None if self.device_type == "cpu" else [self.index]
+        return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sums `tensor`, of any shape, over the ranks in place. It must be contiguous, and not float64 on an NPU."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sums(self, loss_sum: Tensor, target_tokens: int) -> tuple[Tensor, Tensor]:
+        """The loss and the number of target tokens of all ranks, by one all-reduce.
+
+        Args:
+            loss_sum: [] this rank's loss, summed over its target tokens.
+            target_tokens: how many those are.
+
+        Returns:
+            Both sums over the ranks, [] each, of `loss_sum`'s dtype, on its device, without a gradient.
+        """
+        count = loss_sum.new_full((), target_tokens)
+        total_loss, total_tokens = self.sum(torch.stack((loss_sum.detach(), count)))
+        return total_loss, total_tokens
+
+    def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all ranks the values of rank 0, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    @property
+    def _collectives(self) -> str:
+        return self.backend or COLLECTIVES[self.device_type]
+
+
+def set_hccl_timeouts(seconds: float) -> None:
+    """Sets HCCL's timeouts, unless the user has.
+
+    By default HCCL waits two minutes for a connection, and 10 to 30 minutes for a collective, depending on its version.
+    """
+    connect, execute = f"{min(max(seconds, 120), 7200):.0f}", f"{max(seconds, 1):.0f}"  # within HCCL's limits
+    for name, value in (("HCCL_CONNECT_TIMEOUT", connect), ("HCCL_EXEC_TIMEOUT", execute)):
+        os.environ.setdefault(name, value)
+
+
+# ---------------------------------------------------------------- from the flags to the ranks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which ranks this node runs, and on which devices.
+
+    Attributes:
+        device_type: "npu", "cuda" or "cpu".
+        indices: this node's devices, one for each of its ranks.
+        worlds: this node's ranks. Under torchrun only this process's.
+        spawns: whether this process starts the ranks as new processes, with `spawn`. If not, it is the one of `worlds`.
+        meeting: address and port at which spawned ranks meet. Port 0 stands for any free one.
+        scoring_index: the device that scores.
+        notes: what the user should know, one line each. They concern this node.
+    """
+
+    device_type: str
+    indices: tuple[int, ...]
+    worlds: tuple[World, ...]
+    spawns: bool
+    meeting: tuple[str, int]
+    scoring_index: int
+    notes: tuple[str, ...] = ()
+
+    def spawn(self, run_rank: Callable, *args: object, debug: bool = False) -> None:
+        """Runs `run_rank(world, *args)` in a new process for each rank of this node, and waits for all of them.
+
+        The ranks of all nodes meet at this process of node 0.
+
+        Args:
+            run_rank: a function of a module, since the new processes import it.
+            args: can be pickled.
+            debug: whether a rank shows the traceback of an expected error too.
+
+        Raises:
+            UserError: see `launch.launch`; distributed, the port is taken.
+        """
+        addr, port = self.meeting
+        first = self.worlds[0]
+        if first.is_main and first.size > 1:
+            store = launch.host_store(addr, port, first.nodes)  # stays open as long as this function runs
+            port = store.port
+        worlds = [dataclasses.replace(world, meeting=(addr, port)) for world in self.worlds]
+        launch.launch(run_one_of, len(worlds), (worlds, run_rank, args), debug)
+
+
+def run_one_of(index: int, worlds: Sequence[World], run_rank: Callable, args: Sequence[object]) -> None:
+    """The work of a spawned process: `run_rank` with its own world."""
+    run_rank(worlds[index], *args)
+
+
+def plan(
+    *,
+    device: str = "auto",
+    npu: int | None = None,
+    gpu: int | None = None,
+    device_list: Sequence[int] | None = None,
+    max_devices: int | None = None,
+    multiprocessing_distributed: bool = False,
+    world_size: int = -1,
+    rank: int = -1,
+    addr: str = "127.0.0.1",
+    dist_url: str | None = None,
+    dist_backend: str | None = None,
+    dist_timeout: float = 600.0,
+    bleu_npu: int | None = None,
+    batch_size: int | None = None,
+) -> Plan:
+    """Decides which ranks run where.
+
+    Args: those of the flags of these names, see train_8p.py --help. `batch_size` is checked only.
+
+    Raises:
+        UserError: usage, flags contradict each other, this machine or torchrun's environment.
+    """
+    named = named_device(device, npu, gpu)
+    if named and (device_list or multiprocessing_distributed or under_torchrun()):
+        raise UserError(
+            "usage",
+            "one device beside a list of devices or several processes",
+            "--npu" if gpu is None else "--gpu",
+            "leave it out, and give --device-list with --multiprocessing-distributed or under torchrun",
+        )
+    device_type = devices.choose_device_type(named[0] if named else device)
+    check_backend(dist_backend, device_type)
+    notes = []
+    if named:
+        indices = [named[1]]
+    elif under_torchrun():
+        indices = indices_under_torchrun(device_list)
+    elif multiprocessing_distributed:
+        indices = list(device_list or range(devices.default_count(device_type))[:max_devices])
+        if not device_list and len(indices) < (max_devices or 0):
+            notes.append(f"this machine has {len(indices)} {device_type} devices, not {max_devices}: running on those")
+    else:
+        indices = list(device_list or [0])[:1]
+        if len(device_list or []) > 1:
+            only = f"one process on device {indices[0]} alone"
+            notes.append(f"{only}; --multiprocessing-distributed takes the whole list")
+    devices.check_indices(device_type, indices, "--npu or --gpu" if named else "--device-list")
+    scoring_index = indices[0] if bleu_npu is None else bleu_npu
+    devices.check_indices(device_type, [scoring_index], "--bleu-npu")
+    if batch_size is not None:
+        check_divisible(batch_size, len(indices))
+    common = World(device_type=device_type, backend=dist_backend, timeout=dist_timeout)
+    worlds = worlds_of_this_node(common, indices, world_size, rank)
+    if device == "auto" and not named and worlds[0].is_main and (reason := devices.passed_over(device_type)):
+        why = printable(f"torch_npu is installed, but there is no NPU to run on: {reason}")
+        notes.append(f"{why}; running on {device_type}")
+    return Plan(
+        device_type=device_type,
+        indices=tuple(indices),
+        worlds=worlds,
+        spawns=not under_torchrun() and (multiprocessing_distributed or worlds[0].nodes > 1),
+        meeting=meeting_point(addr, dist_url, worlds[0].nodes),
+        scoring_index=scoring_index,
+        notes=tuple(notes),
+    )
+
+
+def named_device(device: str, npu: int | None, gpu: int | None) -> tuple[str, int] | None:
+    """The type and index that --npu or --gpu names, or None.
+
+    Raises:
+        UserError: usage, the flags name two types.
+    """
+    named = [(name, index) for name, index in (("npu", npu), ("cuda", gpu)) if index is not None]
+    if len(named) == 2 or (named and device not in ("auto", named[0][0])):
+        raise UserError("usage", "two different devices", "--npu, --gpu, --device", "name the device by one of them")
+    return named[0] if named else None
+
+
+def check_backend(backend: str | None, device_type: str) -> None:
+    """Raises a usage UserError if collectives of this backend cannot work on such devices."""
+    own = COLLECTIVES[device_type]
+    if backend not in (None, own) and (backend, device_type) != ("gloo", "cuda"):
+        raise UserError("usage", f"{backend} does not work on {device_type}", "--dist-backend", f"use {own}")
+
+
+def check_divisible(batch_size: int, count: int) -> None:
+    """Raises a usage UserError if `count` devices cannot have equal parts of a batch."""
+    if batch_size % count:
+        raise UserError(
+            "usage",
+            f"a batch of {batch_size} cannot be shared out evenly over {count} devices",
+            "--batch-size",
+            f"give a multiple of {count}",
+        )
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun, or a launcher like it, has started this process as one of several."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+
+
+def indices_under_torchrun(device_list: Sequence[int] | None) -> list[int]:
+    """The devices of torchrun's processes on this node: those of the list, or the first ones.
+
+    Raises:
+        UserError: usage, the list has another length.
+    """
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    indices = list(device_list or range(local_size))
+    if len(indices) != local_size:
+        raise UserError(
+            "usage",
+            f"{len(indices)} devices for the {local_size} processes of torchrun",
+            "--device-list",
+            "name one device for each process, or leave the flag out",
+        )
+    return indices
+
+
+def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, rank: int) -> tuple[World, ...]:
+    """The ranks of this node, or under torchrun the one of this process.
+
+    Args:
+        common: what all ranks share.
+        indices: this node's devices, one a rank.
+        world_size: number of nodes; -1 means 1.
+        rank: this node; -1 means 0.
+
+    Raises:
+        UserError: usage, there is no such node.
+    """
+    local_size = len(indices)
+    if under_torchrun():
+        size = int(os.environ["WORLD_SIZE"])
+        sizes = {"size": size, "nodes": size // local_size, "local_size": local_size}
+        index = indices[int(os.environ["LOCAL_RANK"])]
+        return (dataclasses.replace(common, rank=int(os.environ["RANK"]), index=index, **sizes),)
+    nodes = 1 if world_size == -1 else world_size
+    node = 0 if rank == -1 else rank
+    if nodes < 1 or not 0 <= node < nodes:
+        raise UserError(
+            "usage",
+            f"node {node} of {nodes}",
+            "--rank and --world-size",
+            "nodes are counted from 1 and numbered from 0",
+        )
+    sizes = {"size": nodes * local_size, "nodes": nodes, "local_size": local_size}
+    first = node * local_size
+    return tuple(dataclasses.replace(common, rank=first + i, index=index, **sizes) for i, index in enumerate(indices))
+
+
+def meeting_point(addr: str, dist_url: str | None, nodes: int) -> tuple[str, int]:
+    """Address and port at which the ranks meet. Port 0 stands for any free one.
+
+    Args:
+        addr: of node 0, if the URL does not say.
+        dist_url: env://, tcp://HOST:PORT or None. The port is the URL's, or MASTER_PORT, or 0.
+        nodes: how many there are.
+
+    Raises:
+        UserError: usage, the URL has another form, or several nodes have no port.
+    """
+    port = os.environ.get("MASTER_PORT", "0")
+    if dist_url == "env://":
+        addr = os.environ.get("MASTER_ADDR", addr)
+    elif dist_url is not None:
+        scheme, _, rest = dist_url.partition("://")
+        addr, _, port = rest.rpartition(":")
+        if scheme != "tcp" or not addr:
+            raise UserError("usage", f"{dist_url!r}", "--dist-url", "expected env:// or tcp://HOST:PORT")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise UserError("usage", f"{port!r} is not a port", "--dist-url or MASTER_PORT", "give a number below 65536")
+    if nodes > 1 and int(port) == 0:
+        raise UserError(
+            "usage", "several nodes need a port that all know", "--dist-url", f"give tcp://{addr}:29500 on every node"
+        )
+    return addr, int(port)
