@@ -9,11 +9,11 @@ import gru
 from nmt.checkpoint import Checkpoint
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.kernels import computes_steps
 from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
+from nmt.kernels import computes_steps
 
 MAX_LENGTH = 50  # most tokens of a translation, as in the original
 BATCH_SIZE = 256
@@ -243,7 +243,7 @@ def report(
     if beam_size > len(trg_vocab):
         yield f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types"
         beam_size = len(trg_vocab)
-    where = f"{world.device_type} {world.index} ({world.describe(None, 0)})"
+    where = f"{world.device_type} {world.index} ({world.describe()})"
     yield f"scored: {name} on {len(test)} test pairs, in float32, on {where}"
     yield f"losses: {f'padded or cut to {fixed_length} tokens' if fixed_length else 'without padding'}"
     found = losses(model, data.Loader(test, world.device, fixed_length=fixed_length), world)

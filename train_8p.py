@@ -162,7 +162,8 @@ class Settings:
     amp_backend: str = flags.row(PRECISION, flags.Default("auto"), ("auto", "apex", "native"),
         "auto: apex for O2 and O3 on NPUs and GPUs, if it is installed, otherwise native", trains=True)
 
-    print_freq: int = flags.row(RUN, 10, flags.positive_int, "steps between two lines of the log", also="-p", trains=True)
+    print_freq: int = flags.row(RUN, 10, flags.positive_int,
+        "steps between two lines of the log", also="-p", trains=True)
     debug: bool = flags.row(RUN, False, None, "show the traceback of every error")
     # fmt: on
 
@@ -188,6 +189,7 @@ def build_parser() -> flags.StrictParser:
     return flags.parser_of(
         Settings,
         prog="train_8p.py",
+        usage="python3 train_8p.py [--flag value]...",
         description="Trains a GRU encoder-decoder to translate, and reports BLEU and sentence pairs a second.",
         epilog=EXAMPLES,
     )
@@ -228,7 +230,7 @@ def main(argv: list[str]) -> None:
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
         evaluate(settings, plan)
         return
-    mixed = precision.choose(
+    mixed = precision.choose_by_flags(
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
@@ -549,9 +551,7 @@ def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: i
         world: any rank's.
         pairs: pairs in the training data.
     """
-    values = RECIPES[settings.recipe] | {
-        name: value for name, value in vars(settings).items() if value is not None
-    }
+    values = RECIPES[settings.recipe] | {name: value for name, value in vars(settings).items() if value is not None}
     batch = settings.batch_size  # of a node
     if settings.performance:
         values["epochs"] = settings.epochs or 1

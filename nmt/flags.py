@@ -69,10 +69,13 @@ class Default(str):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default, but no `(default: None)`. An epilog keeps its lines."""
+    """Shows each default, but no `(default: None)` and no `(default: False)`. An epilog keeps its lines."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, **{"max_help_position": 36} | options)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return super()._get_help_string(action) if action.default not in (None, False) else action.help
 
 
 def hyphenated(arg: str) -> str:

@@ -23,10 +23,10 @@ import copy
 import importlib
 import inspect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
-from nmt import devices
+from nmt import devices, flags
 from nmt.errors import UserError, first_line
 
 import torch
@@ -121,6 +121,38 @@ def choose(
         return Choice(loss_scale=loss_scale or 1.0, note=note)
     needed = STATIC_SCALE if half == torch.float16 and level != "O3" else 1.0
     return Choice(level, half, loss_scale or needed, backend, note)
+
+
+def choose_by_flags(
+    device_type: str,
+    indices: Sequence[int],
+    *,
+    amp: bool,
+    opt_level: str,
+    loss_scale: float | str | None,
+    amp_dtype: str,
+    amp_backend: str,
+) -> Choice:
+    """Decides as the flags of these names say. Its note names the flags that were given and have no effect.
+
+    Args:
+        device_type, indices: as in `choose`.
+        amp: whether mixed precision was asked for. Without it the level is O0.
+        opt_level, amp_dtype, amp_backend: a `flags.Default` is none that was given.
+        loss_scale: as in `choose`.
+    """
+    level = str(opt_level) if amp else "O0"
+    mixed = choose(device_type, level, dtype=amp_dtype, loss_scale=loss_scale, backend=amp_backend, indices=indices)
+    if level != "O0":
+        return mixed
+    values = {"--amp-dtype": amp_dtype, "--amp-backend": amp_backend}
+    if not amp:
+        values = {"--opt-level": opt_level} | values
+    given = [flag for flag, value in values.items() if not isinstance(value, flags.Default)]
+    if not given:
+        return mixed
+    verb = "have" if len(given) > 1 else "has"
+    return replace(mixed, note=f"{' and '.join(given)} {verb} no effect {'in O0' if amp else 'without --amp'}")
 
 
 def check_dtype(device_type: str, level: str, half: torch.dtype, indices: Sequence[int]) -> None:
