@@ -168,7 +168,7 @@ def restore(saved: Checkpoint, where: str) -> gru.Seq2Seq:
         return gru.restore(saved.state_dict, saved.sizes or gru.sizes_of(saved.state_dict))
     except ValueError as error:
         todo = "use the file as train_8p.py or the original wrote it"
-        raise UserError("checkpoint", f"holds no model of this kind: {error}", where, todo) from error
+        raise UserError("checkpoint", f"holds no state dict of this model: {error}", where, todo) from error
 
 
 def vocabularies(

@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 import gru
+import train_8p
 from nmt import checkpoint, storage
 from nmt.errors import UserError
 
@@ -50,7 +51,6 @@ def test_what_is_loaded_is_what_was_saved(saved):
     for field in ("sizes", "src_vocab", "trg_vocab", "flags", "scores", "about"):
         assert getattr(loaded, field) == getattr(original, field)
     torch.testing.assert_close(loaded.state_dict, original.state_dict, rtol=0, atol=0)
-    assert not loaded.build_model().training
 
 
 def test_saving_leaves_no_other_file_and_respects_the_umask(tmp_path):
@@ -156,21 +156,36 @@ def test_the_originals_state_dict_loads(tmp_path, prefix, nested):
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     torch.save({"epoch": 3, "state_dict": state} if nested else state, tmp_path / "original")
     loaded = checkpoint.load(tmp_path / "original")
-    assert loaded.sizes == SIZES
-    assert loaded.src_vocab is None
-    torch.testing.assert_close(loaded.build_model().state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert (loaded.sizes, loaded.src_vocab) == ({}, None), "it does not say"
+    assert loaded.flags == {"fixed_length": 46, "beam_size": 1, "length_penalty": 1.0}
+    torch.testing.assert_close(loaded.state_dict, dict(model.state_dict()), rtol=0, atol=0)
 
 
-def test_a_state_dict_of_another_model_is_refused(tmp_path):
-    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other")
-    assert "no state dict of this model" in refusal(tmp_path / "other")
+def test_the_flags_of_an_originals_checkpoint_are_those_of_the_recipe_that_trains_as_it_did():
+    recipe = train_8p.RECIPES["modelzoo"]
+    assert {name: recipe[name] for name in checkpoint.ORIGINAL_FLAGS} == checkpoint.ORIGINAL_FLAGS
 
 
-def test_a_state_dict_whose_shapes_contradict_each_other_is_refused(tmp_path):
-    state = gru.build(**SIZES).state_dict()
-    state["decoder.fc_out.bias"] = torch.zeros(3)
-    torch.save(state, tmp_path / "odd")
-    assert "decoder.fc_out.bias" in refusal(tmp_path / "odd")
+@pytest.mark.parametrize("content", [[1.0], {"state_dict": 3}, {"a": torch.zeros(1), "b": "text"}])
+def test_what_is_no_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "other")
+    assert "holds no state dict" in refusal(tmp_path / "other")
+
+
+def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_better(saved):
+    lines = []
+    best = checkpoint.BestFile(saved, lines.append)
+    for merit, seed in ((1.0, 1), (2.0, 2)):
+        assert merit > best.merit
+        best.replace(merit, make(seed))
+    previous = saved.with_name(f"{saved.name}.previous")
+    assert checkpoint.load(previous).digest() == make().digest()
+    assert checkpoint.load(saved).digest() == make(2).digest()
+    assert lines == [
+        f"note: {saved} was there already: the old one is now {previous.name}",
+        f"saved: {saved} (the best so far)",
+        f"saved: {saved} (the best so far)",
+    ]
 
 
 def refusal_to_claim(path) -> str:

@@ -1,12 +1,14 @@
 """BLEU and losses: against cases by hand and against sacreBLEU."""
 
+import dataclasses
 import math
 
 import data
 import gru
 import scoring
-from nmt import search
-from nmt.devices import World
+from nmt import checkpoint, search
+from nmt.distributed import World
+from nmt.errors import UserError
 
 import pytest
 import torch
@@ -69,7 +71,8 @@ def test_translations_come_in_the_order_of_the_sources(model, split, monkeypatch
 
 def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, monkeypatch):
     whole = scoring.translate(model, split.src, VOCAB, World())
-    loss = scoring.mean_loss(model, split, World(), teacher_forcing_ratio=1.0)
+    loader = data.Loader(split, "cpu")
+    losses = scoring.losses(model, loader, World())
     parts = []
     monkeypatch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or torch.ones_like(tensor))
     for rank in range(5):
@@ -77,9 +80,9 @@ def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, mon
     assert [words(row) for row in sum(parts).tolist()] == whole
     parts.clear()
     for rank in range(5):
-        scoring.mean_loss(model, split, World(rank=rank, size=5), teacher_forcing_ratio=1.0)
-    loss_sum, count = sum(parts).tolist()
-    assert loss_sum / count == pytest.approx(loss, rel=1e-5)
+        scoring.losses(model, loader, World(rank=rank, size=5))
+    forced, free_running, count = sum(parts).tolist()
+    assert (forced / count, free_running / count) == pytest.approx((losses.forced, losses.free_running), rel=1e-5)
 
 
 def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split, model, monkeypatch):
@@ -87,7 +90,8 @@ def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split,
     whole = scoring.translate(model, split.src, VOCAB, World())
     widths, pad = [], data.pad
     monkeypatch.setattr(data, "pad", lambda *args, **options: widths.append(options) or pad(*args, **options))
-    monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+    for module in (scoring, search):
+        monkeypatch.setattr(module, "computes_steps", lambda device: False)
     assert scoring.translate(model, split.src, VOCAB, World()) == whole
     assert widths == [{"length_step": data.LENGTH_STEP}]
 
@@ -103,12 +107,12 @@ def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
     ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
     monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
-    monkeypatch.setattr(type(model), "greedy", lambda self, src, *rest: ids.expand(4, src.shape[1]))
+    monkeypatch.setattr(scoring, "greedy", lambda model, src, *rest: ids.expand(4, src.shape[1]))
     assert scoring.translate(model, split.src, VOCAB, World()) == [["a", "b"]] * 3
 
 
-@pytest.mark.parametrize("ratio", [1.0, 0.0])
-def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, monkeypatch, ratio):
+@pytest.mark.parametrize(("ratio", "name"), [(1.0, "forced"), (0.0, "free_running")])
+def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, monkeypatch, ratio, name):
     total, count = 0.0, 0
     for index in range(3):
         (src, src_len), (trg, _) = (data.pad(side, torch.tensor([index])) for side in (split.src, split.trg))
@@ -117,6 +121,67 @@ def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, mon
             total -= logits[t, 0].log_softmax(0)[trg[t, 0]].item()
             count += 1
     monkeypatch.setattr(scoring, "BATCH_SIZE", 2)
-    assert scoring.mean_loss(model, split, World(), teacher_forcing_ratio=ratio) == pytest.approx(
-        total / count, rel=1e-5
+    losses = scoring.losses(model, data.Loader(split, "cpu"), World())
+    assert getattr(losses, name) == pytest.approx(total / count, rel=1e-5)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def saved_with(**changes) -> checkpoint.Checkpoint:
+    state = gru.build(6, 7, emb_dim=3, hid_dim=4).state_dict()
+    about = {"src_lang": "de", "trg_lang": "en"}
+    words = [*data.SPECIALS, "a", "b", "c"]
+    return dataclasses.replace(checkpoint.Checkpoint(state, {}, words[:6], words, about=about), **changes)
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+def test_a_restored_model_has_the_checkpoints_weights_and_translates():
+    saved = saved_with()
+    model = scoring.restore(saved, "model.pth.tar")
+    torch.testing.assert_close(dict(model.state_dict()), dict(saved.state_dict), rtol=0, atol=0)
+    assert not model.training
+
+
+def test_weights_of_another_model_are_refused_with_the_first_that_does_not_fit():
+    state = saved_with().state_dict
+    odd = saved_with(state_dict=state | {"decoder.fc_out.bias": torch.zeros(3)})
+    assert "decoder.fc_out.bias" in refusal(scoring.restore, odd, "odd")
+    linear = saved_with(state_dict=torch.nn.Linear(2, 2).state_dict())
+    assert "no state dict of this model" in refusal(scoring.restore, linear, "other")
+
+
+def corpus_of(src: list[str], trg: list[str], langs=("de", "en")) -> data.Corpus:
+    vocabs = (data.Vocabulary([*data.SPECIALS, *words]) for words in (src, trg))
+    empty = data.Side.encode([], VOCAB)
+    split = data.Split(empty, empty)
+    return data.Corpus(*vocabs, split, split, split, *langs, "", [])
+
+
+def test_a_checkpoint_has_its_own_vocabularies_or_takes_the_datas_where_they_fit():
+    saved, corpus = saved_with(), corpus_of(["x", "y"], ["x", "y", "z"])
+    model = scoring.restore(saved, "model")
+    own = scoring.vocabularies(saved, model, corpus, "model")
+    assert [vocab.itos[4:] for vocab in own] == [["a", "b"], ["a", "b", "c"]]
+    without = saved_with(src_vocab=None, trg_vocab=None)
+    assert scoring.vocabularies(without, model, corpus, "model") == (corpus.src_vocab, corpus.trg_vocab)
+    other = corpus_of(["x"], ["x", "y", "z"])
+    assert "trained with [6, 7] types, this data has [5, 7]" in refusal(
+        scoring.vocabularies, without, model, other, "model"
     )
+    french = corpus_of(["x", "y"], ["x", "y", "z"], langs=("fr", "en"))
+    assert "give --src-lang de" in refusal(scoring.vocabularies, saved, model, french, "model")
+
+
+def test_pairs_are_encoded_anew_only_where_the_vocabularies_differ(split):
+    same, other = data.Vocabulary(list(VOCAB.itos)), data.Vocabulary([*data.SPECIALS, "c", "a"])
+    assert scoring.in_vocabularies(split, (VOCAB, VOCAB), (same, same)) is split
+    changed = scoring.in_vocabularies(split, (VOCAB, VOCAB), (same, other))
+    assert changed.src.ids.tolist() == split.src.ids.tolist()
+    assert changed.trg.ids.tolist()[:4] == [data.SOS, 5, data.UNK, data.EOS], "<sos> a <unk> <eos>"
