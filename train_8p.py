@@ -501,7 +501,8 @@ def score(
     world = World(device_type=plan.device_type, index=plan.scoring_index)
     world.start()
     how = settings.named("fixed_length beam_size length_penalty")
-    how |= {name: saved.flags[name] for name, value in how.items() if value is None}
+    made_with = checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions of this program had no beam
+    how |= {name: made_with[name] for name, value in how.items() if value is None}
     test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
     for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=path, **how):
         say(line)

@@ -1,19 +1,20 @@
 """The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
 
+import dataclasses
 import math
 import os
 import re
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gru
 import nmt.log
 import scoring
 import train_8p
-from nmt import checkpoint, devices, precision
+from nmt import checkpoint, devices, distributed, precision
+from nmt.distributed import World
 from nmt.errors import UserError, run_main
 from nmt.search import beam_search
 
@@ -30,8 +31,13 @@ STEP_LINE = re.compile(
 )
 
 
-def parse(*args):
-    return train_8p.build_parser().parse_args(list(args))
+def parse(*flags: str) -> train_8p.Settings:
+    return train_8p.Settings(**vars(train_8p.build_parser().parse_args(list(flags))))
+
+
+def choose_precision(settings: train_8p.Settings, device_type: str = "cpu", indices=(0,)) -> precision.Choice:
+    named = settings.named("amp opt_level loss_scale amp_dtype amp_backend")
+    return precision.choose_by_flags(device_type, indices, **named)
 
 
 def refusal(function, *args) -> str:
@@ -53,223 +59,51 @@ def torchrun(monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-# ---------------------------------------------------------------- devices
-
-
-def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
-    there = {"npu": 0, "cuda": 0, "cpu": 8}
-    monkeypatch.setattr(devices, "device_count", there.__getitem__)
-    assert devices.choose_kind("auto") == "cpu"
-    there["cuda"] = 1
-    assert devices.choose_kind("auto") == "cuda"
-    there["npu"] = 1
-    assert devices.choose_kind("auto") == "npu"
-
-
-@pytest.mark.parametrize("flag", [["--device", "npu"], ["--npu", "0"]])
-def test_an_absent_npu_is_refused_with_the_import_s_own_reason(monkeypatch, flag):
-    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
-    message = refusal(train_8p.choose_devices, parse(*flag))
-    assert "libhccl.so" in message
-    assert "try --device cpu" in message
-
-
-def test_an_absent_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
-    assert "try --device cpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
-
-
-def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
-    (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
-    code = "from nmt import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--multiprocessing-distributed", "--device-list", "0,99"],
-        ["--device-list", "99"],
-        ["--bleu-npu", "99"],
-    ],
-)
-def test_a_device_that_is_not_there_is_refused(flags):
-    assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
-
-
-@pytest.mark.parametrize(("kind", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
-def test_a_backend_of_another_device_is_refused(monkeypatch, kind, backend):
-    monkeypatch.setattr(devices, "device_count", lambda kind: 8)
-    message = refusal(train_8p.choose_devices, parse("--device", kind, "--dist-backend", backend))
-    assert f"{backend} does not work on {kind}" in message
-
-
-@pytest.mark.parametrize(
-    ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
-)
-def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seconds, connect, execute):
-    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    devices.set_hccl_timeouts(seconds)
-    assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
-    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
-    devices.set_hccl_timeouts(seconds)
-    assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
-
-
 def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corpus):
     """The others wait in it, and HCCL not for ever."""
     done = []
     monkeypatch.setattr(train_8p, "load_corpus", lambda *_, **__: done.append("data"))
     monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
-    monkeypatch.setattr(devices.World, "start", lambda *_, **__: done.append("group"))
+    monkeypatch.setattr(World, "start", lambda *_: done.append("group"))
     monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
-    train_8p.run_rank(0, parse(), precision.Choice(), [devices.World()], None)
+    train_8p.run_rank(World(), parse(), precision.Choice())
     assert done == ["data", "model", "group", "training"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "index"),
-    [("", 0), ("--npu 3", 3), ("--device-list 5,4 --multiprocessing-distributed", 5), ("--npu 3 --bleu-npu 1", 1)],
-)
-def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
-    """Card 0 may be somebody else's."""
-    monkeypatch.setattr(devices, "npu_count", lambda: (8, ""))
-    args = parse(*flags.split())
-    assert train_8p.choose_devices(args)[0] == "npu"
-    assert args.bleu_npu == index
-
-
-def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
-    monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
-    said = refusal(train_8p.choose_devices, parse("--npu", "4"))
-    assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
-
-
-def test_one_device_for_several_processes_is_refused(torchrun):
-    assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
-
-
-def test_flags_that_name_different_devices_are_refused():
-    refusal(train_8p.choose_devices, parse("--npu", "0", "--gpu", "0"))
-    refusal(train_8p.choose_devices, parse("--npu", "0", "--device", "cpu"))
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused():
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "--batch-size", "64")
-    message = refusal(train_8p.choose_devices, args)
-    assert "64" in message
-    assert "3" in message
-
-
-def test_on_a_cpu_the_default_is_eight_processes_and_only_the_count_matters():
-    args = parse("--device", "cpu", "--multiprocessing-distributed")
-    assert train_8p.choose_devices(args) == ("cpu", list(range(8)))
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5,6,7")
-    worlds = train_8p.make_worlds(args, *train_8p.choose_devices(args))
-    assert [(world.rank, world.index, world.size) for world in worlds] == [(0, 4, 4), (1, 5, 4), (2, 6, 4), (3, 7, 4)]
-
-
-def test_fewer_devices_than_asked_for_are_taken_with_a_notice(monkeypatch, capsys):
-    monkeypatch.setattr(devices, "device_count", lambda kind: 2)
-    args = parse("--device", "cuda", "--multiprocessing-distributed", "--max-devices", "8")
-    assert train_8p.choose_devices(args) == ("cuda", [0, 1])
-    assert "2 cuda devices, not 8" in capsys.readouterr().out
-
-
-def test_without_several_processes_one_device_is_taken():
-    assert train_8p.choose_devices(parse("--device", "cpu")) == ("cpu", [0])
-    assert train_8p.choose_devices(parse("--device", "cpu", "--device-list", "3")) == ("cpu", [3])
-
-
-def test_torchrun_decides_rank_and_size(torchrun):
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5")
-    (world,) = train_8p.make_worlds(args, *train_8p.choose_devices(args))
-    assert (world.rank, world.size, world.local_size, world.nodes, world.index) == (1, 2, 2, 1, 5)
-
-
-def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
-    assert "2 processes" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--device-list", "0,1,2"))
-
-
-@pytest.mark.parametrize("flags", [("0", "0"), ("-2", "0"), ("2", "2"), ("2", "-2")])
-def test_nodes_that_cannot_be_are_refused(flags):
-    refusal(train_8p.make_worlds, parse("--world-size", flags[0], "--rank", flags[1]), "cpu", [0])
-
-
-def test_ranks_count_on_over_the_nodes():
-    worlds = train_8p.make_worlds(parse("--world-size", "2", "--rank", "1"), "cpu", [4, 5])
-    assert [(world.rank, world.size, world.nodes) for world in worlds] == [(2, 4, 2), (3, 4, 2)]
-
-
-def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port(monkeypatch):
-    assert train_8p.meeting_point(parse("--dist-url", "tcp://10.0.0.1:29500"), 2) == ("10.0.0.1", 29500)
-    assert train_8p.meeting_point(parse(), 1) == ("127.0.0.1", 0)
-    monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
-    assert train_8p.meeting_point(parse("--addr", "10.0.0.3"), 2) == ("10.0.0.3", 1234)
-    assert train_8p.meeting_point(parse("--dist-url", "env://"), 2) == ("10.0.0.2", 1234)
-
-
-@pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
-def test_a_faulty_dist_url_is_refused(url):
-    refusal(train_8p.meeting_point, parse("--dist-url", url), 1)
-
-
-@pytest.mark.parametrize(("backend", "connects"), [(None, True), ("gloo", False)])
-def test_a_gpu_computes_without_tf32_and_connects_when_the_ranks_meet(monkeypatch, backend, connects):
-    """As far as it can be seen without one."""
-    calls = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
-    monkeypatch.setattr(devices.dist, "init_process_group", lambda *args, **options: calls.append(options))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with warnings.catch_warnings(record=True) as caught:
-        devices.World(kind="cuda", index=1, rank=1, size=2, local_size=2).start(backend=backend)
-        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
-    assert not torch.backends.cudnn.allow_tf32
-    assert not caught
-    assert calls[0] == 1
-    assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)
 
 
 def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
-    args = parse("--amp", "--amp-dtype", "bfloat16")
-    assert "GPU 1 has no bfloat16" in refusal(train_8p.choose_precision, args, "cuda", [1])
-    assert train_8p.choose_precision(args, "cuda", [0]).dtype == torch.bfloat16
-
-
-def test_several_nodes_without_a_port_are_refused():
-    refusal(train_8p.meeting_point, parse(), 2)
+    settings = parse("--amp", "--amp-dtype", "bfloat16")
+    assert "GPU 1 has no bfloat16" in refusal(choose_precision, settings, "cuda", [1])
+    assert choose_precision(settings, "cuda", [0]).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------- recipes
 
 
-def resolved(pairs, *flags, local_size=1, kind="cpu"):
-    args = parse(*flags)
-    train_8p.choose_precision(args, kind, [0])
-    train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
-    return args
+def resolved(pairs, *flags, local_size=1, nodes=1, device_type="cpu") -> train_8p.Settings:
+    settings = parse(*flags)
+    world = World(size=nodes * local_size, nodes=nodes, local_size=local_size, device_type=device_type)
+    return train_8p.resolved(settings, choose_precision(settings, device_type), world, pairs)
 
 
 def test_a_flag_beside_the_recipe_wins():
-    args = resolved(29000, "--recipe", "modelzoo", "--lr", "0.5")
-    assert args.lr == 0.5
+    settings = resolved(29000, "--recipe", "modelzoo", "--lr", "0.5")
+    assert settings.lr == 0.5
     for name, value in train_8p.RECIPES["modelzoo"].items():
-        assert name == "lr" or getattr(args, name) == value
+        assert name == "lr" or getattr(settings, name) == value
 
 
 def test_the_modelzoo_recipe_is_the_published_one():
-    args = resolved(29000, "--recipe", "modelzoo", "--amp", kind="npu")
-    assert (args.batch_size, args.optimizer, args.lr, args.schedule) == (512, "adam", 0.003, "constant")
-    assert (args.teacher_forcing_ratio, args.fixed_length, args.clip, args.loss_scale) == (0.5, 46, 0, 32)
-    assert (args.init, args.batching, args.last_batch, args.best, args.epochs) == (
-        "modelzoo",
+    settings = resolved(29000, "--recipe", "modelzoo", "--amp", device_type="npu")
+    assert (settings.batch_size, settings.lr, settings.schedule) == (512, 0.003, "constant")
+    assert (settings.teacher_forcing_ratio, settings.fixed_length, settings.clip, settings.loss_scale) == (
+        0.5,
+        46,
+        0,
+        32,
+    )
+    assert (settings.init, settings.batching, settings.last_batch, settings.best, settings.epochs) == (
+        "normal",
         "random",
         "drop",
         "loss",
@@ -296,45 +130,68 @@ def test_the_tuned_rate_grows_with_the_root_of_the_whole_batch():
     for batch, rate in ((32, 0.003), (64, 0.003), (256, 0.006), (4096, 0.024)):
         assert resolved(29000, "-b", str(batch)).lr == pytest.approx(rate)
         assert resolved(29000, "-b", str(batch), local_size=8).lr == pytest.approx(rate)
-    args = parse("-b", "128")
-    train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
-    assert args.lr == pytest.approx(0.006)
+    assert resolved(29000, "-b", "128", nodes=2).lr == pytest.approx(0.006)
     assert resolved(256, "-b", "4096").lr == pytest.approx(0.006)  # a batch is never above the corpus
 
 
 def test_a_rate_that_is_given_or_of_modelzoo_or_of_a_performance_run_is_not_scaled():
     assert resolved(29000, "-b", "256", "--lr", "0.5").lr == 0.5
     assert resolved(29000, "-b", "4096", "--recipe", "modelzoo").lr == 0.003
-    assert resolved(29000, "--performance", local_size=8, kind="npu").lr == 0.003
+    assert resolved(29000, "--performance", local_size=8, device_type="npu").lr == 0.003
 
 
 def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
-    assert resolved(29000, "--performance", local_size=8, kind="npu").batch_size == 12288
+    assert resolved(29000, "--performance", local_size=8, device_type="npu").batch_size == 12288
     assert resolved(29000, "--performance", local_size=8).batch_size == 1024
     assert resolved(100, "--performance").batch_size == 100
     assert resolved(29000, "--performance", "--batch-size", "64").batch_size == 64
 
 
-def test_a_recipes_batch_is_that_of_all_nodes():
-    for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
-        args = parse("--recipe", recipe)
-        train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
-        assert args.batch_size == batch
+def test_a_recipes_batch_is_that_of_all_nodes_and_a_flags_that_of_one():
+    for flags, total in ((("--recipe", "modelzoo"), 512), (("--recipe", "tuned"), 128), (("-b", "48"), 96)):
+        settings = resolved(29000, *flags, nodes=2)
+        assert settings.batch_size == total
+        assert train_8p.flags_of(settings, World(nodes=2))["batch_size"] == total // 2, "the log says the flag"
+
+
+def test_the_settings_cannot_change_and_each_is_a_flag():
+    settings = resolved(29000)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.lr = 1.0
+    assert not [name for name, value in vars(settings).items() if name in train_8p.RECIPES["tuned"] and value is None]
+    flags = {action.dest for action in train_8p.build_parser()._actions} - {"help"}
+    assert flags == {field.name for field in dataclasses.fields(train_8p.Settings)}
+
+
+def test_the_choices_of_the_flags_are_those_of_the_code():
+    choices = {action.dest: action.choices for action in train_8p.build_parser()._actions}
+    assert choices["device"] == ("auto", *devices.DEVICE_TYPES)
+    assert choices["opt_level"] == precision.LEVELS
+    assert choices["amp_dtype"] == ("auto", *precision.DTYPES)
+    assert choices["amp_backend"] == precision.AMP_BACKENDS
+    assert set(choices["dist_backend"]) == set(distributed.COLLECTIVES.values())
+    assert set(choices["init"]) == {*gru.INITIALISATIONS, *train_8p.FORMER_NAMES}
+    assert choices["recipe"] == tuple(train_8p.RECIPES)
+
+
+@pytest.mark.parametrize(("former", "name"), [("modelzoo", "normal"), ("tuned", "orthogonal")])
+def test_the_former_names_of_the_first_weights_still_work(former, name):
+    assert resolved(100, "--init", former).init == resolved(100, "--init", name).init == name
 
 
 def test_the_loss_scale_is_32_and_on_a_cpu_1():
-    assert resolved(100, "--amp", kind="npu").loss_scale == 32
+    assert resolved(100, "--amp", device_type="npu").loss_scale == 32
     assert resolved(100, "--amp").loss_scale == 1
     assert resolved(100, "--amp", "--loss-scale", "8").loss_scale == 8
 
 
 def test_the_rate_rises_then_falls_to_nothing():
-    args = resolved(100)
-    rates = [train_8p.learning_rate(args, step, 1000) for step in range(1000)]
-    assert rates[99] == max(rates) == args.lr
+    settings = resolved(100)
+    rates = [train_8p.learning_rate(step, 1000, settings) for step in range(1000)]
+    assert rates[99] == max(rates) == settings.lr
     assert rates[:100] == sorted(rates[:100])
     assert rates[99:] == sorted(rates[99:], reverse=True)
-    assert rates[-1] < 1e-4 * args.lr
+    assert rates[-1] < 1e-4 * settings.lr
 
 
 # ---------------------------------------------------------------- whole runs in one process
@@ -549,9 +406,7 @@ def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
 PLAIN = {
     "epochs": 2,
     "batch_size": 24,
-    "optimizer": "adam",
     "lr": 0.03,
-    "weight_decay": 0.1,
     "schedule": "constant",
     "warmup": 0.0,
     "clip": 0.0,
@@ -560,7 +415,7 @@ PLAIN = {
     "output_dropout": 0.0,
     "label_smoothing": 0.0,
     "average": 0.0,
-    "init": "modelzoo",
+    "init": "normal",
     "update_bias": 0.0,
     "embeddings": "drawn",
     "fixed_length": 0,
@@ -572,9 +427,7 @@ PLAIN = {
 OTHER = {
     "epochs": 1,
     "batch_size": 16,
-    "optimizer": "adamw",
     "lr": 0.01,
-    "weight_decay": 0.0,
     "schedule": "cosine",
     "warmup": 0.5,
     "clip": 0.1,
@@ -583,7 +436,7 @@ OTHER = {
     "output_dropout": 0.5,
     "label_smoothing": 0.1,
     "average": 0.5,
-    "init": "tuned",
+    "init": "orthogonal",
     "update_bias": 1.0,
     "embeddings": "cooccurrence",
     "fixed_length": 12,
@@ -619,19 +472,21 @@ def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys
 
 def test_each_step_draws_anew_what_it_reads(tiny_corpus, tmp_path, capsys, monkeypatch):
     drawn = []
-    stretches = gru.stretches
-    monkeypatch.setattr(gru, "stretches", lambda forced: drawn.append(tuple(forced[:4])) or stretches(forced))
+    forced_segments = gru.forced_segments
+    monkeypatch.setattr(
+        gru, "forced_segments", lambda forced: drawn.append(tuple(forced[:4])) or forced_segments(forced)
+    )
     flags = ("--epochs", "1", "-b", "4", "--teacher-forcing-ratio", "0.5", "--ckptpath", str(tmp_path / "model"))
     assert run("--data-dir", str(tiny_corpus), *flags, capsys=capsys)[0] == 0
     assert len({decision for decision in drawn if len(set(decision)) == 2}) > 4
 
 
 def test_each_epoch_and_each_round_of_a_performance_run_has_an_order_of_its_own(tiny_corpus):
-    args = resolved(64, "--data-dir", str(tiny_corpus), "-b", "8", "--performance")
-    corpus = train_8p.load_corpus(args)
+    settings = resolved(64, "--data-dir", str(tiny_corpus), "-b", "8", "--performance")
+    corpus = train_8p.load_corpus(settings)
 
     def order(epoch):
-        return torch.cat(list(train_8p.EpochPlan(args, devices.World(), corpus, epoch))).tolist()
+        return torch.cat(list(train_8p.epoch_steps(settings, corpus, epoch))).tolist()
 
     rounds = order(0)  # 25 steps of 8 pairs, of which 64 make a round
     assert sorted(rounds[:64]) == sorted(rounds[64:128]) == list(range(64))
@@ -641,20 +496,19 @@ def test_each_epoch_and_each_round_of_a_performance_run_has_an_order_of_its_own(
 
 def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_loss(tiny_corpus, tmp_path, monkeypatch):
     bleus, losses = [1.0, 3.0, 2.0, 3.0], [4.0, 3.0, 2.0, 2.5]
-    for best, expected in (("bleu", 1), ("loss", 2)):
-        path = tmp_path / best
-        args = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", best)
-        keeper = train_8p.BestKeeper(args, devices.World(), train_8p.load_corpus(args))
-        model = gru.build(*map(len, (keeper._corpus.src_vocab, keeper._corpus.trg_vocab)))
+    for which, expected in (("bleu", 1), ("loss", 2)):
+        path = tmp_path / which
+        settings = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", which)
+        corpus = train_8p.load_corpus(settings)
+        best = checkpoint.BestFile(path, log=print)
+        model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab))
         for epoch, (bleu, loss) in enumerate(zip(bleus, losses, strict=True)):
             # Read with the reference, the loss is best elsewhere.
-            found = {1.0: 9.0 - epoch, 0.0: loss}
-            monkeypatch.setattr(
-                scoring, "mean_loss", lambda *_, teacher_forcing_ratio, found=found, **__: found[teacher_forcing_ratio]
-            )
+            found = scoring.Losses(forced=9.0 - epoch, free_running=loss)
+            monkeypatch.setattr(scoring, "losses", lambda *_, found=found: found)
             scores = scoring.Scores(bleu, bleu, "", 9.0 - bleu, "")
             monkeypatch.setattr(scoring, "evaluate", lambda *_, scores=scores: scores)
-            keeper.validate(model, epoch, 1.0, 0.1)
+            train_8p.validate(settings, World(), corpus, None, model, best, epoch, 1.0, 0.1)
         assert checkpoint.load(path).scores["epoch"] == expected
 
 
@@ -690,7 +544,7 @@ def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_
     arguments = ("--data-dir", str(tiny_corpus), "-b", "4", "--print-freq", "1", "--ckptpath", str(path))
     code, out, err = run(*arguments, capsys=capsys)
     assert code == 7
-    assert len(out.split("Loss nan")) - 1 == nmt.log.PATIENCE
+    assert len(out.split("Loss nan")) - 1 == nmt.log.LINES_WITHOUT_A_LOSS
     assert "epoch 0, step 3" in err
     assert not path.exists()
 
@@ -740,10 +594,10 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
     tiny_corpus, tmp_path, capsys, monkeypatch, overflows, expected
 ):
     steps = iter(range(4))
-    backward = precision.NativePrecision.backward
+    backward = precision.NativeTrainer.backward
     factor = {True: float("inf"), False: 1.0}
     monkeypatch.setattr(
-        precision.NativePrecision,
+        precision.NativeTrainer,
         "backward",
         lambda self, loss: backward(self, loss * factor[next(steps) in overflows]),
     )
@@ -757,7 +611,7 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "kind", "warned"),
+    ("flags", "dtype", "device_type", "warned"),
     [
         (["--recipe", "modelzoo"], torch.bfloat16, "cpu", True),
         (["--recipe", "modelzoo"], torch.bfloat16, "cuda", True),
@@ -768,13 +622,13 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
         (["--recipe", "tuned"], torch.bfloat16, "cpu", False),
     ],
 )
-def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, capsys, monkeypatch, flags, dtype, kind, warned):
-    args = resolved(64, "--data-dir", str(tiny_corpus), *flags)
-    monkeypatch.setattr(devices.World, "describe", lambda *_: "")
-    world = devices.World(kind=kind)
-    train_8p.describe(args, world, precision.Choice("O2", dtype), train_8p.load_corpus(args))
+def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, monkeypatch, flags, dtype, device_type, warned):
+    settings = resolved(64, "--data-dir", str(tiny_corpus), *flags)
+    monkeypatch.setattr(World, "describe", lambda self: "")
+    world, mixed = World(device_type=device_type), precision.Choice("O2", dtype)
+    lines = list(train_8p.description(settings, mixed, world, train_8p.load_corpus(settings)))
     name = str(dtype).removeprefix("torch.")
-    assert (f"note: {name} has too few digits" in capsys.readouterr().out) == warned
+    assert any(line.startswith(f"note: {name} has too few digits") for line in lines) == warned
 
 
 def test_flags_without_effect_are_named(tiny_corpus, capsys):
@@ -817,12 +671,22 @@ def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
 
 def test_missing_packages_are_named_with_what_to_do(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-S", REPOSITORY / "train_8p.py"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
     assert f"{REPOSITORY / 'requirements.txt'}" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_help_needs_no_package_and_has_common_flags_first_and_examples():
+    command = [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    parts = ["\ncommon flags:\n", "\n  --data-dir DIR", "\nadvanced: data:\n", "\nexamples:\n"]
+    assert sorted(parts, key=done.stdout.index) == parts
+    for field in dataclasses.fields(train_8p.Settings):
+        assert f"--{field.name.replace('_', '-')}" in done.stdout
 
 
 def test_an_output_whose_encoding_lacks_a_letter_loses_no_run(tiny_corpus, tmp_path):
@@ -853,26 +717,3 @@ def test_a_full_disk_for_the_output_is_an_io_error(tiny_corpus):
     assert done.returncode == 5
     assert done.stderr.startswith("error[io]: No space left on device")
     assert "Traceback" not in done.stderr
-
-
-def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
-    clock = iter(range(1000))
-    monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: 0.0)
-    monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: float(next(clock)))
-    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
-        log = nmt.log.EpochLog(devices.World(), 0, 1, steps, before, print_freq=100)
-        for _ in range(steps):
-            log.data_ready()
-            log.step_done(torch.tensor([1.0, 1.0]), 1)
-        pairs_per_second, _ = log.finish()
-        # The clock is read at the start, after the warm-up if there is one, at the line, and at the end.
-        assert pairs_per_second == pytest.approx(expected / 2)
-
-
-def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
-    log = nmt.log.EpochLog(devices.World(), 0, 1, 4, 0, print_freq=2)
-    for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
-        log.data_ready()
-        log.step_done(torch.tensor([loss_sum, count]), 1)
-    lines = STEP_LINE.findall(capsys.readouterr().out)
-    assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]

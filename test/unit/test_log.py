@@ -1,0 +1,46 @@
+"""The log: the clock, the means of a line, and who prints it."""
+
+import sys
+
+import nmt.log
+from nmt.distributed import World
+
+import pytest
+import torch
+from test_train_8p import STEP_LINE
+
+
+def log_of(steps: int, before: int = 0, print_freq: int = 100) -> nmt.log.EpochLog:
+    return nmt.log.EpochLog(World(), 0, 1, steps=steps, steps_before=before, print_freq=print_freq)
+
+
+def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: float(next(clock)))
+    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
+        log = log_of(steps, before)
+        for _ in range(steps):
+            log.data_ready()
+            log.step_done(torch.tensor(1.0), torch.tensor(1.0), 1)
+        pairs_per_second, _ = log.finish()
+        # The clock is read at the start, after the warm-up if there is one, at the line, and at the end.
+        assert pairs_per_second == pytest.approx(expected / 2)
+
+
+def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
+    log = log_of(4, print_freq=2)
+    for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
+        log.data_ready()
+        log.step_done(torch.tensor(loss_sum), torch.tensor(count), 1)
+    lines = STEP_LINE.findall(capsys.readouterr().out)
+    assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]
+
+
+def test_rank_0_alone_is_heard(capsys, monkeypatch):
+    for rank in (1, 0):
+        monkeypatch.setattr(sys, "stdout", sys.stdout)  # what the test changes is undone
+        nmt.log.only_rank_0_speaks(rank)
+        nmt.log.say(f"rank {rank}")
+        monkeypatch.undo()
+    assert capsys.readouterr().out == "rank 0\n"
