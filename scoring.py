@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import data
 import gru
@@ -154,7 +155,7 @@ def perplexity(loss: float) -> float:
 # ---------------------------------------------------------------- a checkpoint on the test set
 
 
-def restore(saved: Checkpoint, where: str) -> gru.Seq2Seq:
+def restore(saved: Checkpoint, where: str | Path) -> gru.Seq2Seq:
     """The model of a checkpoint, on the CPU and in evaluation mode.
 
     Args:
@@ -168,11 +169,11 @@ def restore(saved: Checkpoint, where: str) -> gru.Seq2Seq:
         return gru.restore(saved.state_dict, saved.sizes or gru.sizes_of(saved.state_dict))
     except ValueError as error:
         todo = "use the file as train_8p.py or the original wrote it"
-        raise UserError("checkpoint", f"holds no state dict of this model: {error}", where, todo) from error
+        raise UserError("checkpoint", f"holds no state dict of this model: {error}", str(where), todo) from error
 
 
 def vocabularies(
-    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus, where: str
+    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus, where: str | Path
 ) -> tuple[data.Vocabulary, data.Vocabulary]:
     """The vocabularies that go with a checkpoint: its own, or the data's where it has none and they fit.
 
@@ -192,7 +193,7 @@ def vocabularies(
             raise UserError(
                 "checkpoint",
                 f"it has no vocabulary and was trained with {sizes} types, this data has {there}",
-                where,
+                str(where),
                 "give the data that it was trained on with --data-dir; ids shift between versions of spaCy",
             )
         return corpus.src_vocab, corpus.trg_vocab
@@ -201,7 +202,7 @@ def vocabularies(
         raise UserError(
             "checkpoint",
             f"it translates {languages[0]} to {languages[1]}, the data is {corpus.src_lang} and {corpus.trg_lang}",
-            where,
+            str(where),
             f"give --src-lang {languages[0]} --trg-lang {languages[1]} and such data",
         )
     return data.Vocabulary(saved.src_vocab), data.Vocabulary(saved.trg_vocab)

@@ -249,14 +249,15 @@ def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan) -> 
     else:
         run_rank(world, settings, mixed, corpus)
     if world.is_main and not settings.performance:
-        saved = checkpoint.load(settings.ckptpath)
-        score(settings, plan, settings.ckptpath, saved, scoring.restore(saved, settings.ckptpath), corpus)
+        path = Path(settings.ckptpath)
+        saved = checkpoint.load(path)
+        score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
 def evaluate(settings: Settings, plan: distributed.Plan) -> None:
     """Scores the checkpoint of --evaluate on the test set, on rank 0."""
-    path = settings.evaluate
+    path = Path(settings.evaluate)
     saved = checkpoint.load(path)
     model = scoring.restore(saved, path)  # a faulty file is told before a download, or long tokenising
     corpus = load_corpus(settings, log=say)
@@ -484,7 +485,7 @@ def as_checkpoint(
 def score(
     settings: Settings,
     plan: distributed.Plan,
-    path: str,
+    path: Path,
     saved: checkpoint.Checkpoint,
     model: gru.Seq2Seq,
     corpus: data.Corpus,
@@ -504,7 +505,7 @@ def score(
     made_with = checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions of this program had no beam
     how |= {name: made_with[name] for name, value in how.items() if value is None}
     test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
-    for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=path, **how):
+    for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how):
         say(line)
 
 
