@@ -1,14 +1,20 @@
-"""Files that several processes share: locks, checksums, and contents that are on the disk before they are relied on."""
+"""Files that several processes share: locks, checksums, and writing that leaves the old file or the new one."""
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 Log = Callable[[str], object]
+PARTIAL = ".partial-"  # stands in the name of a file that `replacing` has not finished
+
+
+# ---------------------------------------------------------------- checksums
 
 
 def sha256(*parts) -> str:
@@ -20,11 +26,14 @@ def sha256(*parts) -> str:
 
 
 def stream_sha256(file: BinaryIO) -> str:
-    """The sha256 of what is left to read of `file`."""
+    """The sha256 of the rest of `file`, from where it stands."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- writing
 
 
 def write_synced(path: Path, *parts: bytes) -> None:
@@ -40,24 +49,98 @@ def write_synced(path: Path, *parts: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Waits until the names in `folder` are on the disk. Some file systems cannot do that: then it does not wait."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Writes a file that takes the place of `path` in one step, when all of it is on the disk.
+
+    Until then it stands beside `path` as `NAME.partial-XXXXXXXX`. If the body or the writing raises, it is removed and
+    the old file stays. A killed process leaves it behind, and `clear_partial` removes it later. The new file's mode
+    follows the umask. If `path` is a link, the link itself is replaced.
+
+    Yields:
+        The file, open for writing bytes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}{PARTIAL}{os.urandom(4).hex()}")
+    file = open(temporary, "xb")  # noqa: SIM115  (closed below)
     try:
-        os.fsync(descriptor)
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def clear_partial(path: Path) -> None:
+    """Removes what killed processes left beside `path`, each in the middle of `replacing` it."""
+    for stray in path.parent.glob(glob.escape(path.name + PARTIAL) + "*"):
+        stray.unlink(missing_ok=True)
+
+
+class Unwritable(OSError):
+    """A disk is full or does not work. The message says what is wrong."""
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turns the body's OSErrors into `Unwritable`, so that a caller can tell them from others."""
+    try:
+        yield
+    except OSError as error:
+        raise Unwritable(str(error)) from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, temporary: Path) -> Iterator[None]:
+    """Makes the folder `temporary`, which the body fills. Then the folder appears as `path`, in one step.
+
+    If the body raises, the folder is removed. So is one that a killed process left: the caller holds a lock, and no
+    other process uses `temporary` now.
+
+    Raises:
+        Unwritable: the folder cannot be made, or `path` is a file or a folder with something in it.
+    """
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing():
+        temporary.mkdir()
+    try:
+        yield
+        sync_folder(temporary)
+        with writing():
+            os.rename(temporary, path)
+        sync_folder(path.parent)
     finally:
-        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- locks
 
 
 class InUse(Exception):
-    """Another process holds a lock; the message is what it wrote into the lock file."""
+    """Another process holds a lock. The message is what that process wrote into the lock file."""
 
 
 @contextlib.contextmanager
 def locked(path: Path, log: Log | None) -> Iterator[BinaryIO]:
-    """Holds the lock file `path`, which goes with the lock; the system frees it when its holder dies.
+    """Holds the lock file `path`. The file is removed with the lock. If the holder dies, the system frees the lock.
 
     Args:
-        log: is told before this waits for another holder; with None it does not wait.
+        log: is told before this waits for another holder. With None it does not wait.
 
     Yields:
         The file, to write into.
@@ -76,7 +159,7 @@ def locked(path: Path, log: Log | None) -> Iterator[BinaryIO]:
                     raise InUse(file.read().decode().strip()) from error
                 log(f"waiting for another process that prepares the same data ({path})")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # The holder before us removed the file that we waited for: then its lock keeps nobody out.
+            # The holder before us may have removed the file that we waited for. Its lock keeps nobody out.
             if _is_file_at(path, file.fileno()):
                 try:
                     yield file

@@ -1,1 +1,1 @@
-"""Parallel text files to a corpus of token ids on disk. `data.py` at the root is the way in."""
+"""Parallel text files in, token ids on disk out. `data.py` at the root is the way in."""

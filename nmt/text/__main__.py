@@ -1,4 +1,4 @@
-"""The process that tokenises for another one, started by `nmt.text.tokens.tokenised` and by nobody else."""
+"""The process that tokenises for another one. Only `nmt.text.tokens.tokenising` starts it."""
 
 import sys
 

@@ -1,10 +1,9 @@
-"""Multi30k from the network: six files, whole and checked, or none."""
+"""Downloads Multi30k: six files, whole and checked, or none."""
 
 import concurrent.futures
 import contextlib
 import gzip
 import http.client
-import os
 import shutil
 import threading
 import time
@@ -15,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nmt.errors import UserError, printable
-from nmt.storage import Log, locked, sha256, write_synced
+from nmt.storage import Log, locked, new_folder, sha256, write_synced
 
 BASE_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
 MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
@@ -32,12 +31,14 @@ SOCKET_TIMEOUT = 10.0  # seconds of silence
 def download_multi30k(
     directory: Path, *, mirror: str | None = None, base_url: str | None = None, timeout: float = 300.0, log: Log = print
 ) -> None:
-    """Multi30k into `directory`/multi30k: the six files, whole and checked, or none.
+    """Downloads Multi30k into `directory`/multi30k: the six files, whole and checked, or none.
 
     Args:
-        mirror: the address to try second; both have `train.de.gz` and so on right below them.
+        directory: is made if it is not there.
+        mirror: the address to try second. Both addresses have `train.de.gz` and so on directly below them.
         base_url: the address to try first, by default `BASE_URL`.
-        timeout: seconds for everything; of what is left, each address gets an equal share.
+        timeout: seconds for everything. Each address gets an equal share of the time that is left.
+        log: takes a line for each address, and one for each failure.
 
     Raises:
         UserError: io, with the failure of each address.
@@ -49,30 +50,23 @@ def download_multi30k(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory / ".multi30k.lock", log):
-            shutil.rmtree(temporary, ignore_errors=True)  # of a download that was killed: we hold the lock
-            if not (target / "train.de").exists():  # else another process has been quicker
-                _place(_download(sources, timeout, target, log), temporary, target)
+            shutil.rmtree(temporary, ignore_errors=True)  # a killed download left it: we hold the lock
+            if not (target / "train.de").exists():  # or another process was quicker
+                bodies = _download(sources, timeout, target, log)
+                with new_folder(target, temporary):
+                    for name, body in bodies.items():
+                        write_synced(temporary / name, gzip.decompress(body))
     except OSError as error:
         todo = "name a folder with --data-dir that can be written and has no multi30k/ of its own"
         raise UserError("io", f"Multi30k cannot be stored: {error}", str(directory), todo) from error
     finally:
         if made:
-            with contextlib.suppress(OSError):  # it is not empty: the download is in it
+            with contextlib.suppress(OSError):  # it is not empty, because the download is in it
                 directory.rmdir()
 
 
-def _place(bodies: dict[str, bytes], temporary: Path, target: Path) -> None:
-    try:
-        temporary.mkdir()
-        for name, body in bodies.items():
-            write_synced(temporary / name, gzip.decompress(body))
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dict[str, bytes]:
-    """The files' names and compressed contents, from the first source that has them all."""
+    """The compressed content of each file by name, from the first source that has all files."""
     deadline = time.monotonic() + timeout
     failures = []
     for left, source in zip(range(len(sources), 0, -1), sources, strict=True):
@@ -93,8 +87,10 @@ def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dic
 
 
 def _before(deadline: float, function: Callable, *args):
-    """`function(*args)`, or TimeoutError at the deadline, whatever it waits for: a socket's timeout bounds neither the
-    look-up of a name nor headers that drip."""
+    """Calls `function(*args)`, and raises TimeoutError at the deadline whatever the function waits for.
+
+    A socket's timeout alone is not enough. It limits neither the look-up of a name nor headers that come in drips.
+    """
     future: concurrent.futures.Future = concurrent.futures.Future()
 
     def work() -> None:
@@ -125,7 +121,7 @@ def _fetch_all(source: str, deadline: float) -> dict[str, bytes]:
 
 
 def _fetch(url: str, limit: int, deadline: float) -> bytes:
-    """The first `limit` bytes at `url`; proxies are the environment's."""
+    """The first `limit` bytes at `url`, through the proxies that the environment names."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ValueError("not an http or https address")
     opener = urllib.request.build_opener(_NoDowngrade)

@@ -1,6 +1,6 @@
-"""Parallel text files: finding the six, reading them a chunk of lines at a time, and refusing what is no text.
+"""Parallel text files: finds the six, reads them a chunk of lines at a time, and refuses files that are no text.
 
-Files may be larger than memory: nothing here holds more of one than a chunk, or a line that is longer.
+Files may be larger than memory. No more than a chunk of each is held here, or one line if that is longer.
 """
 
 import contextlib
@@ -16,19 +16,20 @@ from typing import BinaryIO, NamedTuple
 from nmt.errors import UserError
 from nmt.storage import stream_sha256
 
-CHUNK_BYTES = 1 << 18  # of the source, and as many lines of the target: about 0.1 s of tokenising
+SPLITS = ("train", "val", "test")
+CHUNK_BYTES = 1 << 18  # of the source, with the same lines of the target: about 0.1 s of tokenising
 
 
 def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> list[tuple[Path, Path]]:
     """The source and target file of train, val and test, all of one folder.
 
     Args:
-        data_dir: the folder, or the one above `multi30k`.
+        data_dir: holds the files, or the folder `multi30k` with the files.
         langs: the files' suffixes, source and target.
         names: the files' stems for train, val and test.
 
     Raises:
-        UserError: data, with the paths that were tried, if no folder has them all.
+        UserError: data, no folder has them all. The message has the paths that were tried.
     """
     tried: list[Path] = []
     for folder in _folders(data_dir):
@@ -44,7 +45,7 @@ def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, st
 
 
 def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
-    """Whether a folder of `data_dir` has a file of one of the languages, whatever its stem."""
+    """Whether `data_dir`, or `multi30k` in it, has a file of one of the languages, whatever its stem."""
     suffixes = tuple(f".{lang}{packed}" for lang in langs for packed in ("", ".gz"))
     folders = (folder for folder in _folders(data_dir) if folder.is_dir())
     return any(path.name.endswith(suffixes) for folder in folders for path in folder.iterdir())
@@ -55,7 +56,7 @@ def _folders(data_dir: Path) -> list[Path]:
 
 
 def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, ...]:
-    """A split's two files, under one stem, or (); the paths of a side that is not there are added to `missing`."""
+    """A split's two files under one stem, or (). The paths of a side that is not there are added to `missing`."""
     for stem in ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]:
         sides = [[folder / f"{stem}.{lang}{packed}" for packed in ("", ".gz")] for lang in langs]
         present = [[path for path in paths if os.path.isfile(path)] for paths in sides]
@@ -66,14 +67,17 @@ def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Pa
 
 
 def text_bytes(path: Path) -> int:
-    """About how many bytes of text a file holds; text that is compressed is taken to have had three times as many."""
+    """About how many bytes of text a file holds. Compressed text is taken to be three times as long."""
     return path.stat().st_size * (3 if path.suffix == ".gz" else 1)
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file to read from, decompressed if its name ends in `.gz`. Nothing but reading it may go on in the body, or
-    in a body of `_reading` of its own; both raise as that does."""
+    """Opens a file to read its text, decompressed if the name ends in `.gz`.
+
+    Raises as `_reading` does, for the body too. So the body only reads this file. It puts the reading of another file
+    into a `_reading` of that file.
+    """
     packed = path.suffix == ".gz"
     with _reading(path):
         if packed and not path.stat().st_size:
@@ -84,7 +88,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Raises UserError: io (the file cannot be read) or data (it is no whole gzip file)."""
+    """Turns the body's errors into a UserError: io (the file cannot be read) or data (it is no whole gzip file)."""
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -94,7 +98,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def content_sha256(path: Path) -> str:
-    """The sha256 of a file's text, decompressed; raises what reading it raises."""
+    """The sha256 of a file's text, decompressed. Raises as `_reading` does."""
     with _opened(path) as file:
         return stream_sha256(file)
 
@@ -105,7 +109,7 @@ class Chunk(NamedTuple):
     Attributes:
         paths: source and target file.
         first: the number of the first line, from 1.
-        texts: the lines of each, as the files have them.
+        texts: these lines of each file, unchanged.
     """
 
     paths: tuple[Path, Path]
@@ -114,14 +118,14 @@ class Chunk(NamedTuple):
 
 
 def pair_chunks(paths: tuple[Path, Path], digests: tuple[str, str]) -> Iterator[Chunk]:
-    """A split's two files from their first to their last line.
+    """Reads a split's two files from their first to their last line.
 
     Args:
         paths: source and target.
-        digests: the `content_sha256` that they had when the cache was looked up.
+        digests: the files' `content_sha256` when the cache was looked up.
 
     Raises:
-        UserError: data (they have unlike numbers of lines, or have changed since, or are no gzip files), io.
+        UserError: data (different numbers of lines, changed since, or no whole gzip file), io.
     """
     seen = hashlib.sha256(), hashlib.sha256()
     first = 1
@@ -135,43 +139,43 @@ def pair_chunks(paths: tuple[Path, Path], digests: tuple[str, str]) -> Iterator[
             lines = count_lines(src)
             with _reading(paths[1]):
                 trg = list(itertools.islice(trg_file, lines))
-            if first == 1:  # text in UTF-16 has other ends of lines too, and that it is none is what to say
+            if first == 1:  # in UTF-16 the numbers of lines differ too, but the encoding is the fault to report
                 for path, text in zip(paths, (src, b"".join(trg[:1])), strict=True):
                     split_lines(text.partition(b"\n")[0], path)
             if len(trg) < lines:
-                _raise_unlike(paths, first - 1 + lines + sum(1 for _ in src_file), first - 1 + len(trg))
+                _raise_different_counts(paths, first - 1 + lines + sum(1 for _ in src_file), first - 1 + len(trg))
             texts = (src, b"".join(trg))
             for digest, text in zip(seen, texts, strict=True):
                 digest.update(text)
             yield Chunk(paths, first, texts)
             first += lines
         if more := sum(1 for _ in trg_file):
-            _raise_unlike(paths, first - 1, first - 1 + more)
+            _raise_different_counts(paths, first - 1, first - 1 + more)
     for path, digest, expected in zip(paths, seen, digests, strict=True):
         if digest.hexdigest() != expected:
             raise UserError("data", "the file changed while it was read", str(path), "start again when it is complete")
 
 
 def count_lines(text: bytes) -> int:
-    r"""Lines end at `\n` alone; the last one may lack it."""
+    r"""The number of lines. They end at `\n` alone, and the last one may lack it."""
     return text.count(b"\n") + (not text.endswith(b"\n"))
 
 
-def _raise_unlike(paths: tuple[Path, Path], src_lines: int, trg_lines: int) -> None:
+def _raise_different_counts(paths: tuple[Path, Path], src_lines: int, trg_lines: int) -> None:
     todo = "line n of one must be the translation of line n of the other"
     raise UserError("data", f"{src_lines} lines and {trg_lines} lines", " and ".join(map(str, paths)), todo)
 
 
 def split_lines(content: bytes, name: str | Path, first: int = 1) -> list[str]:
-    r"""The stripped lines of a text, which end at `\n` alone; a byte order mark before the first is left out.
+    r"""The stripped lines of a text. They end at `\n` alone. A byte order mark at the file's start is removed.
 
     Args:
         content: whole lines of a file.
         name: the file, for errors.
-        first: the number of the first of these lines in it.
+        first: the number of the first of these lines in the file.
 
     Raises:
-        UserError: data, with the line and the byte, if the text is not UTF-8 or has a NUL.
+        UserError: data, the text is not UTF-8 or has a NUL. The message has the line and the byte.
 
     >>> split_lines("\ufeffEin Hund\u2028bellt. \r\n\nJa!".encode(), "train.de")
     ['Ein Hund\u2028bellt.', '', 'Ja!']
@@ -185,7 +189,7 @@ def split_lines(content: bytes, name: str | Path, first: int = 1) -> list[str]:
         raise _bad_byte(content, content.index(b"\0"), name, first, "is a NUL", todo)
     lines = text.split("\n")
     if not lines[-1]:
-        lines.pop()  # the end of the last line begins no other
+        lines.pop()  # no line begins after the last line's end
     if first == 1 and lines:
         lines[0] = lines[0].removeprefix("\ufeff")
     return [line.strip() for line in lines]
@@ -198,7 +202,7 @@ def _bad_byte(content: bytes, offset: int, name: str | Path, first: int, fault: 
 
 
 def read_pairs(chunk: Chunk) -> tuple[list[str], list[str], int]:
-    """The lines of both sides without the pairs of which one is empty, and how many pairs those were.
+    """The lines of both sides, without the pairs that have an empty side, and how many pairs those were.
 
     Raises:
         UserError: data, as `split_lines`.

@@ -1,7 +1,7 @@
-"""Text to words: spaCy's rules, in this process or in several, a chunk of lines at a time.
+"""Splits text into tokens by spaCy's rules, a chunk of lines at a time, in this process or in several.
 
-What a process hands on is compact, numbers and the chunk's distinct words, so that the process that collects the
-chunks has little to do. torch is not imported here.
+A process hands on numbers and the chunk's distinct words. This is compact, so the process that collects the chunks has
+little to do. torch is not imported here.
 """
 
 import collections
@@ -30,12 +30,12 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_CHARACTERS = 10_000  # of a line
 MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
-# Lines that spaCy is given as one text: a call costs more than a line, and a longer text leaves the processor's cache.
+# Lines that spaCy gets as one text. A call costs more than a line, and a longer text leaves the processor's cache.
 LINES_PER_DOC = 30
-WORDS_KEPT = 1_000_000  # by a tokenizer: it never forgets one of its own accord
-BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy: less text than that is done sooner without it
-PATIENCE = 5.0  # seconds that processes have for ending by themselves
-AHEAD = 3  # chunks that each process may have, and results for each that may wait for their turn
+WORDS_KEPT = 1_000_000  # by a tokenizer, which never forgets one by itself
+BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy, and less text is done sooner without it
+SECONDS_TO_END = 5.0  # that processes have for ending by themselves
+AHEAD = 3  # chunks that each process may have, and results for each process that may wait for their turn
 
 
 class Tokens(NamedTuple):
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         words: the distinct tokens, lower-cased.
-        ids: [tokens] unsigned integers, each token's place in `words`, line after line.
+        ids: [tokens] unsigned integers: each token's place in `words`, line after line.
         lengths: [lines] int64, in tokens.
         cut: how many lines were too long.
     """
@@ -60,17 +60,17 @@ class Tokens(NamedTuple):
 
 
 def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
-    """Lower-cased tokens of each line, by the rules of spaCy's blank pipeline, cut to `MAX_WORDS`.
+    """The lower-cased tokens of each line, by the rules of spaCy's blank pipeline.
 
     Args:
-        lines: of each, stripped, the first `MAX_CHARACTERS` are read; a line end within is a space.
+        lines: are stripped, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is a space.
         lang: spaCy's code of the language.
 
     Returns:
         The tokens of each line, white-space tokens among them, and how many lines were cut.
 
     Raises:
-        UserError: usage, if spaCy has no tokenizer for the language, or not without a package that is missing.
+        UserError: usage, spaCy has no tokenizer for the language, or one that needs a missing package.
 
     >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
     ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
@@ -80,15 +80,15 @@ def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
 
 
 def tokenise_lines(lines: list[str], lang: str) -> Tokens:
-    """As `tokenise`, in its compact form; the lines must be stripped, and hold no line end."""
+    """As `tokenise`, in compact form. The lines are stripped, and hold no line end."""
     from spacy.attrs import LOWER
     from spacy.tokenizer import Tokenizer
 
     tokenizer = _tokenizer(lang)
     strings = tokenizer.vocab.strings
     newline = strings.add("\n")
-    # A rule-based tokenizer makes a token of each line's end and looks no further than it, so that many lines can be
-    # one text. Others, such as the Chinese one, are given line by line.
+    # A rule-based tokenizer makes a token of each line's end, and never looks past it. So many lines can be one text.
+    # Others, such as the Chinese one, get one line at a time.
     together = LINES_PER_DOC if isinstance(tokenizer, Tokenizer) else 1
     heads = [line[:MAX_CHARACTERS].rstrip() for line in lines]
     texts = [head for head in heads if head]
@@ -116,18 +116,18 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
 
 @functools.cache
 def _tokenizer(lang: str):
-    import spacy  # here, because a start from the cache does not need the seconds that it takes
+    import spacy  # here, because it takes seconds, and a start from the cache does not need it
 
     try:
         return spacy.blank(lang).tokenizer
-    except (ImportError, AttributeError) as error:  # AttributeError: one of spaCy's modules that is no language
+    except (ImportError, AttributeError) as error:  # AttributeError: a module of spaCy that is no language
         reason = str(error).splitlines()[0]
         todo = "install what it needs, or choose another of spaCy's languages (xx for one that has none)"
         raise UserError("usage", f"no tokenizer for {lang!r}: {reason}", "--src-lang, --trg-lang", todo) from error
 
 
 class TokenChunk(NamedTuple):
-    """What becomes of a `files.Chunk`: both sides' tokens, and how many pairs had an empty side."""
+    """A tokenised `files.Chunk`: the tokens of both sides, and how many pairs were dropped, having an empty side."""
 
     src: Tokens
     trg: Tokens
@@ -135,7 +135,7 @@ class TokenChunk(NamedTuple):
 
 
 def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str]) -> TokenChunk:
-    """The tokens of a chunk's pairs; raises what reading and tokenising it raises."""
+    """Tokenises a chunk's pairs. Raises as `files.read_pairs` and `tokenise` do."""
     src, trg, dropped = files.read_pairs(chunk)
     return TokenChunk(tokenise_lines(src, langs[0]), tokenise_lines(trg, langs[1]), dropped)
 
@@ -144,26 +144,30 @@ def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str]) -> TokenChunk:
 
 
 @contextlib.contextmanager
-def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iterable[files.Chunk]], Iterator]]:
-    """A `map` of `tokenise_chunk` that keeps the order; while the body runs, processes share the chunks. A map that was
-    not followed to its end, or has raised an error, must be the last one.
+def tokenising(
+    langs: tuple[str, str], processes: int
+) -> Iterator[Callable[[Iterable[files.Chunk]], Iterator[TokenChunk]]]:
+    """Starts processes that tokenise while the body runs.
 
     Args:
         langs: spaCy's codes of both languages.
-        processes: fewer than 2 stand for this one.
+        processes: their number. With fewer than 2, this process does the work.
 
-    Raises:
-        RuntimeError: from the map, a process was killed or has failed.
-        UserError: from the map, as `tokenise_chunk`.
+    Yields:
+        A function from chunks to their `TokenChunk`s, in the same order. It may be called again when the last call's
+        results were all taken and none was an error. It raises
+
+        RuntimeError: a process was killed or has failed.
+        UserError: as `tokenise_chunk`.
     """
     if processes < 2:
-        yield functools.partial(map, functools.partial(tokenise_chunk, langs=langs))
+        yield lambda chunks: (tokenise_chunk(chunk, langs) for chunk in chunks)
         return
     pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
     descriptors = [end.fileno() for end in far_ends]
-    # A program of its own, and not a process of multiprocessing: that would import the main program again, and with
-    # it torch, which takes longer than to tokenise a hundred thousand lines. In a session of its own Ctrl-C does not
-    # reach it. Only a process without threads can be forked safely, so numpy is told to start none.
+    # This is a program of its own. A process of multiprocessing would import the main program again, and torch with it,
+    # which takes longer than tokenising a hundred thousand lines. In its own session, Ctrl-C does not reach it. It will
+    # fork, and only a process without threads can do so safely, so numpy is told to start none.
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     server = subprocess.Popen(
         [sys.executable, "-m", "nmt.text", *langs, *map(str, descriptors)],
@@ -180,15 +184,17 @@ def tokenised(langs: tuple[str, str], processes: int) -> Iterator[Callable[[Iter
         for pipe in pipes:
             pipe.close()
         try:
-            server.wait(PATIENCE)
+            server.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
 def _in_turn(pipes: list[Connection], chunks: Iterable[files.Chunk]) -> Iterator[TokenChunk]:
-    """The results of `chunks`, in their order, whichever process is done first; that one gets the next chunk. One pipe
-    each: a shared one could break in the hands of a process that is killed, and leave the others and us waiting."""
+    """The results of `chunks`, in their order. A process that is done gets the next chunk.
+
+    Each process has its own pipe. A killed process could break a shared one and leave the others, and us, waiting.
+    """
     numbered = enumerate(chunks)
     out: dict[Connection, collections.deque[int]] = {pipe: collections.deque() for pipe in pipes}
     results: dict[int, TokenChunk | UserError] = {}  # that wait for their turn
@@ -225,42 +231,42 @@ def _receive(pipe: Connection) -> TokenChunk | UserError:
 def _named_failure() -> Iterator[None]:
     try:
         yield
-    except (EOFError, OSError) as error:  # OSError: in the midst of a message
+    except (EOFError, OSError) as error:  # OSError: in the middle of a message
         raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
 
 
 def serve(langs: tuple[str, str], descriptors: list[int]) -> NoReturn:
-    """Imports spaCy once, becomes as many processes as there are pipes, and waits for them; they end with their pipes.
+    """Imports spaCy once, forks one process for each pipe, and waits for them. They end with their pipes.
 
-    Processes that all import it for themselves, at the same time, are ready later.
+    Processes that each import spaCy, at the same time, would be ready later.
     """
-    # What a tokenizer does not need of spaCy takes most of the import: torch, which it imports where it finds it, and
-    # its commands, of which it offers one as a function.
+    # Most of spaCy's import goes to parts that a tokenizer does not need. It imports torch if that is installed, and
+    # its commands, because it offers one of them as a function.
     sys.modules["torch"] = None
     sys.modules["spacy.cli"] = types.ModuleType("spacy.cli")
     sys.modules["spacy.cli.info"] = types.ModuleType("spacy.cli.info")
     sys.modules["spacy.cli.info"].info = None
     for lang in langs:
-        with contextlib.suppress(UserError):  # the first chunk raises it once more
+        with contextlib.suppress(UserError):  # the first chunk raises it again
             _tokenizer(lang)
-    gc.disable()  # nothing here leaves cycles behind, and to look for them takes a twentieth of the time
+    gc.disable()  # nothing here leaves cycles behind, and looking for them takes a twentieth of the time
     for place, descriptor in enumerate(descriptors):
         if not os.fork():
             for later in descriptors[place + 1 :]:
-                os.close(later)  # else it would stay open when its process ends, and nobody would notice that
+                os.close(later)  # left open here, it would hide from the parent that its process has ended
             _serve(Connection(descriptor), langs)
         os.close(descriptor)
     for _ in descriptors:
         os.wait()
-    os._exit(0)  # to tidy up what spaCy has made takes a tenth of a second
+    os._exit(0)  # tidying up after spaCy takes a tenth of a second
 
 
 def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
-    """The life of a process that tokenises what another sends it. Threads send and take in while it computes."""
+    """The life of a tokenising process. One thread receives chunks and another sends results while it computes."""
     chunks: queue.SimpleQueue = queue.SimpleQueue()
     results: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_take_in, args=(pipe, chunks), daemon=True).start()
-    threading.Thread(target=_send_out, args=(pipe, results), daemon=True).start()
+    threading.Thread(target=_receive_chunks, args=(pipe, chunks), daemon=True).start()
+    threading.Thread(target=_send_results, args=(pipe, results), daemon=True).start()
     while True:
         try:
             results.put(tokenise_chunk(chunks.get(), langs))
@@ -268,15 +274,15 @@ def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
             results.put(error)
 
 
-def _take_in(pipe: Connection, chunks: queue.SimpleQueue) -> None:
+def _receive_chunks(pipe: Connection, chunks: queue.SimpleQueue) -> None:
     try:
         while True:
             chunks.put(pipe.recv())
     finally:
-        os._exit(1)  # the other has gone, killed perhaps
+        os._exit(1)  # the other process has ended, or was killed
 
 
-def _send_out(pipe: Connection, results: queue.SimpleQueue) -> None:
+def _send_results(pipe: Connection, results: queue.SimpleQueue) -> None:
     try:
         while True:
             pipe.send(results.get())

@@ -1,9 +1,12 @@
-"""What all tests share: a small corpus, and caches that go with the test run."""
+"""What all tests share: small corpora, caches that go with the test run, and how to assert a refusal."""
 
 import contextlib
+import itertools
 import os
 import random
 from pathlib import Path
+
+from nmt.errors import UserError
 
 import harness
 import pytest
@@ -36,29 +39,95 @@ def own_cache(tmp_path_factory):
         os.environ["XDG_CACHE_HOME"] = before
 
 
-def write_corpus(folder: Path, train: int, val: int = 4, test: int = 4) -> Path:
-    """A corpus of distinct pairs of unlike lengths, in which every word is frequent enough to be in the vocabulary."""
+DE = ["Ein Hund bellt.", "Ein Hund schläft.", "Eine Katze schläft.", "Der Hund schläft."]
+EN = ["A dog barks.", "A dog sleeps.", "A cat sleeps.", "The dog sleeps."]
+UNKNOWN = (["Ein Dackel bellt."], ["A dachshund barks."])  # beside a training corpus of DE and EN
+
+
+def write_corpus(folder: Path, train=64, val=4, test=4, test_name: str = "test") -> Path:
+    """Writes six files.
+
+    Args:
+        folder: is made if it is not there.
+        train, val, test: a split's lines, (source, target), or a number of generated pairs. Generated pairs are
+            distinct and of different lengths. From 64 of them, every word is in the vocabulary.
+        test_name: the stem of the test files.
+
+    Returns:
+        `folder`.
+    """
+    pairs = _generated_pairs()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, split in (("train", train), ("val", val), (test_name, test)):
+        if isinstance(split, int):
+            split = zip(*itertools.islice(pairs, split), strict=True)
+        for lang, lines in zip(("de", "en"), split, strict=True):
+            (folder / f"{name}.{lang}").write_bytes("".join(f"{line}\n" for line in lines).encode())
+    return folder
+
+
+def _generated_pairs():
     words = [("der", "the"), ("hund", "dog"), ("rot", "red"), ("läuft", "runs"), ("und", "and"), ("schnell", "fast")]
     generator = random.Random(5)
-    folder.mkdir(parents=True, exist_ok=True)
     seen = set()
-    for name, count in (("train", train), ("val", val), ("test", test)):
-        sides = ([], [])
-        while len(sides[0]) < count:
-            sentence = tuple(generator.choice(words) for _ in range(generator.randint(2, 9)))
-            if sentence not in seen:
-                seen.add(sentence)
-                for side, text in zip(sides, zip(*sentence, strict=True), strict=True):
-                    side.append(" ".join(text) + " .")
-        for side, lang in zip(sides, ("de", "en"), strict=True):
-            (folder / f"{name}.{lang}").write_text("\n".join(side) + "\n", encoding="utf-8")
-    return folder
+    while True:
+        sentence = tuple(generator.choice(words) for _ in range(generator.randint(2, 9)))
+        if sentence not in seen:
+            seen.add(sentence)
+            yield tuple(" ".join(side) + " ." for side in zip(*sentence, strict=True))
 
 
 @pytest.fixture
 def tiny_corpus(tmp_path):
     """The folder of a corpus of 64 training pairs."""
     return write_corpus(tmp_path / "corpus", 64)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a corpus of the four training pairs DE and EN, and one other pair in val and test."""
+    return write_corpus(tmp_path / "corpus", (DE, EN), UNKNOWN, UNKNOWN)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`data.load` with a cache of the test's own. The lines of its log are in `load.lines`."""
+    import data
+
+    def call(folder, **flags):
+        return data.load(folder, **{"cache_dir": tmp_path / "cache", "log": call.lines.append} | flags)
+
+    call.lines = []
+    return call
+
+
+def sentences(side):
+    """The ids of each sentence of a `data.Side`."""
+    return [side.ids[a:b].tolist() for a, b in zip(side.offsets[:-1], side.offsets[1:], strict=True)]
+
+
+def same_corpus(one, two):
+    """Whether two corpora have the same ids, words, languages and notes."""
+
+    def content(corpus):
+        splits = (corpus.train, corpus.val, corpus.test)
+        return (
+            [(sentences(split.src), sentences(split.trg), split.src_tokens, split.trg_tokens) for split in splits],
+            (corpus.src_vocab.itos, corpus.trg_vocab.itos),
+            (corpus.src_lang, corpus.trg_lang, corpus.notes),
+        )
+
+    return content(one) == content(two)
+
+
+def refused(call, kind, *words):
+    """Asserts that `call()` raises a UserError of `kind` whose message has all `words`; returns the message."""
+    with pytest.raises(UserError) as caught:
+        call()
+    assert caught.value.kind == kind
+    for word in words:
+        assert word in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture

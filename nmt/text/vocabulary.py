@@ -1,0 +1,80 @@
+"""The words of a language and their ids, and the ids that stand for no word."""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+SPECIALS = ["<unk>", "<pad>", "<sos>", "<eos>"]
+UNK, PAD, SOS, EOS = 0, 1, 2, 3
+
+
+class Vocabulary:
+    """The words of one language and their ids.
+
+    Args:
+        itos: the words in the order of their ids, `SPECIALS` first.
+
+    Raises:
+        ValueError: `itos` does not begin with `SPECIALS`.
+
+    >>> vocab = Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "ein", "hund"])
+    >>> vocab.encode(["ein", "dackel"])
+    [4, 0]
+    >>> vocab.decode([2, 4, 5, 3, 1])
+    ['ein', 'hund']
+    """
+
+    def __init__(self, itos: list[str]):
+        if itos[: len(SPECIALS)] != SPECIALS:
+            raise ValueError(f"a vocabulary begins with {SPECIALS}, not with {itos[: len(SPECIALS)]}")
+        self.itos = itos
+        # Without the specials: a `<pad>` in somebody's text is an unknown word, not padding.
+        self._ids = {word: index for index, word in enumerate(itos) if index >= len(SPECIALS)}
+
+    @classmethod
+    def build(cls, counts: Mapping[str, int], min_freq: int = 2) -> "Vocabulary":
+        """Takes the words that are counted at least `min_freq` times.
+
+        Frequent words come first, equally frequent ones in alphabetical order. This is the order of torchtext 0.6.
+        """
+        from torchtext.vocab import Vocab  # here, because a start from the cache does not need it
+
+        return cls(Vocab(Counter(counts), min_freq=min_freq, specials=SPECIALS).itos)
+
+    def __len__(self) -> int:
+        return len(self.itos)
+
+    def encode(self, tokens: Iterable[str]) -> list[int]:
+        """The tokens' ids, without `<sos>` and `<eos>`. An unknown token gets `UNK`."""
+        return [self._ids.get(token, UNK) for token in tokens]
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The words before the first `EOS`, without a leading `SOS`."""
+        words = [self.itos[index] for index in itertools.takewhile(lambda index: index != EOS, ids)]
+        return words[1:] if words[:1] == [SPECIALS[SOS]] else words
+
+
+def add_ends(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Puts `SOS` before each sentence and `EOS` behind it.
+
+    Args:
+        ids: [tokens] int32, one sentence after the other.
+        lengths: [sentences] int64, in tokens.
+
+    Returns:
+        [tokens + 2 * sentences] int32, the new ids; and [sentences + 1] int64, where each sentence begins in them.
+
+    >>> add_ends(np.array([4, 5, 5], np.int32), np.array([2, 1]))
+    (array([2, 4, 5, 3, 2, 5, 3], dtype=int32), array([0, 4, 7]))
+    """
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths + 2, out=offsets[1:])
+    with_ends = np.empty(offsets[-1], np.int32)
+    is_word = np.ones(len(with_ends), bool)
+    for token, places in ((SOS, offsets[:-1]), (EOS, offsets[1:] - 1)):
+        with_ends[places] = token
+        is_word[places] = False
+    with_ends[is_word] = ids
+    return with_ends, offsets

@@ -1,0 +1,265 @@
+"""The tokens' claims: they are spaCy's, from any number of processes, and no process outlives its parent."""
+
+import contextlib
+import multiprocessing.connection
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from nmt.text import files, tokens
+from nmt.text.vocabulary import EOS
+
+import pytest
+import spacy
+from conftest import DE, EN, REPOSITORY, TEST_PATHS, refused, write_corpus
+
+
+def chunks(lines, size=3):
+    """Chunks of `size` lines, which are on both sides."""
+    texts = [
+        "".join(f"{line}\n" for line in lines[first : first + size]).encode() for first in range(0, len(lines), size)
+    ]
+    paths = Path("train.de"), Path("train.en")
+    return [files.Chunk(paths, 1 + size * index, (text, text)) for index, text in enumerate(texts)]
+
+
+def plain(result):
+    """A `TokenChunk` as lists."""
+    return result.src.sentences(), result.src.cut, result.trg.sentences(), result.trg.cut, result.dropped
+
+
+# ---------------------------------------------------------------- the tokens of a line
+
+
+def test_tokens_are_those_of_spacy_line_by_line():
+    """However many lines it is given together, white space and special cases at their ends and all."""
+    generator = random.Random(3)
+    for lang in ("de", "en", "zh", "xx"):
+        tokenizer = spacy.blank(lang).tokenizer
+        special = list(getattr(tokenizer, "rules", [])) or ["a"]
+        letters = "aäßA.,'’-–:)(!?&/%$ \u00a0\u2028\t\x0b\r…019zB\"„“\U0001f600@"
+        lines = []
+        for _ in range(500):
+            words = [
+                generator.choice(special) if generator.random() < 0.5 else "".join(generator.choices(letters, k=5))
+                for _ in range(generator.randint(0, 8))
+            ]
+            lines.append(generator.choice(["", " "]).join(words).replace("\n", "").strip())
+        assert "" in lines
+        expected = [[token.lower_ for token in tokenizer(line)] for line in lines]
+        assert tokens.tokenise(lines, lang) == (expected, 0)
+
+
+def test_lines_that_are_not_stripped_keep_their_words_to_themselves():
+    expected = [["zwei", "."], ["ein", "hund", "."], ["a", "b"], []]
+    assert tokens.tokenise(["Zwei.", " Ein Hund. \n", "a\nb", "\n"], "de") == (expected, 0)
+
+
+def test_long_line_is_cut_before_it_is_tokenised(tmp_path, load, monkeypatch):
+    seen = []
+
+    class Spy:
+        def __init__(self, tokenizer):
+            self._tokenizer, self.vocab = tokenizer, tokenizer.vocab
+
+        def __call__(self, text):
+            seen.append(len(text))
+            return self._tokenizer(text)
+
+    tokenizer = tokens._tokenizer
+    monkeypatch.setattr(tokens, "_tokenizer", lambda lang: Spy(tokenizer(lang)))
+    lines = ["Hund " * 200_000, "a" * 20_000, "a" * (tokens.MAX_CHARACTERS - 2) + "  b", DE[3]]
+    corpus = load(write_corpus(tmp_path / "long", train=(lines, EN)))
+    assert max(seen) <= tokens.MAX_CHARACTERS
+    assert corpus.train.src.lengths.tolist() == [256, 3, 3, 6]
+    assert corpus.train.src.ids[corpus.train.src.offsets[1:] - 1].tolist() == [EOS] * 4
+    assert corpus.notes == ["warning: 3 sentences of train.de cut to 254 words"]
+
+
+@pytest.mark.parametrize("lang", ["qq", "ja", "punctuation", ""])
+def test_language_without_a_tokenizer_is_a_usage_error(lang):
+    if lang == "ja":
+        pytest.importorskip("spacy")
+        if any(Path(path, "sudachipy").exists() for path in sys.path):
+            pytest.skip("this machine has the Japanese tokenizer")
+    refused(lambda: tokens.tokenise(["a"], lang), "usage", f"no tokenizer for '{lang}'", "--src-lang")
+
+
+def test_tokenizer_that_has_seen_too_many_words_starts_anew(monkeypatch):
+    lines = ["Ein Hund bellt.", "Geht's?"]
+    expected = tokens.tokenise(lines, "de")
+    first = tokens._tokenizer("de")
+    assert tokens.tokenise(lines, "de") == expected
+    assert tokens._tokenizer("de") is first
+    monkeypatch.setattr(tokens, "WORDS_KEPT", 10)
+    assert tokens.tokenise(lines, "de") == expected
+    assert tokens._tokenizer("de") is not first
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_tokens_do_not_depend_on_the_number_of_processes(monkeypatch):
+    lines = [f"{word} {index} Hunde bellen." if index != 3 else "" for index in range(11) for word in DE]
+    with tokens.tokenising(("de", "en"), 1) as results:
+        alone = list(map(plain, results(chunks(lines))))
+    assert sum(result[-1] for result in alone) == 4
+    monkeypatch.setattr(tokens, "tokenise_chunk", None)  # in this process; the others have their own
+    with tokens.tokenising(("de", "en"), 2) as results:
+        assert list(map(plain, results(chunks(lines)))) == alone
+        assert list(map(plain, results(chunks(lines[:4])))) == alone[:1] + list(map(plain, results(chunks(lines[3:4]))))
+
+
+def watch_server(monkeypatch):
+    """A list of the process that is started, once it is: the one that becomes those that tokenise."""
+    started, start = [], subprocess.Popen
+
+    def watched(*args, **options):
+        started.append(start(*args, **options))
+        return started[-1]
+
+    monkeypatch.setattr(tokens.subprocess, "Popen", watched)
+    return started
+
+
+def processes(*, parent=None, group=None):
+    """The processes that have this parent, or are of this group; one that has only not been waited for is none."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            stat = path.read_text()
+            state, its_parent, its_group = stat.rpartition(")")[2].split()[:3]
+            if state != "Z" and (int(its_parent) == parent or int(its_group) == group):
+                found.append(int(stat.split()[0]))
+    return found
+
+
+def children(pid, count=2):
+    """The process's children, when there are so many."""
+    deadline = time.monotonic() + 60
+    while len(found := processes(parent=pid)) < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(found) == count
+    return found
+
+
+def assert_group_is_gone(server):
+    """The server has been waited for, and none of its group is left; a killed child may need a moment to go."""
+    assert server.poll() is not None
+    deadline = time.monotonic() + 20
+    while processes(group=server.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(group=server.pid) == []
+
+
+def test_killed_tokenising_process_is_an_error_and_leaves_none(monkeypatch):
+    server = watch_server(monkeypatch)
+    with (
+        pytest.raises(RuntimeError, match="tokenising process ended early"),
+        tokens.tokenising(("de", "en"), 2) as results,
+    ):
+        for index, _ in enumerate(results(chunks(DE * 1000))):
+            if index == 0:
+                os.kill(children(server[0].pid)[-1], signal.SIGKILL)
+    assert_group_is_gone(server[0])
+
+
+def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
+    server = watch_server(monkeypatch)
+    with tokens.tokenising(("de", "qq"), 2) as results:
+        refused(lambda: list(results(chunks(DE))), "usage", "no tokenizer for 'qq'")
+    assert_group_is_gone(server[0])
+
+
+def test_chunk_that_takes_long_keeps_its_turn_and_does_not_hold_up_the_others():
+    pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(2)), strict=True)
+    got, count = [], 4 * tokens.AHEAD
+    thread = threading.Thread(target=lambda: got.extend(tokens._in_turn(pipes, range(count))), daemon=True)
+    thread.start()
+    slow = far_ends[0].recv()
+    quick = []
+    while far_ends[1].poll(1):
+        quick.append(far_ends[1].recv())
+        far_ends[1].send(-quick[-1])
+    assert slow == 0 and 2 * tokens.AHEAD <= len(quick) <= 3 * tokens.AHEAD, "but not without end"
+    far_ends[0].send(0)
+    while len(got) < count and thread.is_alive():
+        for end in multiprocessing.connection.wait(far_ends, 1):
+            end.send(-end.recv())
+    thread.join()
+    assert got == [-number for number in range(count)]
+
+
+def test_message_that_breaks_off_is_the_end_of_a_process():
+    ours, theirs = multiprocessing.Pipe()
+    os.write(theirs.fileno(), struct.pack("!i", 1000) + b"half")
+    theirs.close()
+    with pytest.raises(RuntimeError, match="tokenising process ended early"):
+        tokens._receive(ours)
+
+
+def test_tokenising_processes_that_have_stopped_are_ended_too(monkeypatch):
+    monkeypatch.setattr(tokens, "SECONDS_TO_END", 0.2)
+    server = watch_server(monkeypatch)
+    with tokens.tokenising(("de", "en"), 2):
+        os.kill(children(server[0].pid)[1], signal.SIGSTOP)
+    assert_group_is_gone(server[0])
+
+
+def test_tokenising_process_imports_no_torch(monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    with tokens.tokenising(("de", "en"), 2) as results:
+        assert len(list(results(chunks(DE)))) == 2
+    modules = {line.rpartition("|")[2].strip() for line in capfd.readouterr().err.splitlines()}
+    assert "spacy" in modules
+    assert not any(module.startswith("torch.") for module in modules)
+
+
+def test_tokenising_processes_end_with_a_killed_parent():
+    code = (
+        "import os, struct, subprocess, time; from nmt.text import tokens; start = subprocess.Popen;"
+        "subprocess.Popen = lambda *args, **options: print((p := start(*args, **options)).pid, flush=True) or p;"
+        "stack = tokens.tokenising(('de', 'en'), 2); pipes = stack.__enter__().args[0];"
+        "os.write(pipes[0].fileno(), struct.pack('!i', 1000) + b'half a message'); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    server = int(parent.stdout.readline())
+    assert all("nmt.text" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children(server))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 20
+    while processes(group=server) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert processes(group=server) == []
+
+
+INTERRUPTED = """
+import os, signal, time
+from nmt.text import tokens
+from test_tokens import DE, chunks
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may inherit that it is ignored
+with tokens.tokenising(("de", "en"), 2) as results:
+    for index, _ in enumerate(results(chunks(DE * 20))):
+        if index == 3:
+            try:
+                os.kill(0, signal.SIGINT)
+                time.sleep(10)
+            except KeyboardInterrupt:
+                print("interrupted")
+print(index + 1 == len(chunks(DE * 20)))
+"""
+
+
+def test_interrupt_is_left_to_the_parent():
+    """Ctrl-C goes to all processes of the terminal's foreground group, here to those of a program of its own."""
+    paths = os.pathsep.join(map(str, (REPOSITORY, *TEST_PATHS)))
+    options = {"env": os.environ | {"PYTHONPATH": paths}, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], start_new_session=True, **options)
+    assert done.stdout.split() == ["interrupted", "True"], done.stderr
