@@ -1,19 +1,16 @@
 """The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
 
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import gru
 import nmt.log
 import scoring
 import train_8p
-from nmt import checkpoint, devices, precision
+from nmt import checkpoint, distributed, precision
 from nmt.errors import UserError, run_main
 from nmt.search import beam_search
 
@@ -47,77 +44,7 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def torchrun(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-
-
-# ---------------------------------------------------------------- devices
-
-
-def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
-    there = {"npu": 0, "cuda": 0, "cpu": 8}
-    monkeypatch.setattr(devices, "device_count", there.__getitem__)
-    assert devices.choose_kind("auto") == "cpu"
-    there["cuda"] = 1
-    assert devices.choose_kind("auto") == "cuda"
-    there["npu"] = 1
-    assert devices.choose_kind("auto") == "npu"
-
-
-@pytest.mark.parametrize("flag", [["--device", "npu"], ["--npu", "0"]])
-def test_an_absent_npu_is_refused_with_the_import_s_own_reason(monkeypatch, flag):
-    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
-    message = refusal(train_8p.choose_devices, parse(*flag))
-    assert "libhccl.so" in message
-    assert "try --device cpu" in message
-
-
-def test_an_absent_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(devices.torch.cuda, "device_count", lambda: 0)
-    assert "try --device cpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
-
-
-def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
-    (tmp_path / "torch_npu.py").write_text("raise RuntimeError('no CANN here')")
-    code = "from nmt import devices; print(devices.NPU_IMPORT_ERROR, devices.choose_kind('auto'))"
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "RuntimeError: no CANN here cpu\n", done.stderr
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--multiprocessing-distributed", "--device-list", "0,99"],
-        ["--device-list", "99"],
-        ["--bleu-npu", "99"],
-    ],
-)
-def test_a_device_that_is_not_there_is_refused(flags):
-    assert "99" in refusal(train_8p.choose_devices, parse("--device", "cpu", *flags))
-
-
-@pytest.mark.parametrize(("kind", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
-def test_a_backend_of_another_device_is_refused(monkeypatch, kind, backend):
-    monkeypatch.setattr(devices, "device_count", lambda kind: 8)
-    message = refusal(train_8p.choose_devices, parse("--device", kind, "--dist-backend", backend))
-    assert f"{backend} does not work on {kind}" in message
-
-
-@pytest.mark.parametrize(
-    ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
-)
-def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seconds, connect, execute):
-    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    devices.set_hccl_timeouts(seconds)
-    assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
-    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
-    devices.set_hccl_timeouts(seconds)
-    assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
+# ---------------------------------------------------------------- set-up
 
 
 def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corpus):
@@ -125,115 +52,10 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
     done = []
     monkeypatch.setattr(train_8p, "load_corpus", lambda *_, **__: done.append("data"))
     monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
-    monkeypatch.setattr(devices.World, "start", lambda *_, **__: done.append("group"))
+    monkeypatch.setattr(distributed.World, "start", lambda *_, **__: done.append("group"))
     monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
-    train_8p.run_rank(0, parse(), precision.Choice(), [devices.World()], None)
+    train_8p.run_rank(distributed.World(), parse(), precision.Choice())
     assert done == ["data", "model", "group", "training"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "index"),
-    [("", 0), ("--npu 3", 3), ("--device-list 5,4 --multiprocessing-distributed", 5), ("--npu 3 --bleu-npu 1", 1)],
-)
-def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
-    """Card 0 may be somebody else's."""
-    monkeypatch.setattr(devices, "npu_count", lambda: (8, ""))
-    args = parse(*flags.split())
-    assert train_8p.choose_devices(args)[0] == "npu"
-    assert args.bleu_npu == index
-
-
-def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
-    monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
-    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
-    said = refusal(train_8p.choose_devices, parse("--npu", "4"))
-    assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
-
-
-def test_one_device_for_several_processes_is_refused(torchrun):
-    assert "--gpu" in refusal(train_8p.choose_devices, parse("--gpu", "0"))
-
-
-def test_flags_that_name_different_devices_are_refused():
-    refusal(train_8p.choose_devices, parse("--npu", "0", "--gpu", "0"))
-    refusal(train_8p.choose_devices, parse("--npu", "0", "--device", "cpu"))
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused():
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "0,1,2", "--batch-size", "64")
-    message = refusal(train_8p.choose_devices, args)
-    assert "64" in message
-    assert "3" in message
-
-
-def test_on_a_cpu_the_default_is_eight_processes_and_only_the_count_matters():
-    args = parse("--device", "cpu", "--multiprocessing-distributed")
-    assert train_8p.choose_devices(args) == ("cpu", list(range(8)))
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5,6,7")
-    worlds = train_8p.make_worlds(args, *train_8p.choose_devices(args))
-    assert [(world.rank, world.index, world.size) for world in worlds] == [(0, 4, 4), (1, 5, 4), (2, 6, 4), (3, 7, 4)]
-
-
-def test_fewer_devices_than_asked_for_are_taken_with_a_notice(monkeypatch, capsys):
-    monkeypatch.setattr(devices, "device_count", lambda kind: 2)
-    args = parse("--device", "cuda", "--multiprocessing-distributed", "--max-devices", "8")
-    assert train_8p.choose_devices(args) == ("cuda", [0, 1])
-    assert "2 cuda devices, not 8" in capsys.readouterr().out
-
-
-def test_without_several_processes_one_device_is_taken():
-    assert train_8p.choose_devices(parse("--device", "cpu")) == ("cpu", [0])
-    assert train_8p.choose_devices(parse("--device", "cpu", "--device-list", "3")) == ("cpu", [3])
-
-
-def test_torchrun_decides_rank_and_size(torchrun):
-    args = parse("--device", "cpu", "--multiprocessing-distributed", "--device-list", "4,5")
-    (world,) = train_8p.make_worlds(args, *train_8p.choose_devices(args))
-    assert (world.rank, world.size, world.local_size, world.nodes, world.index) == (1, 2, 2, 1, 5)
-
-
-def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
-    assert "2 processes" in refusal(train_8p.choose_devices, parse("--device", "cpu", "--device-list", "0,1,2"))
-
-
-@pytest.mark.parametrize("flags", [("0", "0"), ("-2", "0"), ("2", "2"), ("2", "-2")])
-def test_nodes_that_cannot_be_are_refused(flags):
-    refusal(train_8p.make_worlds, parse("--world-size", flags[0], "--rank", flags[1]), "cpu", [0])
-
-
-def test_ranks_count_on_over_the_nodes():
-    worlds = train_8p.make_worlds(parse("--world-size", "2", "--rank", "1"), "cpu", [4, 5])
-    assert [(world.rank, world.size, world.nodes) for world in worlds] == [(2, 4, 2), (3, 4, 2)]
-
-
-def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port(monkeypatch):
-    assert train_8p.meeting_point(parse("--dist-url", "tcp://10.0.0.1:29500"), 2) == ("10.0.0.1", 29500)
-    assert train_8p.meeting_point(parse(), 1) == ("127.0.0.1", 0)
-    monkeypatch.setenv("MASTER_PORT", "1234")
-    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
-    assert train_8p.meeting_point(parse("--addr", "10.0.0.3"), 2) == ("10.0.0.3", 1234)
-    assert train_8p.meeting_point(parse("--dist-url", "env://"), 2) == ("10.0.0.2", 1234)
-
-
-@pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
-def test_a_faulty_dist_url_is_refused(url):
-    refusal(train_8p.meeting_point, parse("--dist-url", url), 1)
-
-
-@pytest.mark.parametrize(("backend", "connects"), [(None, True), ("gloo", False)])
-def test_a_gpu_computes_without_tf32_and_connects_when_the_ranks_meet(monkeypatch, backend, connects):
-    """As far as it can be seen without one."""
-    calls = []
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: calls.append(index))
-    monkeypatch.setattr(devices.dist, "init_process_group", lambda *args, **options: calls.append(options))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    with warnings.catch_warnings(record=True) as caught:
-        devices.World(kind="cuda", index=1, rank=1, size=2, local_size=2).start(backend=backend)
-        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
-    assert not torch.backends.cudnn.allow_tf32
-    assert not caught
-    assert calls[0] == 1
-    assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)
 
 
 def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatch):
@@ -243,17 +65,15 @@ def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatc
     assert train_8p.choose_precision(args, "cuda", [0]).dtype == torch.bfloat16
 
 
-def test_several_nodes_without_a_port_are_refused():
-    refusal(train_8p.meeting_point, parse(), 2)
-
-
 # ---------------------------------------------------------------- recipes
 
 
-def resolved(pairs, *flags, local_size=1, kind="cpu"):
+def resolved(pairs, *flags, local_size=1, device_type="cpu"):
     args = parse(*flags)
-    train_8p.choose_precision(args, kind, [0])
-    train_8p.resolve_recipe(args, pairs, devices.World(size=local_size, local_size=local_size, kind=kind))
+    train_8p.choose_precision(args, device_type, [0])
+    train_8p.resolve_recipe(
+        args, pairs, distributed.World(size=local_size, local_size=local_size, device_type=device_type)
+    )
     return args
 
 
@@ -265,8 +85,8 @@ def test_a_flag_beside_the_recipe_wins():
 
 
 def test_the_modelzoo_recipe_is_the_published_one():
-    args = resolved(29000, "--recipe", "modelzoo", "--amp", kind="npu")
-    assert (args.batch_size, args.optimizer, args.lr, args.schedule) == (512, "adam", 0.003, "constant")
+    args = resolved(29000, "--recipe", "modelzoo", "--amp", device_type="npu")
+    assert (args.batch_size, args.lr, args.schedule) == (512, 0.003, "constant")
     assert (args.teacher_forcing_ratio, args.fixed_length, args.clip, args.loss_scale) == (0.5, 46, 0, 32)
     assert (args.init, args.batching, args.last_batch, args.best, args.epochs) == (
         "modelzoo",
@@ -297,7 +117,7 @@ def test_the_tuned_rate_grows_with_the_root_of_the_whole_batch():
         assert resolved(29000, "-b", str(batch)).lr == pytest.approx(rate)
         assert resolved(29000, "-b", str(batch), local_size=8).lr == pytest.approx(rate)
     args = parse("-b", "128")
-    train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+    train_8p.resolve_recipe(args, 29000, distributed.World(size=2, nodes=2))
     assert args.lr == pytest.approx(0.006)
     assert resolved(256, "-b", "4096").lr == pytest.approx(0.006)  # a batch is never above the corpus
 
@@ -305,11 +125,11 @@ def test_the_tuned_rate_grows_with_the_root_of_the_whole_batch():
 def test_a_rate_that_is_given_or_of_modelzoo_or_of_a_performance_run_is_not_scaled():
     assert resolved(29000, "-b", "256", "--lr", "0.5").lr == 0.5
     assert resolved(29000, "-b", "4096", "--recipe", "modelzoo").lr == 0.003
-    assert resolved(29000, "--performance", local_size=8, kind="npu").lr == 0.003
+    assert resolved(29000, "--performance", local_size=8, device_type="npu").lr == 0.003
 
 
 def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
-    assert resolved(29000, "--performance", local_size=8, kind="npu").batch_size == 12288
+    assert resolved(29000, "--performance", local_size=8, device_type="npu").batch_size == 12288
     assert resolved(29000, "--performance", local_size=8).batch_size == 1024
     assert resolved(100, "--performance").batch_size == 100
     assert resolved(29000, "--performance", "--batch-size", "64").batch_size == 64
@@ -318,12 +138,12 @@ def test_a_performance_runs_batch_is_the_devices_and_never_above_the_corpus():
 def test_a_recipes_batch_is_that_of_all_nodes():
     for recipe, batch in (("modelzoo", 256), ("tuned", 64)):
         args = parse("--recipe", recipe)
-        train_8p.resolve_recipe(args, 29000, devices.World(size=2, nodes=2))
+        train_8p.resolve_recipe(args, 29000, distributed.World(size=2, nodes=2))
         assert args.batch_size == batch
 
 
 def test_the_loss_scale_is_32_and_on_a_cpu_1():
-    assert resolved(100, "--amp", kind="npu").loss_scale == 32
+    assert resolved(100, "--amp", device_type="npu").loss_scale == 32
     assert resolved(100, "--amp").loss_scale == 1
     assert resolved(100, "--amp", "--loss-scale", "8").loss_scale == 8
 
@@ -549,9 +369,7 @@ def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
 PLAIN = {
     "epochs": 2,
     "batch_size": 24,
-    "optimizer": "adam",
     "lr": 0.03,
-    "weight_decay": 0.1,
     "schedule": "constant",
     "warmup": 0.0,
     "clip": 0.0,
@@ -572,9 +390,7 @@ PLAIN = {
 OTHER = {
     "epochs": 1,
     "batch_size": 16,
-    "optimizer": "adamw",
     "lr": 0.01,
-    "weight_decay": 0.0,
     "schedule": "cosine",
     "warmup": 0.5,
     "clip": 0.1,
@@ -631,7 +447,7 @@ def test_each_epoch_and_each_round_of_a_performance_run_has_an_order_of_its_own(
     corpus = train_8p.load_corpus(args)
 
     def order(epoch):
-        return torch.cat(list(train_8p.EpochPlan(args, devices.World(), corpus, epoch))).tolist()
+        return torch.cat(list(train_8p.EpochPlan(args, distributed.World(), corpus, epoch))).tolist()
 
     rounds = order(0)  # 25 steps of 8 pairs, of which 64 make a round
     assert sorted(rounds[:64]) == sorted(rounds[64:128]) == list(range(64))
@@ -644,7 +460,7 @@ def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_l
     for best, expected in (("bleu", 1), ("loss", 2)):
         path = tmp_path / best
         args = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", best)
-        keeper = train_8p.BestKeeper(args, devices.World(), train_8p.load_corpus(args))
+        keeper = train_8p.BestKeeper(args, distributed.World(), train_8p.load_corpus(args))
         model = gru.build(*map(len, (keeper._corpus.src_vocab, keeper._corpus.trg_vocab)))
         for epoch, (bleu, loss) in enumerate(zip(bleus, losses, strict=True)):
             # Read with the reference, the loss is best elsewhere.
@@ -740,10 +556,10 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
     tiny_corpus, tmp_path, capsys, monkeypatch, overflows, expected
 ):
     steps = iter(range(4))
-    backward = precision.NativePrecision.backward
+    backward = precision.NativeTrainer.backward
     factor = {True: float("inf"), False: 1.0}
     monkeypatch.setattr(
-        precision.NativePrecision,
+        precision.NativeTrainer,
         "backward",
         lambda self, loss: backward(self, loss * factor[next(steps) in overflows]),
     )
@@ -757,7 +573,7 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "kind", "warned"),
+    ("flags", "dtype", "device", "warned"),
     [
         (["--recipe", "modelzoo"], torch.bfloat16, "cpu", True),
         (["--recipe", "modelzoo"], torch.bfloat16, "cuda", True),
@@ -768,10 +584,10 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
         (["--recipe", "tuned"], torch.bfloat16, "cpu", False),
     ],
 )
-def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, capsys, monkeypatch, flags, dtype, kind, warned):
+def test_padding_read_in_half_precision_is_warned_of(tiny_corpus, capsys, monkeypatch, flags, dtype, device, warned):
     args = resolved(64, "--data-dir", str(tiny_corpus), *flags)
-    monkeypatch.setattr(devices.World, "describe", lambda *_: "")
-    world = devices.World(kind=kind)
+    monkeypatch.setattr(distributed.World, "describe", lambda *_: "")
+    world = distributed.World(device_type=device)
     train_8p.describe(args, world, precision.Choice("O2", dtype), train_8p.load_corpus(args))
     name = str(dtype).removeprefix("torch.")
     assert (f"note: {name} has too few digits" in capsys.readouterr().out) == warned
@@ -795,72 +611,12 @@ def test_flags_without_effect_on_a_score_are_named(trained, capsys):
     assert expected in run(*evaluate, *unused, capsys=capsys)[1]
 
 
-INTERRUPTED_IMPORT = """
-import os, signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may inherit that it is ignored
-os.kill(os.getpid(), signal.SIGINT)
-while True: pass
-"""
-
-
-def test_an_interrupt_during_the_imports_is_one_line(tmp_path):
-    (tmp_path / "torch.py").write_text(INTERRUPTED_IMPORT)
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "train_8p.py"],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
-
-
-def test_missing_packages_are_named_with_what_to_do(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-S", REPOSITORY / "train_8p.py", "--help"], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error[usage]: not installed: torch, numpy, spacy")
-    assert f"{REPOSITORY / 'requirements.txt'}" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_an_output_whose_encoding_lacks_a_letter_loses_no_run(tiny_corpus, tmp_path):
-    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", tiny_corpus, "--epochs", "1"]
-    env = os.environ | {"PYTHONIOENCODING": "gbk"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "l\\xe4uft" in done.stdout
-    assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
-
-
-@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--lr", "nan"], 2)])
-def test_a_closed_output_is_no_error_and_a_closed_stderr_does_not_go_to_stdout(tiny_corpus, flags, code):
-    command = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, "--data-dir", str(tiny_corpus), "--performance"]
-    for closed in ("1>&-", "2>&-"):
-        shell = ["sh", "-c", f'exec "$@" {closed}', "sh"]
-        done = subprocess.run([*shell, *command, *flags], capture_output=True, text=True, timeout=120)
-        assert done.returncode == code
-        assert "error[" not in done.stdout
-        assert done.stderr.count("\n") == (code > 0 and closed == "1>&-")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_a_full_disk_for_the_output_is_an_io_error(tiny_corpus):
-    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", tiny_corpus, "--performance"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 5
-    assert done.stderr.startswith("error[io]: No space left on device")
-    assert "Traceback" not in done.stderr
-
-
 def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: float(next(clock)))
     for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
-        log = nmt.log.EpochLog(devices.World(), 0, 1, steps, before, print_freq=100)
+        log = nmt.log.EpochLog(distributed.World(), 0, 1, steps, before, print_freq=100)
         for _ in range(steps):
             log.data_ready()
             log.step_done(torch.tensor([1.0, 1.0]), 1)
@@ -870,7 +626,7 @@ def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
 
 
 def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
-    log = nmt.log.EpochLog(devices.World(), 0, 1, 4, 0, print_freq=2)
+    log = nmt.log.EpochLog(distributed.World(), 0, 1, 4, 0, print_freq=2)
     for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
         log.data_ready()
         log.step_done(torch.tensor([loss_sum, count]), 1)
