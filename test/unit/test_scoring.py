@@ -6,7 +6,7 @@ import data
 import gru
 import scoring
 from nmt import search
-from nmt.devices import World
+from nmt.distributed import World
 
 import pytest
 import torch
