@@ -18,7 +18,7 @@ import data
 import scoring
 from bench import machine, plain
 from nmt import checkpoint
-from nmt.devices import World
+from nmt.distributed import World
 from nmt.errors import run_main
 
 import torch
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     vocab = data.Vocabulary(saved.trg_vocab)
     src = data.Side.encode(test.src_tokens, data.Vocabulary(saved.src_vocab))
 
-    world = World(kind=args.device)
+    world = World(device_type=args.device)
     port = saved.build_model(world.device)
     own = plain.Seq2Seq(**saved.sizes).to(world.device).eval()
     own.load_state_dict(saved.state_dict)

@@ -1,7 +1,7 @@
 """Expected errors: one line for the user, an exit code for the program that started us.
 
-Exit codes: 0 done, or nobody reads the output any more, 1 bug or out of memory, 2 usage, 3 data, 4 checkpoint, 5 I/O or
-network, 6 distributed, 7 diverged, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, or nobody reads the output any more; 1 bug or out of memory; 2 usage; 3 data; 4 checkpoint;
+5 I/O or network; 6 distributed; 7 diverged; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import errno
@@ -17,12 +17,12 @@ EXIT_CODES = {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6,
 
 
 class UserError(Exception):
-    """An error that the user can mend: what is wrong, where, and what to do next.
+    """An error that the user can mend. It says what is wrong, where, and what to do next.
 
     Args:
         kind: one of `EXIT_CODES`' names.
-        what: the fault, with the value that is wrong and what was expected.
-        where: the flag, file, line or rank that it concerns.
+        what: the fault, with the wrong value and the expected one.
+        where: the flag, file, line or rank.
         todo: the next thing to type or to look at.
 
     >>> str(UserError("data", "train.en has 3 lines, train.de 4", "corpus/", "make them equal"))
@@ -40,7 +40,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    r"""`text` on one line, its control characters escaped, so that data cannot write to a terminal.
+    r"""`text` on one line with its control characters escaped, so that data cannot control a terminal.
 
     >>> printable("a\x1b[31m\n")
     'a\\x1b[31m\\n'
@@ -49,7 +49,7 @@ def printable(text: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    r"""An error of somebody else's code in one line.
+    r"""One line about an error that other people's code raised.
 
     >>> first_line(ImportError("libhccl.so: cannot open shared object file\nand so on"))
     'ImportError: libhccl.so: cannot open shared object file'
@@ -58,8 +58,10 @@ def first_line(error: Exception) -> str:
 
 
 def before_imports() -> None:
-    """Ends the program with one line if a package is not installed, and lets Ctrl-C during the imports, which take
-    seconds and come before `run_main`, end it with one line too."""
+    """Ends the program with one line if a package is not installed, or at Ctrl-C during the imports.
+
+    The imports take seconds, and `run_main` is not there yet to handle Ctrl-C.
+    """
     report = sys.excepthook
 
     def in_one_line(kind, error, trace) -> None:
@@ -83,16 +85,16 @@ def before_imports() -> None:
 
 
 def is_expected(error: Exception) -> bool:
-    """Whether `run_main` needs no traceback for it: a user's error, and an output that nobody reads or that is full."""
+    """Whether `run_main` shows no traceback: for a user's error, and if nobody reads the output or its disk is full."""
     return isinstance(error, UserError | BrokenPipeError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
 
 
 def run_main(main, argv: list[str]) -> int:
-    """Calls `main(argv)` and turns what it raises into an exit code and, for expected errors, one line on stderr.
+    """Calls `main(argv)` and turns its errors into an exit code. An expected error is one line on stderr.
 
     Args:
         main: takes the list of arguments, returns nothing.
-        argv: the arguments; with `--debug` among them, expected errors show their traceback too.
+        argv: the arguments. With `--debug` among them, expected errors show their traceback too.
 
     Returns:
         The exit code of the process.
@@ -110,7 +112,7 @@ def run_main(main, argv: list[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone (`| head`): nothing is wrong with the run, and nobody is left to tell.
+        # The reader of our output has gone (`| head`). The run is in order, and nobody is left to tell.
         discard_output()
         return 0
     except OSError as error:
@@ -123,12 +125,12 @@ def run_main(main, argv: list[str]) -> int:
 
 
 def prepare_output() -> None:
-    """Lets stdout take all text, whatever its encoding; what was closed takes it and drops it. For each new process."""
+    """Lets stdout take all text, whatever its encoding. A closed stream takes it and drops it. For each new process."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (else print would take stdout in its place)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (or print would use stdout instead)
     sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def discard_output() -> None:
-    """Lets what is still to be flushed to stdout go nowhere."""
+    """Drops what stdout has not written yet."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

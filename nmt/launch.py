@@ -1,7 +1,7 @@
-"""Starts one process per device and answers for them: all finish, or none is left.
+"""Starts one process per device and watches over them: all finish, or none is left.
 
-The parent holds the store in which the ranks meet, so that a port that nobody asked for cannot be taken by another
-program in between, and on one node it listens on loopback alone.
+The parent holds the store in which the ranks meet. So no other program can take the port before they do. On one node
+the store listens on loopback alone.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from nmt.errors import UserError, is_expected, prepare_output
 import torch.distributed as dist
 
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-ROOT_CAUSE_WAIT = 1.0  # seconds in which the other ranks may report: the first report is the cause, the rest follows
+ROOT_CAUSE_WAIT = 1.0  # seconds in which the other ranks may report too: the first report is the cause
 
 
 def host_store(addr: str, port: int, nodes: int) -> dist.TCPStore:
@@ -72,34 +72,33 @@ def join_store(addr: str, port: int, timeout: float) -> dist.TCPStore:
 
 @dataclass(frozen=True)
 class Worker:
-    """A child process and the pipe on which it says how its work ended."""
+    """A child process, and the pipe on which it reports how its work ended."""
 
     process: multiprocessing.process.BaseProcess
     pipe: multiprocessing.connection.Connection
 
     def report(self) -> "Report | None":
-        """What the child said, if it did."""
+        """The child's report, if it sent one."""
         with contextlib.suppress(EOFError):
             return self.pipe.recv() if self.pipe.poll() else None
 
 
 class Report(NamedTuple):
-    """How a child's work ended: when, on the machine's monotonic clock, and with what error, if any: an expected one
-    as it is, another in one line."""
+    """How a child's work ended."""
 
-    when: float
-    error: Exception | str | None
+    when: float  # on the machine's monotonic clock
+    error: Exception | str | None  # an expected error as it is, another one in one line
 
 
 def launch(worker: Callable, count: int, args: tuple, debug: bool = False) -> None:
     """Runs `worker(index, *args)` in `count` new processes and waits for all of them.
 
     Args:
-        debug: whether a child shows the traceback of an expected error too, as it shows that of any other.
+        debug: whether a child shows the traceback of an expected error too. It always shows that of any other.
 
     Raises:
-        UserError: the first failure's own, or distributed where a rank died or raised.
-        OSError: the output has no reader or no room, as `errors.run_main` expects it.
+        UserError: the first failure's own, or distributed if a rank died or raised another error.
+        OSError: the output has no reader or no room. `errors.run_main` handles it.
     """
     context = multiprocessing.get_context("spawn")
     workers = []
@@ -122,7 +121,7 @@ def exit_on_sigterm(signum: int, frame) -> None:
 
 
 def supervise(workers: list[Worker]) -> None:
-    """Waits for the workers; once one has failed, raises its error."""
+    """Waits for the workers. Raises the error of the first one that fails."""
     running, reports = list(workers), {}
     while running:
         multiprocessing.connection.wait([worker.process.sentinel for worker in running])
@@ -135,13 +134,13 @@ def supervise(workers: list[Worker]) -> None:
 
 
 def root_cause(workers: list[Worker], reports: dict[Worker, Report | None]) -> Exception:
-    """The error to show: the others fail because one did, so the first report counts.
+    """The error to show. The other ranks fail because one did, so the first report counts.
 
-    A rank that was killed could not report, and comes before all that could.
+    A killed rank could not report. It comes before all ranks that could.
 
     Args:
         workers: all of them.
-        reports: those that have been read; each can be read once.
+        reports: those that have been read. Each can be read once.
     """
     time.sleep(ROOT_CAUSE_WAIT)
     failed = []
@@ -162,7 +161,7 @@ def rank_error(rank: int, how: str, todo: str) -> UserError:
 
 
 def stop(processes: list) -> None:
-    """Ends those processes that still run, in the end by force."""
+    """Ends the processes that still run, after `GRACE` seconds by force."""
     alive = [process for process in processes if process.is_alive()]
     for process in alive:
         process.terminate()
@@ -175,7 +174,7 @@ def stop(processes: list) -> None:
 
 
 def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int, debug: bool) -> None:
-    """One child's life: works, reports how that ended, and goes when its parent goes."""
+    """One child's life: it works, reports how that ended, and ends when its parent ends."""
     threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
     prepare_output()
     try:
@@ -188,21 +187,21 @@ def run_worker(worker: Callable, index: int, args: tuple, pipe, parent: int, deb
         if debug or not expected:
             traceback.print_exc()
         pipe.send(Report(time.monotonic(), error if expected else f"{type(error).__name__}: {error}"))
-        # Not sys.exit: the interpreter's end would wait for collectives that no other rank will join.
+        # Not sys.exit: the interpreter would wait for collectives that no other rank will join.
         os._exit(1)
     pipe.send(Report(time.monotonic(), None))
     leave(0)
 
 
 def leave(code: int) -> None:
-    """Ends a rank at once, its output written: at the interpreter's own end, threads of collectives can abort it."""
+    """Writes a rank's output and ends it at once. At a normal exit, threads of collectives can abort the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def follow_parent(parent: int) -> None:
-    """Ends this process once its parent has gone, however the parent ended."""
+    """Ends this process when its parent has ended, in whatever way."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

@@ -120,14 +120,14 @@ def test_what_is_trained_does_not_see_the_average(model):
 @pytest.mark.parametrize("level", ["O0", "O2", "O3"])
 def test_what_is_averaged_are_the_weights_after_the_step(model, level):
     choice = precision.Choice(level, torch.float32 if level == "O0" else torch.bfloat16)
-    precise = precision.start(choice, model, torch.device("cpu"), precision.OptimizerSettings("adam", 0.1))
-    average = WeightAverage(precise, part=0.2)
-    precise.backward((precise.working_model(torch.ones(1, 3, dtype=choice.dtype)) ** 2).sum())
-    precise.step(0.0)
+    trainer = precision.make_trainer(choice, model, torch.device("cpu"))
+    average = WeightAverage(trainer, part=0.2)
+    trainer.backward((trainer.working_model(torch.ones(1, 3, dtype=choice.dtype)) ** 2).sum())
+    trainer.step(0.1, max_norm=0.0)
     before = average.model.weight.detach().clone()
     average.catch_up(1)  # which keeps nothing of itself
     assert not torch.equal(average.model.weight, before)
-    torch.testing.assert_close(average.model.weight.to(choice.dtype), precise.working_model.weight)
+    torch.testing.assert_close(average.model.weight.to(choice.dtype), trainer.working_model.weight)
 
 
 def run_two_epochs(corpus, folder):
@@ -148,7 +148,7 @@ def test_the_average_is_what_is_validated_and_kept(tiny_corpus, tmp_path, monkey
     monkeypatch.setattr(train_8p, "score", lambda *_: None)
     run_two_epochs(tiny_corpus, tmp_path)
     assert [model for model, _ in validated] == [made[0].model] * 2
-    assert not torch.equal(made[0].model.encoder.embedding.weight, made[0]._precise.model.encoder.embedding.weight)
+    assert not torch.equal(made[0].model.encoder.embedding.weight, made[0]._trainer.model.encoder.embedding.weight)
     kept = checkpoint.load(tmp_path / "m").state_dict
     assert any(all(torch.equal(kept[name], weights[name]) for name in kept) for _, weights in validated)
 

@@ -1,17 +1,21 @@
-"""Several ranks are one training: the real loop, watched from outside while it runs in one and in two processes."""
+"""Ranks: which ones the flags ask for, and that several ranks are one training.
 
-import errno
+The second part watches the real loop from outside while it runs in one and in two processes.
+"""
+
+import inspect
+import math
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import data
 import nmt.log
 import train_8p
-from nmt import launch, precision
+from nmt import devices, distributed, precision
+from nmt.distributed import World, meeting_point, plan
 from nmt.errors import UserError
 
 import pytest
@@ -23,10 +27,239 @@ PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, 
 DEADLINE = 120
 
 
-def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
+# ---------------------------------------------------------------- from the flags to the ranks
+
+
+def refusal(function, *args, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_each_argument_of_a_plan_is_a_flag_with_the_same_default():
+    parser = train_8p.build_parser()
+    for name, parameter in inspect.signature(plan).parameters.items():
+        assert parser.get_default(name) == parameter.default, name
+        assert any(action.dest == name for action in parser._actions), name
+
+
+@pytest.mark.parametrize("named", [{"device": "npu"}, {"npu": 0}])
+def test_an_absent_npu_is_refused_with_the_imports_own_reason(monkeypatch, named):
+    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
+    message = refusal(plan, **named)
+    assert "libhccl.so" in message
+    assert "try --device cpu" in message
+
+
+def test_an_absent_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "try --device cpu" in refusal(plan, gpu=0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"multiprocessing_distributed": True, "device_list": [0, 99]}, {"device_list": [99]}, {"bleu_npu": 99}],
+)
+def test_a_device_that_is_not_there_is_refused(flags):
+    assert "99" in refusal(plan, device="cpu", **flags)
+
+
+def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
+    monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
+    said = refusal(plan, npu=4)
+    assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
+def test_a_backend_of_another_device_is_refused(monkeypatch, device, backend):
+    monkeypatch.setattr(devices, "device_count", lambda device_type: 8)
+    assert f"{backend} does not work on {device}" in refusal(plan, device=device, dist_backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("flags", "index"),
+    [
+        ({}, 0),
+        ({"npu": 3}, 3),
+        ({"device_list": [5, 4], "multiprocessing_distributed": True}, 5),
+        ({"npu": 3, "bleu_npu": 1}, 1),
+    ],
+)
+def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
+    """Card 0 may be somebody else's."""
+    monkeypatch.setattr(devices, "npu_count", lambda: (8, ""))
+    made = plan(**flags)
+    assert (made.device_type, made.scoring_index) == ("npu", index)
+
+
+def test_one_device_for_several_processes_is_refused(torchrun):
+    assert "--gpu" in refusal(plan, gpu=0)
+
+
+def test_flags_that_name_different_devices_are_refused():
+    refusal(plan, npu=0, gpu=0)
+    refusal(plan, npu=0, device="cpu")
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    flags = {"device": "cpu", "multiprocessing_distributed": True, "device_list": [0, 1, 2], "batch_size": 64}
+    message = refusal(plan, **flags)
+    assert "64" in message
+    assert "3" in message
+
+
+def test_on_a_cpu_the_default_is_eight_processes_and_only_the_count_matters():
+    made = plan(device="cpu", multiprocessing_distributed=True)
+    assert (made.device_type, made.indices, made.spawns) == ("cpu", tuple(range(8)), True)
+    worlds = plan(device="cpu", multiprocessing_distributed=True, device_list=[4, 5, 6, 7]).worlds
+    assert [(world.rank, world.index, world.size) for world in worlds] == [(0, 4, 4), (1, 5, 4), (2, 6, 4), (3, 7, 4)]
+
+
+def test_fewer_devices_than_asked_for_are_taken_with_a_notice(monkeypatch):
+    monkeypatch.setattr(devices, "device_count", lambda device_type: 2)
+    made = plan(device="cuda", multiprocessing_distributed=True, max_devices=8)
+    assert (made.device_type, made.indices) == ("cuda", (0, 1))
+    assert made.notes == ("this machine has 2 cuda devices, not 8: running on those",)
+
+
+def test_no_more_devices_than_asked_for_are_taken():
+    assert plan(device="cpu", multiprocessing_distributed=True, max_devices=2).indices == (0, 1)
+    listed = plan(device="cpu", multiprocessing_distributed=True, device_list=[2, 1, 0], max_devices=2)
+    assert listed.indices == (2, 1, 0)
+
+
+def test_without_several_processes_one_device_is_taken_and_a_list_gets_a_notice():
+    for device_list, index in ((None, 0), ([3], 3)):
+        made = plan(device="cpu", device_list=device_list)
+        assert (made.worlds, made.spawns, made.notes) == ((World(index=index),), False, ())
+    made = plan(device="cpu", device_list=[3, 4])
+    assert made.indices == (3,)
+    assert made.notes == ("one process on device 3 alone; --multiprocessing-distributed takes the whole list",)
+
+
+def test_an_npu_that_is_passed_over_is_noted_on_rank_0(monkeypatch):
+    monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so\x1b")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    why = r"torch_npu is installed, but there is no NPU to run on: ImportError: libhccl.so\x1b; running on cpu"
+    assert plan().notes == (why,)
+    assert plan(device="cpu").notes == (), "what the user asked for needs no note"
+    assert plan(world_size=2, rank=1, dist_url="tcp://10.0.0.1:29500").notes == ()
+
+
+def test_torchrun_decides_rank_and_size(torchrun):
+    made = plan(device="cpu", multiprocessing_distributed=True, device_list=[4, 5])
+    (world,) = made.worlds
+    assert (world.rank, world.size, world.local_size, world.nodes, world.index) == (1, 2, 2, 1, 5)
+    assert (made.spawns, made.indices, world.meeting) == (False, (4, 5), None)
+
+
+def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
+    assert "2 processes" in refusal(plan, device="cpu", device_list=[0, 1, 2])
+
+
+@pytest.mark.parametrize(("world_size", "rank"), [(0, 0), (-2, 0), (2, 2), (2, -2)])
+def test_nodes_that_cannot_be_are_refused(world_size, rank):
+    refusal(plan, device="cpu", world_size=world_size, rank=rank, dist_url="tcp://10.0.0.1:29500")
+
+
+def test_ranks_count_on_over_the_nodes():
+    flags = {"multiprocessing_distributed": True, "device_list": [4, 5], "dist_url": "tcp://10.0.0.1:29500"}
+    made = plan(device="cpu", world_size=2, rank=1, **flags)
+    assert [(world.rank, world.size, world.nodes) for world in made.worlds] == [(2, 4, 2), (3, 4, 2)]
+    assert made.meeting == ("10.0.0.1", 29500)
+
+
+def test_backend_and_timeout_reach_the_ranks_and_the_log():
+    made = plan(device="cpu", multiprocessing_distributed=True, dist_backend="gloo", dist_timeout=7.0)
+    assert {(world.backend, world.timeout) for world in made.worlds} == {("gloo", 7.0)}
+    assert made.worlds[0].describe().endswith("; 8 ranks by gloo, timeout 7 s")
+
+
+def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port(monkeypatch):
+    assert meeting_point("127.0.0.1", "tcp://10.0.0.1:29500", nodes=2) == ("10.0.0.1", 29500)
+    assert meeting_point("127.0.0.1", None, nodes=1) == ("127.0.0.1", 0)
+    monkeypatch.setenv("MASTER_PORT", "1234")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.2")
+    assert meeting_point("10.0.0.3", None, nodes=2) == ("10.0.0.3", 1234)
+    assert meeting_point("127.0.0.1", "env://", nodes=2) == ("10.0.0.2", 1234)
+
+
+@pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
+def test_a_faulty_dist_url_is_refused(url):
+    refusal(plan, device="cpu", dist_url=url)
+
+
+def test_several_nodes_without_a_port_are_refused():
+    refusal(plan, device="cpu", world_size=2, rank=0)
+
+
+# ---------------------------------------------------------------- one rank among all
+
+
+@pytest.mark.parametrize(
+    ("seconds", "connect", "execute"), [(600.0, "600", "600"), (5.0, "120", "5"), (9000.0, "7200", "9000")]
+)
+def test_hccl_waits_as_long_as_asked_for_within_what_it_allows(monkeypatch, seconds, connect, execute):
+    for name in ("HCCL_CONNECT_TIMEOUT", "HCCL_EXEC_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    distributed.set_hccl_timeouts(seconds)
+    assert [os.environ["HCCL_CONNECT_TIMEOUT"], os.environ["HCCL_EXEC_TIMEOUT"]] == [connect, execute]
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "68")
+    distributed.set_hccl_timeouts(seconds)
+    assert os.environ["HCCL_EXEC_TIMEOUT"] == "68", "the user's own stays"
+
+
+@pytest.mark.parametrize(("backend", "connects"), [(None, True), ("gloo", False)])
+def test_a_gpu_connects_when_the_ranks_meet(monkeypatch, backend, connects):
+    """As far as it can be seen without one."""
+    calls = []
+    monkeypatch.setattr(devices, "prepare", lambda device, processes: calls.append((device, processes)))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: calls.append(options))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    World(device_type="cuda", index=1, rank=1, size=2, local_size=2, backend=backend).start()
+    assert calls[0] == (torch.device("cuda", 1), 2), "before the group is made, and so before the first collective"
+    assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)
+
+
+def test_the_sums_of_a_step_are_the_loss_and_the_tokens_of_all_ranks_by_one_all_reduce(monkeypatch):
+    reduced = []
+
+    def all_reduce(tensor):
+        reduced.append(tensor.tolist())
+        tensor *= 2
+
+    monkeypatch.setattr(distributed.dist, "all_reduce", all_reduce)
+    loss_sum = torch.tensor(1.5, requires_grad=True)
+    for size, factor in ((1, 1), (2, 2)):
+        total_loss, total_tokens = World(size=size).sums(loss_sum, 7)
+        assert (total_loss.item(), total_tokens.item()) == (1.5 * factor, 7.0 * factor)
+        assert not total_loss.requires_grad
+    assert reduced == [[1.5, 7.0]]
+    assert loss_sum.item() == 1.5
+
+
+# ---------------------------------------------------------------- several ranks are one training
+
+
+def watched_rank(world: World, args, mixed, folder: str) -> None:
     """`train_8p.run_rank`, writing down the generator's first state, each step's pairs, loss, gradients and weights."""
     shares, totals, steps, generators = [], [], [], []
-    rank_share, step_done, step = data.rank_share, nmt.log.EpochLog.step_done, precision.NativePrecision.step
+    rank_share, step_done, step = data.rank_share, nmt.log.EpochLog.step_done, precision.NativeTrainer.step
 
     def watched_share(indices, rank, world_size):
         share = rank_share(indices, rank, world_size)
@@ -38,37 +271,37 @@ def watched_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None
         totals.append(sums.cpu().clone())
         step_done(self, sums, pairs)
 
-    def watched_step(self, max_norm):
+    def watched_step(self, lr, *, max_norm):
         before = {name: parameter.grad.cpu().clone() for name, parameter in self.model.named_parameters()}
-        step(self, max_norm)
+        step(self, lr, max_norm=max_norm)
         steps.append((before, {name: tensor.cpu().clone() for name, tensor in self.model.state_dict().items()}))
 
-    data.rank_share, nmt.log.EpochLog.step_done, precision.NativePrecision.step = (
+    data.rank_share, nmt.log.EpochLog.step_done, precision.NativeTrainer.step = (
         watched_share,
         watched_step_done,
         watched_step,
     )
-    train_8p.run_rank(index, args, chosen, worlds, meeting)
+    train_8p.run_rank(world, args, mixed)
     record = {"shares": shares, "totals": totals, "steps": steps, "generator": generators[0]}
-    torch.save(record, Path(folder) / f"rank{worlds[index].rank}.pt")
+    torch.save(record, Path(folder) / f"rank{world.rank}.pt")
 
 
-def overflowing_rank(index: int, args, chosen, worlds, meeting, folder: str) -> None:
+def overflowing_rank(world: World, args, mixed, folder: str) -> None:
     """`train_8p.run_rank` with an overflow on rank 1 in the fifth step, writing down the weights after each step."""
     weights = []
-    backward, step = precision.NativePrecision.backward, precision.NativePrecision.step
+    backward, step = precision.NativeTrainer.backward, precision.NativeTrainer.step
 
     def overflowing_backward(self, loss):
-        overflows = worlds[index].rank == 1 and len(weights) == 4
+        overflows = world.rank == 1 and len(weights) == 4
         backward(self, loss * float("inf") if overflows else loss)
 
-    def watched_step(self, max_norm):
-        step(self, max_norm)
+    def watched_step(self, lr, *, max_norm):
+        step(self, lr, max_norm=max_norm)
         weights.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
 
-    precision.NativePrecision.backward, precision.NativePrecision.step = overflowing_backward, watched_step
-    train_8p.run_rank(index, args, chosen, worlds, meeting)
-    torch.save(weights, Path(folder) / f"rank{worlds[index].rank}.pt")
+    precision.NativeTrainer.backward, precision.NativeTrainer.step = overflowing_backward, watched_step
+    train_8p.run_rank(world, args, mixed)
+    torch.save(weights, Path(folder) / f"rank{world.rank}.pt")
 
 
 def train_watched(
@@ -81,13 +314,11 @@ def train_watched(
         "--output-dropout 0 --teacher-forcing-ratio 0.5 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
         f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'} {flags}".split()
     )
-    kind, indices = train_8p.choose_devices(args)
-    worlds = train_8p.make_worlds(args, kind, indices)
-    chosen = train_8p.choose_precision(args, kind, indices)
-    train_8p.resolve_recipe(args, PAIRS, worlds[0])
+    ranks = train_8p.plan_ranks(args)
+    mixed = train_8p.choose_precision(args, ranks.device_type, ranks.indices)
+    train_8p.resolve_recipe(args, PAIRS, ranks.worlds[0])
     args.epochs, args.performance = EPOCHS, False
-    store = launch.host_store("127.0.0.1", 0, 1)
-    launch.launch(rank, processes, (args, chosen, worlds, ("127.0.0.1", store.port), str(folder)))
+    ranks.spawn(rank, args, mixed, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
@@ -128,7 +359,7 @@ if __name__ == "__main__":
 
 def training_shares(record: dict) -> list[list[int]]:
     """The pairs of each training step: validation shares its sentences out too, four of them, all in one batch."""
-    steps_an_epoch = -(-PAIRS // BATCH)
+    steps_an_epoch = math.ceil(PAIRS / BATCH)
     shares = record["shares"]
     validations = len(shares) // EPOCHS - steps_an_epoch
     width = steps_an_epoch + validations
@@ -236,8 +467,8 @@ import train_8p
 from nmt import launch, precision
 from nmt.errors import run_main
 
-step = precision.NativePrecision.step
-precision.NativePrecision.step = lambda *args: (print("printed by a library"), step(*args))
+step = precision.NativeTrainer.step
+precision.NativeTrainer.step = lambda *args, **options: (print("printed by a library"), step(*args, **options))
 launch.leave(run_main(train_8p.main, sys.argv[1:]))
 """
     )
@@ -246,100 +477,3 @@ launch.leave(run_main(train_8p.main, sys.argv[1:]))
     result = command(*torchrun, *flags, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("printed by a library") == train_8p.PERFORMANCE_STEPS
-
-
-def die(index: int, how: str) -> None:
-    """A rank with a fault, beside one that would wait for it for ever."""
-    if index == 0:
-        time.sleep(DEADLINE)
-    elif how == "raise":
-        raise ValueError("the cause")
-    elif how == "user":
-        raise UserError("data", "what", "where", "todo")
-    elif how == "exit":
-        os._exit(0)
-    else:
-        os.kill(os.getpid(), 9)
-
-
-@pytest.mark.parametrize(
-    ("how", "kind", "message"),
-    [
-        ("raise", "distributed", "rank 1 failed: ValueError: the cause"),
-        ("user", "data", "what; where; todo"),
-        ("exit", "distributed", "rank 1 ended early with exit code 0"),
-        ("kill", "distributed", "rank 1 was killed by signal 9"),
-    ],
-)
-def test_a_rank_that_fails_ends_the_run_with_its_reason(how, kind, message):
-    with pytest.raises(UserError) as caught:
-        launch.launch(die, 2, (how,))
-    assert caught.value.kind == kind
-    assert message in str(caught.value)
-
-
-def fail_after_the_others(index: int) -> None:
-    """Rank 0's scoring or saving, say, of which the others do nothing."""
-    if index == 0:
-        time.sleep(2)
-        raise UserError("io", "what", "where", "todo")
-
-
-def test_a_failure_after_the_other_ranks_have_finished_is_not_laid_to_them():
-    with pytest.raises(UserError) as caught:
-        launch.launch(fail_after_the_others, 2, ())
-    assert str(caught.value) == "error[io]: what; where; todo"
-
-
-def lose_the_output(index: int, number: int) -> None:
-    raise OSError(number, os.strerror(number))
-
-
-@pytest.mark.parametrize(("number", "code"), [(errno.EPIPE, 0), (errno.ENOSPC, 5)])
-def test_an_output_that_a_rank_loses_ends_the_run_as_that_of_one_process_does(number, code):
-    script = f"""
-import sys
-sys.path[:0] = {[str(REPOSITORY), *TEST_PATHS]}
-import test_distributed
-from nmt import launch
-from nmt.errors import run_main
-if __name__ == "__main__":
-    sys.exit(run_main(lambda argv: launch.launch(test_distributed.lose_the_output, 1, ({number},)), []))
-"""
-    done = command(sys.executable, "-c", script, cwd=REPOSITORY)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert done.stderr.count("\n") == bool(code)
-
-
-def fail_for_a_reason(index: int) -> None:
-    raise UserError("data", "what", "where", "todo") from ValueError("the cause")
-
-
-@pytest.mark.parametrize("debug", [False, True])
-def test_debug_shows_the_traceback_of_a_ranks_error(capfd, debug):
-    with pytest.raises(UserError):
-        launch.launch(fail_for_a_reason, 1, (), debug)
-    assert ("ValueError: the cause" in capfd.readouterr().err) == debug
-
-
-def say_umlauts(index: int) -> None:
-    print("läuft")
-
-
-def test_a_rank_says_what_its_outputs_encoding_lacks(capfd, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    launch.launch(say_umlauts, 1, ())
-    assert capfd.readouterr().out == "l\\xe4uft\n"
-
-
-def test_a_port_that_is_taken_is_an_error_of_the_distributed_kind():
-    store = launch.host_store("127.0.0.1", 0, 1)
-    with pytest.raises(UserError) as caught:
-        launch.host_store("127.0.0.1", store.port, 1)
-    assert caught.value.exit_code == 6
-
-
-def test_an_absent_master_is_an_error_within_the_timeout():
-    with pytest.raises(UserError) as caught:
-        launch.join_store("127.0.0.1", 1, 2.0)
-    assert caught.value.exit_code == 6

@@ -99,6 +99,13 @@ def test_what_stands_behind_a_lone_dash_dash_wins():
     refusal("--lr=0.1", "--", "--lr=0.2", "--lr=0.3")
 
 
+@pytest.mark.parametrize("flag", ["--batch-size=--", "--data_dir=--", "-b--", "-b=--"])
+def test_dash_dash_is_no_value(flag):
+    """argparse would drop it and fail with a TypeError."""
+    assert "'--' is not a value" in refusal(flag)
+    assert "'--' is not a value" in refusal("--lr=0.1", "--", flag)
+
+
 def test_values_are_taken_as_they_are():
     assert parse("--data-dir=-a b$(c)*\n").data_dir == "-a b$(c)*\n"
 

@@ -190,8 +190,8 @@ for number, (environment, path, arguments) in enumerate(json.load(open("cases.js
         code = errors.run_main(train_8p.main, arguments)
     else:
         from nmt import devices, errors
-        print(devices.choose_kind("auto"))
-        code = errors.run_main(devices.choose_kind, "npu")
+        print(devices.choose_device_type("auto"))
+        code = errors.run_main(devices.choose_device_type, "npu")
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -228,7 +228,7 @@ BREAKS = {  # module, our care, without it, what the simulation says
 }
 SPLIT_READ = 'return Split(src, trg, *entry.about["words"][name])'
 WRONG_IDS = SPLIT_READ.replace("trg,", "Side(trg.ids + 1_000_000, trg.offsets),")
-SET_DEVICE = "getattr(torch, self.kind).set_device(self.index)"
+SET_DEVICE = "getattr(torch, device.type).set_device(device.index)"
 
 
 def broken_code(folder, module: str, care: str, without: str):

@@ -50,7 +50,7 @@ def test_the_recipes_are_as_they_are_described():
     tuned, modelzoo = re.search(r"- `tuned`, the default: (.*?) - `modelzoo`, (.*?\.) ", training).groups()
     recipe = train_8p.RECIPES["tuned"]
     of_tuned = (
-        f"{recipe['optimizer'].capitalize()}, rate {recipe['lr']} with {recipe['warmup']:.0%} warm-up",
+        f"Adam, rate {recipe['lr']} with {recipe['warmup']:.0%} warm-up",
         f"{recipe['schedule']} decay",
         f"batch {recipe['batch_size']} in total, {train_8p.SHARED_BATCH} on several devices",
         f"norm clipped to {recipe['clip']:g}",
@@ -63,7 +63,7 @@ def test_the_recipes_are_as_they_are_described():
     )
     recipe = train_8p.RECIPES["modelzoo"]
     of_modelzoo = (
-        f"{recipe['optimizer'].capitalize()} at {recipe['lr']}",
+        f"Adam at {recipe['lr']}",
         f"batch {recipe['batch_size']}",
         f"teacher forcing {recipe['teacher_forcing_ratio']}",
         f"cut to {recipe['fixed_length']} tokens",
