@@ -29,10 +29,14 @@ SCORE = re.compile(
     r"^(?P<name>greedy|beam of \d+): BLEU (?P<bleu>\S+)(  sacreBLEU (?P<sacrebleu>\S+))?  chrF (?P<chrf>\S+)$",
     re.MULTILINE,
 )
+LOSSES = re.compile(r"^losses: (?P<losses>.*)$", re.MULTILINE)
 FINAL_SCORE = re.compile(r"^(?P<name>BLEU score|sacreBLEU|chrF) = (?P<value>\S+)", re.MULTILINE)
 FINAL_RESULT = re.compile(r"^(?P<name>(Final|E2E) [^:]*) : (?P<value>\S+)$", re.MULTILINE)  # the wrappers'
 DONE = re.compile(r"^done: (?P<seconds>\d+) s$", re.MULTILINE)
 FIGURE = re.compile(r"^figure: (?P<name>.+) = (?P<value>\S+) \(must: .+\)$", re.MULTILINE)  # the benchmarks'
+NOTED = re.compile(
+    r"^(?P<name>share of the limit, \w+|the plain loop's ten epochs): (?P<value>\S+)( s)?$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Run:
         epochs: a validation each.
         rates: pairs a second of each epoch.
         scores: in the order in which they stand there. One way to decode may stand there several times.
+        losses: how the test losses were computed, such as "without padding". Older logs do not say it.
         perplexity: of the test pairs.
         final: what other tools read: "BLEU score", "sacreBLEU", "chrF", and the wrappers' result, by name.
         seconds: the whole run's.
@@ -88,6 +93,7 @@ class Run:
     epochs: list[Epoch]
     rates: list[float]
     scores: list[Score]
+    losses: str
     perplexity: float | None
     final: dict[str, str]
     seconds: int | None
@@ -120,10 +126,10 @@ def parse(text: str) -> Run:
     """Reads the log of one run, or of one evaluation.
 
     Raises:
-        ValueError: the text has several lines `run:` or `flags:`.
+        ValueError: the text has several lines `run:`, `flags:`, `device:` or `losses:`.
     """
     lines = {}
-    for name, pattern in (("run", RUN), ("flags", FLAGS), ("device", DEVICE)):
+    for name, pattern in (("run", RUN), ("flags", FLAGS), ("device", DEVICE), ("losses", LOSSES)):
         found = [match.group() for match in pattern.finditer(text)]
         if len(found) > 1:
             raise ValueError(f"expected one run, not {len(found)} lines '{name}:'")
@@ -142,6 +148,7 @@ def parse(text: str) -> Run:
         epochs=[_epoch(match) for match in VALIDATION.finditer(text)],
         rates=[float(match["rate"]) for match in RATE.finditer(text)],
         scores=[_score(match) for match in SCORE.finditer(text)],
+        losses=lines["losses"].partition(": ")[2],
         perplexity=float(test_loss["perplexity"]) if test_loss else None,
         final=final,
         seconds=int(seconds) if seconds else None,
@@ -181,7 +188,7 @@ class Measurement:
 
     Attributes:
         medians: of the table's last row, by the names of its first.
-        figures: of the lines `figure:`, by name.
+        figures: of the lines `figure:` and of the other lines with a figure, by name.
     """
 
     medians: dict[str, str]
@@ -199,4 +206,5 @@ def parse_measurement(text: str) -> Measurement:
     names = re.search(r"^ +round  (.*)$", text, re.MULTILINE)
     values = re.search(r"^ +median  (.*)$", text, re.MULTILINE)
     medians = zip(re.split(r"\s{2,}", names[1].strip()), values[1].split(), strict=True) if names and values else ()
-    return Measurement(dict(medians), {match["name"]: match["value"] for match in FIGURE.finditer(text)})
+    figures = {found["name"]: found["value"] for line in (FIGURE, NOTED) for found in line.finditer(text)}
+    return Measurement(dict(medians), figures)
