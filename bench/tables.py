@@ -470,7 +470,7 @@ def beams_of_penalties() -> dict[str, list[float]]:
         found.setdefault(f"{float(penalty):.1f}", []).extend(run.bleus("beam of 10"))
     for _, run in logs.parts(ones, "# .*--beam-size 10$"):
         found.setdefault("1.0", []).extend(run.bleus("beam of 10")[:1])
-    return dict(sorted(found.items()))
+    return {penalty: bleus for penalty, bleus in sorted(found.items()) if len(bleus) == len(SEEDS)}
 
 
 def mean_row(row: Row) -> list[str]:
