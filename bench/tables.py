@@ -10,7 +10,6 @@ script would write it, so run it after a change of a log or of a row below.
 import functools
 import re
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -574,4 +573,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
