@@ -1,44 +1,30 @@
 """Draws full runs from their logs: validation BLEU and losses over the epochs, or the best BLEU over the batch.
 
-    python bench/curves.py --out curves.png tuned=results/multi30k-tuned-seed2-cpu.log former=results/search/former.log
-    python bench/curves.py --over batch --out batches.png 0.003=results/multi30k-tuned-seed{2,1234}-cpu.log
+    python -m bench.curves --out curves.png tuned=results/multi30k-tuned-seed2-cpu.log former=results/search/former.log
+    python -m bench.curves --over batch --out batches.png 0.003=results/multi30k-tuned-seed{2,1234}-cpu.log
 
-Over the epochs, each log is a line. Over the batch, logs of one name and one batch are one point, their mean with the
-deviation of one of them. Needs matplotlib: requirements-plots.txt.
+Over the epochs, each log is a line. Over the batch, the logs of one name and one batch make one point: their mean, with
+the standard deviation of a run. Needs matplotlib: requirements-plots.txt.
 """
 
 import argparse
-import re
 import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bench import logs
+
 if TYPE_CHECKING:
     import matplotlib.figure
 
-VALIDATION = re.compile(
-    r"validation: epoch (?P<number>\d+)  train loss \S+  loss (?P<loss>\S+) \(.*?\)"
-    r"  free-running loss (?P<free_running_loss>\S+) \(.*?\)  greedy BLEU (?P<bleu>\S+)  "
-)
-BATCH = re.compile(r"^run: .* batch=(\d+) ", re.MULTILINE)
-
-
-class Epoch(NamedTuple):
-    """What a log says about one epoch: its number from 0, losses a target in nats, BLEU from 0 to 100."""
-
-    number: int
-    loss: float
-    free_running_loss: float
-    bleu: float
-
 
 class Run(NamedTuple):
-    """What a log says: the name that its run got here, pairs in a batch over all devices, the epochs."""
+    """One line of the picture: its name here, pairs in a batch over all devices, the epochs."""
 
     name: str
     batch: int
-    epochs: list[Epoch]
+    epochs: list[logs.Epoch]
 
     @property
     def bleu(self) -> float:
@@ -50,23 +36,23 @@ def read_log(name: str, path: Path) -> Run:
     """Reads the log of one full run.
 
     Raises:
-        ValueError: the log has no validation, or its epochs are not 0, 1, 2, ...: it is no log of one whole run.
+        ValueError: this is not the log of one whole run: it has no validation, or the epochs are not 0, 1, 2, ...
     """
-    text = path.read_text(encoding="utf-8")
-    found = filter(None, map(VALIDATION.match, text.splitlines()))
-    epochs = [Epoch(int(number), *map(float, values)) for number, *values in (match.groups() for match in found)]
-    batch = BATCH.search(text)
-    if not batch or not epochs or [epoch.number for epoch in epochs] != list(range(len(epochs))):
+    try:
+        run = logs.parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if "batch" not in run.facts or not run.epochs or [e.number for e in run.epochs] != list(range(len(run.epochs))):
         raise ValueError(f"{path}: expected one run's lines 'run:', 'validation: epoch 0', 'validation: epoch 1', ...")
-    return Run(name, int(batch[1]), epochs)
+    return Run(name, int(run.facts["batch"]), run.epochs)
 
 
 def draw_over_epochs(runs: list[Run], figure: "matplotlib.figure.Figure") -> None:
-    """BLEU on the left, losses on the right, a line for each run and a colour for each name."""
+    """Draws BLEU on the left and losses on the right. Each run has a line and each name a colour."""
     bleu, losses = figure.subplots(1, 2)
     colors: dict[str, str] = {}
     for run in runs:
-        first = run.name not in colors  # the others of a name go without a label
+        first = run.name not in colors  # one label a name
         color = colors.setdefault(run.name, f"C{len(colors)}")
         ended = [epoch.number + 1 for epoch in run.epochs]
         bleu.plot(ended, [epoch.bleu for epoch in run.epochs], "o-", color=color, label=run.name if first else None)
@@ -82,10 +68,10 @@ def draw_over_epochs(runs: list[Run], figure: "matplotlib.figure.Figure") -> Non
 
 
 def points(runs: list[Run]) -> dict[str, list[tuple[int, float, float]]]:
-    """Each name's batches, smallest first, with the mean of their runs' best BLEU and the deviation of one (of one: 0).
+    """For each name its batches, smallest first: mean and standard deviation of the runs' best BLEU (0 for one run).
 
     >>> bleus = [(64, 23.0), (32, 19.0), (32, 20.0), (32, 21.0)]
-    >>> runs = [Run("a", batch, [Epoch(0, 2.0, 5.0, bleu)]) for batch, bleu in bleus]
+    >>> runs = [Run("a", batch, [logs.Epoch(0, 2.5, 2.0, 7.4, 5.0, bleu)]) for batch, bleu in bleus]
     >>> points([*runs, runs[0]._replace(name="b")])
     {'a': [(32, 20.0, 1.0), (64, 23.0, 0.0)], 'b': [(64, 23.0, 0.0)]}
     """
@@ -102,7 +88,7 @@ def points(runs: list[Run]) -> dict[str, list[tuple[int, float, float]]]:
 
 
 def draw_over_batch(runs: list[Run], figure: "matplotlib.figure.Figure") -> None:
-    """The best epoch's BLEU, one curve a name."""
+    """Draws the best epoch's BLEU, one curve a name."""
     axes = figure.subplots()
     for name, curve in points(runs).items():
         batches, bleus, deviations = zip(*curve, strict=True)

@@ -1,6 +1,6 @@
 """Greedy decoding of the test set: the plain loop, one sentence at a time, and the port's batches, in turn.
 
-    python bench/decoding.py --data-dir ../shared/data/multi30k --ckpt seq2seq-gru-model.pth.tar
+    python -m bench.decoding --data-dir data --ckpt seq2seq-gru-model.pth.tar
 
 Without a checkpoint one epoch is trained first: untrained weights never end a sentence. The plain loop's bfloat16 is
 for information; ratios are over its float32. The limit: two FLOP for each of `machine.multiply_adds` of the sources

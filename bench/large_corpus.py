@@ -1,11 +1,11 @@
 """Memory of training on 29,000 pairs and on 5,000,000: it must not grow with the corpus.
 
-    python bench/large_corpus.py
+    python -m bench.large_corpus
 
-Generates both corpora with `sample/generate.py`, tokenises each into an empty cache, with two workers where it is large
-enough for them, and reads it once more from there; then, in turn, trains some steps on each with `train_8p.py
---performance`. Memory is RssAnon of `/proc/PID/status`, what a process holds for itself: the corpus lies in mapped
-files, whose pages the system takes back when it needs them.
+Generates both corpora with `sample/generate.py`. Tokenises each into an empty cache, with two workers if it is large
+enough for them, and reads it once more from there. Then trains some steps on each in turn with `train_8p.py
+--performance`. Memory is RssAnon of `/proc/PID/status`, the memory that a process holds for itself. The corpus lies in
+mapped files, whose pages the system takes back when it needs them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from bench import machine, tokenising
+from bench import logs, machine, tokenising
 
 SAMPLE_SECONDS = 0.05
 
@@ -32,7 +32,7 @@ class Watched:
         SystemExit: there was no such line.
     """
 
-    def __init__(self, command: list[str], pattern: str):
+    def __init__(self, command: list[str], pattern: str | re.Pattern[str]):
         self.match, self.peak_mb, self.end_mb = None, 0.0, 0.0
         done, lines = threading.Event(), []
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}
@@ -48,7 +48,9 @@ class Watched:
             sampler.join()
             process.terminate()
         if self.match is None:
-            raise SystemExit(f"{' '.join(command)} printed no line with {pattern}:\n{''.join(lines[-20:])}")
+            raise SystemExit(
+                f"{' '.join(command)} printed no line with {re.compile(pattern).pattern}:\n{''.join(lines[-20:])}"
+            )
 
     def _sample(self, pid: int, done: threading.Event) -> None:
         status = Path(f"/proc/{pid}/status")
@@ -82,7 +84,7 @@ def prepare(folder: Path, pairs: int) -> tuple[dict[str, float], list[str]]:
 def train(flags: list[str], steps: int) -> Watched:
     """Trains so many steps."""
     command = [*machine.TRAIN, "--performance", "--device=cpu", "-p", str(steps), *flags]
-    return Watched(command, rf"Epoch: \[0\]\[ *{steps}/")
+    return Watched(command, logs.STEP)
 
 
 def megabytes(folder: Path) -> float:

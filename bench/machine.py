@@ -1,9 +1,9 @@
-"""What the other scripts measure with: the machine, its product rate, processes' memory and time, and the tables.
+"""The tools of the other benchmarks: the machine, its product rate, processes' memory and time, and the tables.
 
-    python bench/machine.py
+    python -m bench.machine
 
-prints what the machine is and how fast it multiplies matrices. Processes' memory is read from `/proc`, so the
-benchmarks need Linux.
+prints the machine and how fast it multiplies matrices. The memory of processes is read from `/proc`, so the benchmarks
+need Linux.
 """
 
 import argparse
@@ -176,8 +176,10 @@ def follow(command: list[str], cwd: Path | str = ROOT) -> Iterator[Line]:
             process.terminate()
 
 
-def first_line(command: list[str], pattern: str, cwd: Path | str = ROOT) -> tuple[Line, re.Match]:
-    """Starts a command, and ends it at the first line in which `pattern` is found.
+def first_line(
+    command: list[str], pattern: str | re.Pattern[str], cwd: Path | str = ROOT
+) -> tuple[Line, re.Match[str]]:
+    """Starts a command, and ends it at the first line that contains `pattern`.
 
     Raises:
         SystemExit: there was no such line.
@@ -186,7 +188,7 @@ def first_line(command: list[str], pattern: str, cwd: Path | str = ROOT) -> tupl
         for line in lines:
             if match := re.search(pattern, line.text):
                 return line, match
-    raise SystemExit(f"{' '.join(command)} printed no line with {pattern}")
+    raise SystemExit(f"{' '.join(command)} printed no line with {re.compile(pattern).pattern}")
 
 
 def peak_rss_mb(pid: int | str = "self") -> float:

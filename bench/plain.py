@@ -1,6 +1,6 @@
 """The plain loop: the same model, trained and decoded step by step as the original did it.
 
-    python bench/plain.py train --data-dir ../shared/data/multi30k --steps 8 --batch-size 512
+    python -m bench.plain train --data-dir data --steps 8 --batch-size 512
 
 prints pairs a second and peak memory. Every sentence is padded to 46 positions and the encoder reads the padding; the
 decoder makes one `nn.GRU` call and one full output layer a step; the logits go into one zeroed (46, batch, vocabulary)

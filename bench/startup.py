@@ -1,18 +1,17 @@
 """Start-up: from the start of the process to the first training step, warm and with a cold cache.
 
-    python bench/startup.py --data-dir ../shared/data/multi30k
+    python -m bench.startup --data-dir data
 
-Runs `train_8p.py --amp -b 128 -p 1` up to its first step line; the step began at that line's time less its own Time
-field. Cold: an empty `--cache-dir`, so the text is tokenised. Each round also times what a warm start is made of: the
-import of torch alone, all of the program's imports, reading the cache, building and initialising the model.
+Runs `train_8p.py --amp -b 128 -p 1` up to its first step line. The step began at that line's time less the line's own
+Time field. A cold start has an empty `--cache-dir`, so it tokenises the text. Each round also times the parts of a warm
+start: the import of torch alone, all imports of the program, reading the cache, building and initialising the model.
 """
 
 import sys
 import tempfile
 
-from bench import machine
+from bench import logs, machine
 
-FIRST_STEP = r"Epoch: \[0\]\[ *1/[0-9]+\]\s+Time +([0-9.]+)"
 PARTS = """
 import sys, time
 import train_8p
@@ -29,15 +28,15 @@ print("parts:", loaded - start, time.perf_counter() - loaded)
 
 
 def seconds_to_first_step(flags: list[str], cache_dir: str) -> tuple[float, float]:
-    """Seconds from the start of `train_8p.py` to the start of its first step; peak memory until that step's end."""
+    """Seconds from the start of `train_8p.py` to the start of its first step, and peak memory in MB at its end."""
     with tempfile.TemporaryDirectory() as folder:  # for the checkpoint that the run would leave
         command = [*machine.TRAIN, *flags, f"--cache-dir={cache_dir}", "--amp", "-b", "128", "-p", "1"]
-        line, found = machine.first_line(command, FIRST_STEP, cwd=folder)
-    return line.seconds - float(found[1]), line.peak_mb
+        line, found = machine.first_line(command, logs.STEP, cwd=folder)
+    return line.seconds - float(found["seconds"]), line.peak_mb
 
 
 def seconds_to_import(module: str) -> float:
-    """Seconds from the start of a Python process until it has imported `module`."""
+    """Seconds from the start of a Python process to the end of its import of `module`."""
     program = f"import {module}; print('imported', flush=True)"
     return machine.first_line([sys.executable, "-c", program], "imported")[0].seconds
 

@@ -1,20 +1,20 @@
 """Seconds to the published BLEU from a cold cache, against ten epochs of the plain loop.
 
-    python bench/time_to_bleu.py --data-dir ../shared/data/multi30k
+    python -m bench.time_to_bleu --data-dir data
 
-Runs `train_8p.py --amp` with an empty `--cache-dir` up to the first validation line with a greedy BLEU of 12.57, and
-in turn with it the plain loop for some steps; its rate over 290,000 pairs, ten epochs of Multi30k, is what the
-published training takes on the same machine. Other flags of `train_8p.py` stand after a lone `--`, in place of the
-default ones; `--whole` also gives the seconds to the best BLEU of the run:
+Runs `train_8p.py --amp` with an empty `--cache-dir` up to the first validation line with a greedy BLEU of 12.57. In
+turn with it runs the plain loop for some steps. The plain loop's rate and 290,000 pairs, ten epochs of Multi30k, give
+the time of the published training on the same machine. Other flags of `train_8p.py` stand after a lone `--` and replace
+the default ones. `--whole` also gives the seconds to the best BLEU of the run:
 
-    python bench/time_to_bleu.py --data-dir ../shared/data/multi30k --whole -- --recipe tuned --seed 7
+    python -m bench.time_to_bleu --data-dir data --whole -- --recipe tuned --seed 7
 """
 
 import contextlib
 import sys
 import tempfile
 
-from bench import curves, machine, plain
+from bench import logs, machine, plain
 
 PUBLISHED_BLEU = 12.57
 PLAIN_PAIRS = 290_000  # ten epochs of 29,000 pairs
@@ -41,7 +41,7 @@ def seconds_to_bleu(flags: list[str], bleu: float, whole: bool = False) -> dict[
         command = [*machine.TRAIN, "--amp", f"--cache-dir={folder}", *flags]
         with contextlib.closing(machine.follow(command, cwd=folder)) as lines:
             for line in lines:
-                if found := curves.VALIDATION.match(line.text):
+                if found := logs.VALIDATION.match(line.text):
                     seen.append((float(found["bleu"]), line))
                     if seen[-1][0] >= bleu and not whole:
                         break

@@ -1,6 +1,6 @@
 """Tokenising and caching a large corpus from cold, with one worker and with two in turn.
 
-    python bench/tokenising.py
+    python -m bench.tokenising
 
 Generates a million pairs with `sample/generate.py` (or takes `--data-dir`), and loads them with an empty cache folder
 each time: reading, tokenising, building the vocabularies, writing the cache and checking it. The imports of spaCy and

@@ -1,22 +1,21 @@
 """Training speed, the plain loop and the port in turn: pairs a second, share of the machine's limit, peak memory.
 
-    python bench/training.py --data-dir ../shared/data/multi30k
+    python -m bench.training --data-dir data
 
-About half an hour on two cores. On a GPU:
+This takes about half an hour on two cores. On a GPU:
 
-    python bench/training.py --data-dir ../shared/data/multi30k --device cuda --batch-size 1536
+    python -m bench.training --data-dir data --device cuda --batch-size 1536
 
 Each round runs, each in a process of its own: the plain loop (float32, forcing 0.5), then `train_8p.py --performance`
 over a whole epoch with `--amp`, in float32, and with `--amp` at forcing 0.5. Then it measures the matrix products'
 rate, from which the limit follows (`machine.flops_per_pair`).
 """
 
-import re
 import sys
 import tempfile
 
 import data
-from bench import machine, plain
+from bench import logs, machine, plain
 from nmt.errors import run_main
 
 import torch
@@ -31,10 +30,10 @@ PORT = {
 def measure_port(flags: list[str]) -> tuple[float, float, torch.dtype]:
     """Runs `train_8p.py --performance` and returns pairs a second, peak memory in MB, and what it computed in."""
     for line in machine.follow([*machine.TRAIN, "--performance", "--recipe", "tuned", *flags]):
-        if found := re.search(r"precision=(\w+)/", line.text):
-            dtype = getattr(torch, found[1])
-        if found := re.match(r"\* FPS@all ([0-9.]+)", line.text):
-            rate = float(found[1])
+        if logs.RUN.match(line.text):
+            dtype = getattr(torch, logs.facts_of(line.text)["precision"].partition("/")[0])
+        if found := logs.RATE.match(line.text):
+            rate = float(found["rate"])
     return rate, line.peak_mb, dtype
 
 

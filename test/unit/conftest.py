@@ -6,6 +6,7 @@ import os
 import random
 from pathlib import Path
 
+import train_8p
 from nmt.errors import UserError
 
 import harness
@@ -145,3 +146,10 @@ def as_nobody():
             os.setresuid(*before)
 
     return nobody
+
+
+def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:
+    """What the line `flags:` says about a recipe, except where the arguments of a command line or `values` differ."""
+    args = vars(train_8p.build_parser().parse_args(arguments.split()))
+    flags = {flag: value if args[flag] is None else args[flag] for flag, value in train_8p.RECIPES[name].items()}
+    return {flag: str(value) for flag, value in (flags | values).items()}

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 
 import data
 import gru
-from bench import curves, decoding, large_corpus, machine, plain, startup, time_to_bleu, tokenising, training
+from bench import curves, decoding, large_corpus, logs, machine, plain, startup, time_to_bleu, tokenising, training
 
 import pytest
 import torch
@@ -45,12 +45,10 @@ def no_products(monkeypatch):
 
 def figures(text: str) -> dict[str, float]:
     """Name and value of each figure that a script has printed."""
-    return {
-        name: float(value) for name, value in re.findall(r"^figure: (.+) = (\S+) \(must: .+\)$", text, re.MULTILINE)
-    }
+    return {name: float(value) for name, value in logs.parse_measurement(text).figures.items()}
 
 
-@pytest.mark.parametrize("module", [curves, decoding, machine], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [curves, decoding, logs, machine], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
 
@@ -210,9 +208,9 @@ def test_tokenising_runs(capsys):
 def test_large_corpus_runs(capsys):
     """With a corpus of 300 pairs for the small one and of 900 for the large one."""
     large_corpus.main(["--small=300", "--large=900", "--batch-size=32", "--steps=3", "--repetitions=1"])
-    figures = re.findall(r"figure: memory \((\w+)\).* = ([0-9.]+) ", capsys.readouterr().out)
-    assert [name for name, _ in figures] == ["peak", "end"]
-    assert all(0.5 < float(ratio) < 2 for _, ratio in figures)
+    ratios = figures(capsys.readouterr().out)
+    assert [re.findall(r"\((\w+)\)", name) for name in ratios] == [["peak"], ["end"]]
+    assert all(0.5 < ratio < 2 for ratio in ratios.values())
 
 
 VALIDATIONS = [
@@ -239,7 +237,8 @@ def test_curves_takes_each_figure_from_its_place(tmp_path):
     log.write_text("\n".join([*WHOLE_RUN, "BLEU score = 28.0"]))
     run = curves.read_log("name", log)
     assert (run.name, run.batch, run.bleu) == ("name", 96, 20.75)
-    assert run.epochs == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 20.75), (2, 2.25, 4.5, 10.75)]
+    values = [(epoch.number, epoch.loss, epoch.free_running_loss, epoch.bleu) for epoch in run.epochs]
+    assert values == [(0, 4.25, 6.5, 0.75), (1, 3.25, 5.5, 20.75), (2, 2.25, 4.5, 10.75)]
 
 
 @pytest.mark.parametrize(
@@ -271,7 +270,7 @@ def test_what_a_user_can_mend_is_said_without_a_traceback(tmp_path, script, argu
 
 
 def test_curves_draws_each_figure_in_its_place():
-    epochs = [curves.Epoch(0, 4.0, 6.0, 10.0), curves.Epoch(1, 3.0, 5.0, 20.0)]
+    epochs = [logs.Epoch(0, 5.0, 4.0, 54.6, 6.0, 10.0), logs.Epoch(1, 4.0, 3.0, 20.1, 5.0, 20.0)]
     runs = [curves.Run("a", 64, epochs), curves.Run("a", 64, epochs), curves.Run("b", 32, epochs[:1])]
     figure, bleu, losses = (MagicMock() for _ in range(3))
     figure.subplots.return_value = (bleu, losses)

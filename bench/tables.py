@@ -1,0 +1,576 @@
+"""Writes the tables of the documents from the logs.
+
+    python -m bench.tables
+
+In a document, a table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. This script replaces
+everything between them. The text around the tables is written by hand. A test checks that each document is as this
+script would write it, so run it after a change of a log or of a row below.
+"""
+
+import functools
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import logs
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "docs/results.md", "docs/search.md")]
+SEEDS = (1234, 2, 3)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table: what was run.
+
+    Attributes:
+        name: the row's first cell.
+        logs: of its runs, which differ in the seed alone; paths from the repository's root.
+        flags: what the runs had beside those of their recipe.
+    """
+
+    name: str
+    logs: tuple[str, ...]
+    flags: str = ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A row of a table of speeds: names of figures in the log of a benchmark. A `|` stands between several in one cell.
+
+    Attributes:
+        name: the row's first cell.
+        log: its name below bench/results/.
+        plain, port: the figures of the plain loop and of this port.
+        ratio, share: port / plain, and the share of the limit.
+    """
+
+    name: str
+    log: str
+    plain: str = ""
+    port: str = ""
+    ratio: str = ""
+    share: str = ""
+
+
+def of_seeds(name: str, seeds: Sequence[int] = SEEDS) -> tuple[str, ...]:
+    """The logs of one run with several seeds, below results/.
+
+    >>> of_seeds("batch/128")
+    ('results/batch/128.log', 'results/batch/128-seed2.log', 'results/batch/128-seed3.log')
+    """
+    return tuple(f"results/{name}{'' if seed == SEEDS[0] else f'-seed{seed}'}.log" for seed in seeds)
+
+
+# ---------------------------------------------------------------- which runs stand in which table
+
+TUNED = tuple(f"results/multi30k-tuned-seed{seed}-cpu.log" for seed in SEEDS)
+
+RESULTS = [
+    Row("`modelzoo`", ("results/multi30k-modelzoo-float32-cpu.log",)),
+    Row("`modelzoo`, seed 2", ("results/multi30k-modelzoo-float32-seed2-cpu.log",)),
+    Row("`modelzoo` in float16", ("results/multi30k-modelzoo-float16-cpu.log",)),
+    Row("`modelzoo` in bfloat16", ("results/multi30k-modelzoo-bfloat16-cpu.log",)),
+    Row("`tuned`, three seeds", TUNED),
+    Row("`tuned` by `--amp`", ("results/multi30k-tuned-bfloat16-cpu.log",)),
+    Row("`tuned` on eight devices", ("results/multi30k-tuned-8p-cpu.log",)),
+    Row("`tuned`, speed alone, batch 128", ("results/multi30k-train_performance_1p-cpu.log",)),
+]
+ON_THE_H200 = [
+    Row("`tuned` by `--amp`", ("results/h200/tuned-amp.log",)),
+    Row("`modelzoo`", ("results/h200/modelzoo-fp32.log",)),
+    Row("`modelzoo` by `--amp`", ("results/h200/modelzoo-amp.log",)),
+]
+SAMPLE = [
+    Row("the first command of README", ("results/sample-train_full_1p-cpu.log",)),
+    Row("the same, bfloat16", ("results/sample-train_full_1p-bfloat16-cpu.log",)),
+]
+WITHOUT = [  # a piece of `tuned`
+    Row("nothing: `tuned`", TUNED),
+    Row("nothing, bfloat16", of_seeds("ablation/tuned")),
+    Row(
+        "reading the reference always",
+        of_seeds("ablation/teacher-forcing-0.5", SEEDS[:1]),
+        "--teacher-forcing-ratio 0.5",
+    ),
+    Row("label smoothing, bfloat16", of_seeds("ablation/label-smoothing-0", SEEDS[:1]), "--label-smoothing 0"),
+    Row("`tuned`'s first weights", of_seeds("ablation/init-modelzoo", SEEDS[:1]), "--init modelzoo"),
+    Row(
+        "sources that end at `<eos>` in training", of_seeds("ablation/fixed-length-46", SEEDS[:1]), "--fixed-length 46"
+    ),
+    Row("clipping", of_seeds("ablation/clip-0"), "--clip 0"),
+    Row("the words' start from counts", of_seeds("ablation/embeddings-drawn"), "--embeddings drawn"),
+    Row("the rate's decay", of_seeds("ablation/schedule-constant"), "--schedule constant"),
+    Row("the update gates' bias", of_seeds("ablation/update-bias-0"), "--update-bias 0"),
+    Row("the warm-up", of_seeds("ablation/warmup-0"), "--warmup 0"),
+    Row("the average, bfloat16", of_seeds("ablation/average-0"), "--average 0"),
+    Row("dropout before the output layer, bfloat16", of_seeds("ablation/output-dropout-0"), "--output-dropout 0"),
+    Row("batches of like length", of_seeds("ablation/batching-random"), "--batching random"),
+]
+BATCHES = [
+    Row("64, `tuned`", TUNED),
+    Row("**128**", of_seeds("batch/128"), "--batch-size 128 --lr 0.00424"),
+    Row("256", of_seeds("batch/256", SEEDS[:1]), "--batch-size 256 --lr 0.006"),
+    Row("256, the rate of 64", of_seeds("batch/256-unscaled", SEEDS[:1]), "--batch-size 256 --lr 0.003"),
+    Row("256, that rate times 4", of_seeds("batch/256-linear", SEEDS[:1]), "--batch-size 256 --lr 0.012"),
+    Row(
+        "256, a shorter warm-up",
+        of_seeds("batch/256-warmup-0.03", SEEDS[:1]),
+        "--batch-size 256 --lr 0.006 --warmup 0.03",
+    ),
+    Row("512", of_seeds("batch/512", SEEDS[:1]), "--batch-size 512 --lr 0.0085"),
+    Row("1024", of_seeds("batch/1024", SEEDS[:1]), "--batch-size 1024 --lr 0.012"),
+    Row("2048", of_seeds("batch/2048", SEEDS[:1]), "--batch-size 2048 --lr 0.017"),
+    Row("4096", of_seeds("batch/4096", SEEDS[:1]), "--batch-size 4096 --lr 0.024"),
+]
+BEAMS_OF_TUNED = "results/multi30k-beam-val-cpu.log"  # of its three checkpoints, on the validation pairs
+PENALTIES = ("results/multi30k-length-penalty-val-cpu.log", "results/search/d0-seed1234-beams.log")
+
+SPEED = [  # on the EPYC
+    Speed(
+        "training in bfloat16, pairs/s",
+        "training",
+        plain="plain",
+        port="amp",
+        ratio="training --amp / plain",
+        share="share of the limit, --amp",
+    ),
+    Speed(
+        "training in float32, pairs/s",
+        "training",
+        plain="plain",
+        port="fp32",
+        ratio="training fp32 / plain",
+        share="share of the limit, fp32",
+    ),
+    Speed(
+        "training in bfloat16 at teacher forcing 0.5, pairs/s; as a share of that at 1",
+        "training",
+        plain="plain",
+        port="amp 0.5|forcing 0.5 / 1.0, --amp",
+    ),
+    Speed("peak memory in bfloat16; in float32, MB", "training", plain="MB plain", port="MB amp|MB fp32"),
+    Speed(
+        "greedy decoding in bfloat16, sentences/s",
+        "decoding",
+        plain="plain fp32",
+        port="bf16",
+        ratio="decoding bf16 / plain fp32",
+        share="share of the limit, bf16",
+    ),
+    Speed(
+        "greedy decoding in float32, sentences/s",
+        "decoding",
+        plain="plain fp32",
+        port="fp32",
+        ratio="decoding fp32 / plain fp32",
+        share="share of the limit, fp32",
+    ),
+    Speed(
+        "share of the plain loop's translations: in bfloat16; in float32",
+        "decoding",
+        port="equal to plain, bf16|equal to plain, fp32",
+    ),
+    Speed("start to the first training step, data cached; cold cache, s", "startup", port="warm|cold"),
+    Speed("import of torch alone, s", "startup", port="import torch"),
+    Speed(
+        "published BLEU (12.57) on the validation pairs, from nothing, s",
+        "time_to_bleu",
+        plain="the plain loop's ten epochs",
+        port="seconds to BLEU 12.57",
+        ratio="time to BLEU 12.57, plain / port",
+    ),
+    Speed("the first validation BLEU that reaches it", "time_to_bleu", port="BLEU"),
+    Speed(
+        "tokenising 1,000,000 generated pairs with one worker; with two, pairs/s; two / one",
+        "tokenising",
+        port="1 workers|2 workers|two workers / one",
+    ),
+    Speed(
+        "memory of training (RssAnon) on 29,000; on 5,000,000 generated pairs, MB; large / small",
+        "large_corpus",
+        port="small peak MB|large peak MB|memory (peak) of training, large / small corpus",
+    ),
+]
+ON_THE_XEON = [
+    Speed(
+        "training in float32, pairs/s",
+        "training-xeon",
+        plain="plain",
+        port="fp32",
+        ratio="training fp32 / plain",
+        share="share of the limit, fp32",
+    ),
+    Speed(
+        "training by `--amp`, which takes float32 there, pairs/s",
+        "training-xeon",
+        plain="plain",
+        port="amp",
+        ratio="training --amp / plain",
+        share="share of the limit, --amp",
+    ),
+    Speed(
+        "the same at teacher forcing 0.5, pairs/s; as a share of that at 1",
+        "training-xeon",
+        plain="plain",
+        port="amp 0.5|forcing 0.5 / 1.0, --amp",
+    ),
+    Speed("peak memory in float32, MB", "training-xeon", plain="MB plain", port="MB fp32"),
+    Speed(
+        "greedy decoding in float32, sentences/s",
+        "decoding-xeon",
+        plain="plain fp32",
+        port="fp32",
+        ratio="decoding fp32 / plain fp32",
+        share="share of the limit, fp32",
+    ),
+    Speed(
+        "greedy decoding in bfloat16, sentences/s",
+        "decoding-xeon",
+        plain="plain fp32",
+        port="bf16",
+        ratio="decoding bf16 / plain fp32",
+        share="share of the limit, bf16",
+    ),
+    Speed("start to the first training step, data cached; cold cache, s", "startup-xeon", port="warm|cold"),
+    Speed("import of torch alone, s", "startup-xeon", port="import torch"),
+    Speed(
+        "published BLEU (12.57) on the validation pairs, from nothing, s",
+        "time_to_bleu-xeon",
+        plain="the plain loop's ten epochs",
+        port="seconds to BLEU 12.57",
+        ratio="time to BLEU 12.57, plain / port",
+    ),
+    Speed("the first validation BLEU that reaches it", "time_to_bleu-xeon", port="BLEU"),
+]
+
+
+# ---------------------------------------------------------------- cells
+
+
+@functools.cache
+def text_of(path: str) -> str:
+    """A log's text; the path is from the repository's root."""
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+@functools.cache
+def read(path: str) -> logs.Run:
+    """The one run of a log; the path is from the repository's root."""
+    return logs.parse(text_of(path))
+
+
+def mean_and_deviation(values: Iterable[float]) -> str:
+    """Two digits after the point; of several values their mean and the standard deviation of a run.
+
+    >>> mean_and_deviation([30.0, 31.0]), mean_and_deviation([30.004]), mean_and_deviation([103273.92])
+    ('30.50 ± 0.71', '30.00', '103274')
+    """
+    values = list(values)
+    if not values:
+        return ""
+    digits = 2 if max(values) < 1000 else 0
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def duration(seconds: float, minute: str = "min", second: str = "s") -> str:
+    """
+    >>> duration(1887), duration(55)
+    ('31 min', '55 s')
+    """
+    return f"{seconds / 60:.0f} {minute}" if seconds >= 120 else f"{seconds:.0f} {second}"
+
+
+def device(run: logs.Run) -> str:
+    """What a run had: processes, and cores of a processor, or the GPU."""
+    if run.facts["device"] != "cpu":
+        return f"{run.facts['processes']} {run.device}"
+    processes, cores = int(run.facts["processes"]), cores_of(run)
+    processor = re.search("AMD EPYC|Intel Xeon", " ".join(run.comments))
+    plural = ("" if processes == 1 else "es", "" if cores == 1 else "s")
+    where = f" of an {processor[0]}" if processor else ""
+    return f"{processes} process{plural[0]}, {cores} core{plural[1]}{where}"
+
+
+def cores_of(run: logs.Run) -> int:
+    """The cores that a run on a CPU keeps busy."""
+    there, threads = map(int, re.match(r"\S+ CPU, (\d+) cores, (\d+) threads a process", run.device).groups())
+    return min(there, threads * int(run.facts["processes"]))
+
+
+def precision(run: logs.Run) -> str:
+    """
+    >>> precision(logs.parse("run: precision=bfloat16/O2")), precision(logs.parse("run: precision=float32/O0"))
+    ('bfloat16, O2', 'float32')
+    """
+    return run.facts["precision"].replace("/", ", ").removesuffix(", O0")
+
+
+def links(paths: Iterable[str], root: str) -> str:
+    """A link to each log, named by the seed of its run.
+
+    Args:
+        paths: from the repository's root.
+        root: the way from the document to the repository's root, such as "../".
+    """
+    return ", ".join(f"[{read(path).flags['seed']}]({root}{path})" for path in paths)
+
+
+def table(header: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; its header has `|` between the columns."""
+    names = header.split("|")
+    lines = [names, ["---"] * len(names), *rows]
+    assert all(len(line) == len(names) for line in lines), header
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def run_row(row: Row, root: str) -> list[str]:
+    """What the logs of full runs say about the test pairs, and about speed."""
+    runs = [read(path) for path in row.logs]
+    (where,), (how,) = {device(run) for run in runs}, {precision(run) for run in runs}
+    return [
+        row.name,
+        where,
+        how,
+        mean_and_deviation(bleu for run in runs for bleu in run.bleus("greedy")),
+        mean_and_deviation(bleu for run in runs for bleu in run.bleus("beam of 10")),
+        mean_and_deviation(float(run.final["chrF"]) for run in runs if "chrF" in run.final),
+        mean_and_deviation(run.perplexity for run in runs if run.perplexity),
+        mean_and_deviation(run.rate for run in runs),
+        duration(statistics.mean(run.seconds for run in runs)),
+        links(row.logs, root),
+    ]
+
+
+def run_table(rows: Iterable[Row], root: str) -> str:
+    header = "run | devices | precision | BLEU, greedy | BLEU, beam of 10 | chrF | perplexity | pairs/s | time | logs"
+    return table(header, [run_row(row, root) for row in rows])
+
+
+def published(root: str) -> str:
+    """What others published for this model; no log of theirs is here."""
+    tutorial = "https://github.com/bentrevett/pytorch-seq2seq"
+    return table(
+        "run | devices | precision | BLEU, greedy | perplexity | pairs/s",
+        [
+            ["the original, 2021", "8 Ascend 910", "O2", "12.57", "", "13693"],
+            ["the original with torch 1.5", "8 Ascend 910", "O2", "12.87", "", "7397"],
+            ["the original, one epoch", "1 Ascend 910", "O2", "", "", "1956"],
+            [f"a tutorial with this model ([2]({tutorial}))", "", "", "20.6", "37.5, free-running", ""],
+        ],
+    )
+
+
+def scores_of_modelzoo(root: str) -> str:
+    """`modelzoo`'s second seed with and without padding, and with a beam."""
+    path = "results/multi30k-scores-cpu.log"
+    rows = [
+        [
+            run.losses,
+            *(f"{run.bleus(name)[0]:.2f}" for name in ("greedy", "beam of 10")),
+            f"{run.perplexity:.2f}",
+            f"[log]({root}{path})",
+        ]
+        for _, run in logs.parts(text_of(path), "## modelzoo")
+    ]
+    return table("test losses | BLEU, greedy | BLEU, beam of 10 | perplexity | log", rows)
+
+
+def beginnings_of_modelzoo(root: str) -> str:
+    """The greedy BLEU of the validation pairs while `modelzoo` learns, or does not."""
+    ended = (1, 2, 4, 6, 8, 9, 10)
+    paths = [row.logs[0] for row in (*RESULTS, *ON_THE_H200) if row.name.startswith("`modelzoo`")]
+    rows = []
+    for path in paths:
+        run = read(path)
+        bleus = [f"{run.epochs[number - 1].bleu:.2f}" for number in ended]
+        rows.append([device(run), precision(run), *bleus, links([path], root)])
+    return table(f"epochs done: | | {' | '.join(map(str, ended))} | log", rows)
+
+
+def processes_and_batch(root: str) -> str:
+    """The best epoch's greedy BLEU of the validation pairs: eight processes beside one."""
+    rows = [
+        Row("8 processes, batch 128", ("results/multi30k-tuned-8p-cpu.log",)),
+        Row("1 process, batch 128", of_seeds("batch/128", SEEDS[:1])),
+        Row("1 process, batch 64", TUNED),
+    ]
+    header = "run | best epoch's greedy BLEU, validation pairs | logs"
+    return table(
+        header,
+        [
+            [row.name, mean_and_deviation(read(path).best.bleu for path in row.logs), links(row.logs, root)]
+            for row in rows
+        ],
+    )
+
+
+def sample(root: str) -> str:
+    """The sample corpus: the first command of README, and each level of mixed precision."""
+    rows = [[row.name, *sample_cells(read(row.logs[0])), f"[log]({root}{row.logs[0]})"] for row in SAMPLE]
+    path = "results/sample-precisions-cpu.log"
+    for title, run in logs.parts(text_of(path), r"# python3 train_8p\.py .*--opt-level O\d$"):
+        level = title.split()[-1]
+        cells = sample_cells(run)
+        cells[-2:] = "", ""  # other work ran beside it
+        rows.append([f"`--amp --amp-dtype bfloat16 --opt-level {level}`", *cells, f"[log]({root}{path})"])
+    return table("run | computes in | BLEU, greedy | BLEU, beam of 10 | pairs/s | time | log", rows)
+
+
+def sample_cells(run: logs.Run) -> list[str]:
+    bleus = [mean_and_deviation(run.bleus(name)) for name in ("greedy", "beam of 10")]
+    return [precision(run), *bleus, mean_and_deviation([run.rate]), duration(run.seconds) if run.seconds else ""]
+
+
+def speed_table(rows: Iterable[Speed], root: str) -> str:
+    lines = []
+    for row in rows:
+        path = f"bench/results/{row.log}.log"
+        measured = logs.parse_measurement(text_of(path))
+        values = measured.figures | measured.medians
+        cells = [
+            "; ".join(values[name] for name in names.split("|") if name)
+            for names in (row.plain, row.port, row.ratio, row.share)
+        ]
+        lines.append([row.name, *cells, f"[log]({root}{path})"])
+    return table("figure | plain loop | this port | port / plain | share of the limit | log", lines)
+
+
+def speed_on_the_h200(root: str) -> str:
+    path = "results/h200/performance.log"
+    computes_in = {"amp": "float16, O2 (`--amp`)", "fp32": "float32", "bf16": "bfloat16, O2"}
+    rows = []
+    for title, run in logs.parts(text_of(path), "### "):
+        if found := re.search(r"performance (\w+) (\d+)$", title):
+            rows.append([found[2], computes_in[found[1]], mean_and_deviation([run.rate]), f"[log]({root}{path})"])
+    return table("batch | computes in | pairs/s | log", rows)
+
+
+def beams_of_tuned() -> dict[str, list[float]]:
+    """BLEU of the validation pairs by the width of the beam, one for each of `tuned`'s three checkpoints."""
+    found: dict[str, list[float]] = {}
+    for title, run in logs.parts(text_of(BEAMS_OF_TUNED), "# the checkpoint of seed "):
+        found.setdefault(title.split()[-1], []).append(float(run.final["BLEU score"]))
+    return found
+
+
+def beams_of_penalties() -> dict[str, list[float]]:
+    """BLEU of the validation pairs by the length penalty, one for each of d0's three checkpoints."""
+    found: dict[str, list[float]] = {}
+    ours, ones = (text_of(path) for path in PENALTIES)
+    for title, run in logs.parts(ours, "# .*--length-penalty [0-9.]+ "):
+        penalty = re.search(r"--length-penalty (\S+)", title)[1]
+        found.setdefault(f"{float(penalty):.1f}", []).extend(run.bleus("beam of 10"))
+    for _, run in logs.parts(ones, "# .*--beam-size 10$"):
+        found.setdefault("1.0", []).extend(run.bleus("beam of 10")[:1])
+    return {penalty: bleus for penalty, bleus in sorted(found.items()) if len(bleus) == len(SEEDS)}
+
+
+def mean_row(row: Row) -> list[str]:
+    """Greedy BLEU and perplexity of the best epoch, and the beam's BLEU with its weights, on the validation pairs."""
+    best = [read(path).best for path in row.logs]
+    beams = beams_of_tuned()["10"] if row.logs == TUNED else [read(path).bleus("beam of 10")[-1] for path in row.logs]
+    return [
+        mean_and_deviation(epoch.bleu for epoch in best),
+        mean_and_deviation(beams),
+        mean_and_deviation(epoch.perplexity for epoch in best),
+    ]
+
+
+def mean_table(first: str, rows: Iterable[Row], root: str) -> str:
+    flags = {row.name: f"`{row.flags}`" if row.flags else "" for row in rows}
+    return table(
+        f"{first} | flags | BLEU, greedy | BLEU, beam of 10 | perplexity | logs",
+        [[row.name, flags[row.name], *mean_row(row), links(row.logs, root)] for row in rows],
+    )
+
+
+def one_line(first: str, values: dict[str, list[float]]) -> str:
+    """A table of one row: the mean of each column's values."""
+    header = " | ".join([first, *values])
+    return table(header, [["BLEU", *(f"{statistics.mean(bleus):.2f}" for bleus in values.values())]])
+
+
+def batching(root: str) -> str:
+    """The speed with batches of like length and with random ones, which ran in turn."""
+    path = "bench/results/batching.log"
+    rates: dict[str, list[float]] = {}
+    for kind, run in logs.parts(text_of(path), "(like-length|random)$"):
+        rates.setdefault(kind, []).append(run.rate)
+    rows = [[f"`{kind}`", f"{statistics.mean(values):.1f}", f"[log]({root}{path})"] for kind, values in rates.items()]
+    return table("batches | training, pairs/s | log", rows)
+
+
+def summary(root: str, chinese: bool = False) -> str:
+    """README's four rows."""
+    header = "run | device | BLEU, greedy | BLEU, beam of 10 | time"
+    names = ("published in 2021", "`modelzoo`, this port", "`tuned`, mean of three seeds", "`tuned`, `--amp`")
+    where = ("8 Ascend 910", "CPU, {} cores", "CPU, {} core", "{}")
+    units = ("min", "s")
+    if chinese:
+        header = "运行 | 设备 | BLEU（贪心） | BLEU（束宽 10） | 用时"
+        names = ("2021 年公布的结果", "`modelzoo`，本移植版", "`tuned`，三个种子的均值", "`tuned`，`--amp`")
+        where = ("8 × Ascend 910", "CPU，{} 核", "CPU，{} 核", "{}")
+        units = ("分钟", "秒")
+    rows = [[names[0], where[0], "12.57", "", ""]]
+    for name, place, row in zip(names[1:], where[1:], (RESULTS[0], RESULTS[4], ON_THE_H200[0]), strict=True):
+        runs = [read(path) for path in row.logs]
+        on = device(runs[0]) if runs[0].facts["device"] != "cpu" else str(cores_of(runs[0]))
+        bleus = [mean_and_deviation(b for run in runs for b in run.bleus(kind)) for kind in ("greedy", "beam of 10")]
+        rows.append([name, place.format(on), *bleus, duration(statistics.mean(run.seconds for run in runs), *units)])
+    return table(header, rows)
+
+
+TABLES: dict[str, Callable[[str], str]] = {
+    "summary": summary,
+    "summary-zh": lambda root: summary(root, chinese=True),
+    "published": published,
+    "results": lambda root: run_table(RESULTS, root),
+    "h200": lambda root: run_table(ON_THE_H200, root),
+    "h200-speed": speed_on_the_h200,
+    "modelzoo-scores": scores_of_modelzoo,
+    "modelzoo-epochs": beginnings_of_modelzoo,
+    "processes": processes_and_batch,
+    "sample": sample,
+    "speed-epyc": lambda root: speed_table(SPEED, root),
+    "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
+    "pieces": lambda root: mean_table("without", WITHOUT, root),
+    "batching": batching,
+    "beams": lambda root: one_line("beam", beams_of_tuned()),
+    "length-penalties": lambda root: one_line("length penalty", beams_of_penalties()),
+    "batches": lambda root: mean_table("batch", BATCHES, root),
+}
+PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def render(text: str, root: str) -> str:
+    """A document with its tables as the logs give them.
+
+    Args:
+        text: of the document.
+        root: the way from the document to the repository's root: "" or "../".
+
+    Raises:
+        KeyError: the document names a table that is not here.
+    """
+    return PLACE.sub(lambda place: f"{place[1]}\n{TABLES[place[2]](root)}\n\n{place[3]}", text)
+
+
+def main() -> None:
+    for path in DOCUMENTS:
+        root = "../" * (len(path.relative_to(ROOT).parts) - 1)
+        before = path.read_text(encoding="utf-8")
+        after = render(before, root)
+        if after != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
