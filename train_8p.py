@@ -221,9 +221,9 @@ def main(argv: list[str]) -> None:
         **settings.named("addr dist_url dist_backend dist_timeout bleu_npu batch_size"),
     )
     world = plan.worlds[0]
-    only_rank_0_speaks(world.rank)
     for note in plan.notes:
-        say(f"note: {note}")
+        say(f"note: {note}")  # on every node, because it concerns that node
+    only_rank_0_speaks(world.rank)
     settings = replace(settings, bleu_npu=plan.scoring_index)
     if settings.evaluate:
         if unused := flags.given_in_vain(settings):
