@@ -87,6 +87,35 @@ def test_the_rows_of_full_runs_have_the_logs_of_such_runs(row):
     assert "seed 2" not in row.name or runs[0].flags["seed"] == "2"
 
 
+def commands_of(section: str) -> list[str]:
+    """The commands of one section of docs/results.md that run training."""
+    lines = RESULTS.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    return [line.strip() for line in lines if line.startswith("    ") and "train_" in line]
+
+
+@pytest.mark.parametrize(
+    ("section", "rows"),
+    [("Multi30k on a CPU", tables.RESULTS), ("One NVIDIA H200", tables.ON_THE_H200)],
+    ids=["cpu", "h200"],
+)
+def test_the_commands_are_those_of_the_rows_in_their_order(section, rows):
+    runs = [tables.read(path) for row in rows for path in row.logs]
+    commands = commands_of(section)
+    if rows is tables.ON_THE_H200:
+        measured, commands = commands[len(runs) :], commands[: len(runs)]
+        batches = [line.split("|")[1].strip() for line in tables.speed_on_the_h200("").splitlines()[2:]]
+        assert [re.search(r" --performance -b (\d+)", command).group(1) for command in measured] == batches
+    for command, run in zip(commands, runs, strict=True):
+        assert run.facts["recipe"] == ("modelzoo" if re.search("--recipe[ =]modelzoo", command) else "tuned")
+        assert run.facts["seed"] == (re.findall(r"--seed (\d+)", command) or ["1234"])[0]
+        assert (run.flags["performance"] == "True") == ("performance" in command)
+        assert (run.facts["processes"] == "8") == ("_8p.sh" in command)
+        in_half = "--amp" in command or ("test/" in command and "must_keep_origin_dtype" not in command)
+        assert run.facts["precision"].endswith("/O2") == in_half
+        for dtype in re.findall(r"--amp-dtype (\w+)", command):
+            assert run.facts["precision"].startswith(dtype)
+
+
 @pytest.mark.parametrize("row", [row for row in RUN_ROWS if "speed alone" not in row.name], ids=ids)
 def test_sacrebleu_of_the_same_tokens_is_the_bleu_except_where_almost_no_four_words_match(row):
     for path in row.logs:
