@@ -2,9 +2,9 @@
 
     python -m bench.decoding --data-dir data --ckpt seq2seq-gru-model.pth.tar
 
-Without a checkpoint one epoch is trained first: untrained weights never end a sentence. The plain loop's bfloat16 is
-for information; ratios are over its float32. The limit: two FLOP for each of `machine.multiply_adds` of the sources
-and the translations, over the rate of products in the same dtype.
+Without a checkpoint, this script trains one epoch first, because untrained weights never end a sentence. Ratios are
+over the plain loop's float32. Its bfloat16 is for information. The limit is the rate of products in the same dtype,
+divided by two FLOP for each of the `machine.multiply_adds` of the sources and the translations.
 """
 
 import copy
@@ -35,7 +35,7 @@ def train_one_epoch(data_dir: Path, cache_dir: str, path: Path, device: str) -> 
 
 
 def translate_plainly(model: plain.Seq2Seq, src: data.Side, vocab: data.Vocabulary) -> list[list[str]]:
-    """What `scoring.translate` returns, from one sentence at a time."""
+    """Translates one sentence at a time, and returns the same as `scoring.translate`."""
     device = model.decoder.fc_out.weight.device
     sentences = (data.pad(src, torch.tensor([index]))[0].to(device) for index in range(len(src.lengths)))
     translations = (vocab.decode(model.greedy(sentence)) for sentence in sentences)

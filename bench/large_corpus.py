@@ -22,7 +22,7 @@ SAMPLE_SECONDS = 0.05
 
 
 class Watched:
-    """A command that runs until it has printed a line with `pattern`.
+    """Runs a command until it has printed a line with `pattern`.
 
     Attributes:
         match: of `pattern`, in that line.
@@ -88,7 +88,7 @@ def train(flags: list[str], steps: int) -> Watched:
 
 
 def megabytes(folder: Path) -> float:
-    """What the files below a folder hold."""
+    """The size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 

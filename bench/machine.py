@@ -34,7 +34,7 @@ ENOUGH_SECONDS = 0.05  # of work between two readings of the clock
 
 
 def use_all_cores() -> None:
-    """As many threads as the process may use cores, as in `train_8p.py`, unless OMP_NUM_THREADS says otherwise."""
+    """Gives torch a thread for each core of this process, as `train_8p.py` does, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
@@ -56,7 +56,7 @@ def describe(device: torch.device | str = "cpu") -> str:
 
 
 def _first(path: str, pattern: str) -> str:
-    """What the pattern's group finds in a file, or an empty string."""
+    """The first match of the pattern's group in a file, or an empty string."""
     found = re.search(pattern, Path(path).read_text())
     return found[1] if found else ""
 
@@ -65,7 +65,7 @@ def _first(path: str, pattern: str) -> str:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", repetitions: int = 7) -> float:
-    """FLOP/s of a (4096x1280)·(1280x5893) product: the median of `repetitions`, after one to warm up."""
+    """FLOP/s of a (4096x1280)·(1280x5893) product: the median of `repetitions`, after a warm-up."""
     rows, inner, columns = PRODUCT
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
@@ -83,14 +83,14 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", repetiti
 
 
 def clock(device: torch.device | str) -> float:
-    """Seconds, once the device has finished what it was given."""
+    """Seconds on the clock, after the device has finished its work."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def multiply_adds(src_len: float, steps: float, output_dim: int, emb_dim: int = 256, hid_dim: int = 512) -> float:
-    """Multiply-adds of the model's matrix products for one pair, forward, each done once where once is enough.
+    """Multiply-adds of the model's matrix products for one pair, forward. Products that all steps share count once.
 
     With E = emb_dim, H = hid_dim, V = output_dim, S source positions and T decoder steps:
 
@@ -155,7 +155,7 @@ class Line:
 
 
 def follow(command: list[str], cwd: Path | str = ROOT) -> Iterator[Line]:
-    """Starts a command and yields its lines, stdout's and stderr's, as they come; closing the iterator ends it.
+    """Starts a command and yields its lines, stdout's and stderr's, as they come. Closing the iterator ends it.
 
     Raises:
         SystemExit: the command failed; with its last lines.
@@ -192,7 +192,7 @@ def first_line(
 
 
 def peak_rss_mb(pid: int | str = "self") -> float:
-    """Peak memory of a process so far, in MB of 10^6 bytes; 0 for one that has ended.
+    """Peak memory of a process so far, in MB of 10^6 bytes. It is 0 if the process has ended.
 
     VmHWM and not `getrusage`, whose ru_maxrss a process inherits from the one that started it.
     """
@@ -206,7 +206,7 @@ def peak_rss_mb(pid: int | str = "self") -> float:
 
 
 def build_parser(docstring: str, repetitions: int = 3) -> argparse.ArgumentParser:
-    """The flags that all scripts have: --data-dir, --device, --repetitions; `docstring` is the script's."""
+    """The flags that all scripts have: --data-dir, --device, --repetitions. `docstring` is the script's."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=docstring.partition("\n")[0], formatter_class=formatter)
     parser.add_argument("--data-dir", required=True, type=Path, metavar="DIR", help="Multi30k, as for train_8p.py")

@@ -297,7 +297,7 @@ def device(run: logs.Run) -> str:
 
 def cores_of(run: logs.Run) -> int:
     """The cores that a run on a CPU keeps busy."""
-    there, threads = map(int, re.match(r"\S+ CPU, (\d+) cores, (\d+) threads a process", run.device).groups())
+    there, threads = map(int, re.findall(r"(\d+) (?:cores|threads a process)", run.device))
     return min(there, threads * int(run.facts["processes"]))
 
 
@@ -343,7 +343,7 @@ def run_row(row: Row, root: str) -> list[str]:
         mean_and_deviation(float(run.final["chrF"]) for run in runs if "chrF" in run.final),
         mean_and_deviation(run.perplexity for run in runs if run.perplexity),
         mean_and_deviation(run.rate for run in runs),
-        duration(statistics.mean(run.seconds for run in runs)),
+        duration(statistics.mean(run.seconds for run in runs if run.seconds)),
         links(row.logs, root),
     ]
 
@@ -465,7 +465,7 @@ def beams_of_penalties() -> dict[str, list[float]]:
     found: dict[str, list[float]] = {}
     ours, ones = (text_of(path) for path in PENALTIES)
     for title, run in logs.parts(ours, "# .*--length-penalty [0-9.]+ "):
-        penalty = re.search(r"--length-penalty (\S+)", title)[1]
+        penalty = title.partition("--length-penalty ")[2].split()[0]
         found.setdefault(f"{float(penalty):.1f}", []).extend(run.bleus("beam of 10"))
     for _, run in logs.parts(ones, "# .*--beam-size 10$"):
         found.setdefault("1.0", []).extend(run.bleus("beam of 10")[:1])
@@ -523,7 +523,8 @@ def summary(root: str, chinese: bool = False) -> str:
         runs = [read(path) for path in row.logs]
         on = device(runs[0]) if runs[0].facts["device"] != "cpu" else str(cores_of(runs[0]))
         bleus = [mean_and_deviation(b for run in runs for b in run.bleus(kind)) for kind in ("greedy", "beam of 10")]
-        rows.append([name, place.format(on), *bleus, duration(statistics.mean(run.seconds for run in runs), *units)])
+        seconds = statistics.mean(run.seconds for run in runs if run.seconds)
+        rows.append([name, place.format(on), *bleus, duration(seconds, *units)])
     return table(header, rows)
 
 

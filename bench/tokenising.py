@@ -2,9 +2,9 @@
 
     python -m bench.tokenising
 
-Generates a million pairs with `sample/generate.py` (or takes `--data-dir`), and loads them with an empty cache folder
-each time: reading, tokenising, building the vocabularies, writing the cache and checking it. The imports of spaCy and
-torchtext are counted, that of torch is not.
+Generates a million pairs with `sample/generate.py`, or takes `--data-dir`. Each time it loads them with an empty cache
+folder: it reads, tokenises, builds the vocabularies, writes the cache and checks it. The time includes the imports of
+spaCy and torchtext, and excludes that of torch.
 """
 
 import argparse
@@ -26,14 +26,14 @@ print("loaded:", len(corpus.train), time.perf_counter() - start)
 
 
 def generate(folder: Path, pairs: int) -> Path:
-    """Writes a corpus of so many training pairs into `folder`; returns it."""
+    """Writes a corpus of so many training pairs into `folder`, and returns the folder."""
     command = [sys.executable, str(machine.ROOT / "sample" / "generate.py"), f"--pairs={pairs}", f"--out={folder}"]
     subprocess.run(command, check=True)
     return folder
 
 
 def load_command(data_dir: Path, cache_dir: Path | str, workers: int) -> list[str]:
-    """Loads a corpus and prints `loaded:`, its training pairs, and the seconds that it took."""
+    """A command that loads a corpus and prints `loaded:`, the number of training pairs, and the seconds it took."""
     return [sys.executable, "-c", LOAD, str(data_dir.resolve()), str(cache_dir), str(workers)]
 
 

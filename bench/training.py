@@ -28,7 +28,7 @@ PORT = {
 
 
 def measure_port(flags: list[str]) -> tuple[float, float, torch.dtype]:
-    """Runs `train_8p.py --performance` and returns pairs a second, peak memory in MB, and what it computed in."""
+    """Runs `train_8p.py --performance` and returns pairs a second, peak memory in MB, and the dtype."""
     for line in machine.follow([*machine.TRAIN, "--performance", "--recipe", "tuned", *flags]):
         if logs.RUN.match(line.text):
             dtype = getattr(torch, logs.facts_of(line.text)["precision"].partition("/")[0])
@@ -38,12 +38,12 @@ def measure_port(flags: list[str]) -> tuple[float, float, torch.dtype]:
 
 
 def figures(middle: dict[str, float], flops: float, device: str) -> list[tuple[str, float, str]]:
-    """Name, value and what is asked of it, from the medians.
+    """Name, value and goal of each figure.
 
     Args:
-        middle: the medians of what `main` measures.
-        flops: a pair's, from `machine.flops_per_pair`.
-        device: what is asked depends on it.
+        middle: the medians that `main` measures.
+        flops: FLOP of a pair, from `machine.flops_per_pair`.
+        device: "cpu" or "cuda"; the goals depend on it.
     """
     share = {name: middle[name] * flops / (middle[f"GFLOP/s {name}"] * 1e9) for name in ("amp", "fp32")}
     compared = [

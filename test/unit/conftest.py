@@ -20,6 +20,20 @@ needs_multi30k = pytest.mark.skipif(
     not (MULTI30K / "train.de").exists(), reason="Multi30k is not beside this checkout (../shared/data/multi30k)"
 )
 
+FORMER_INITIALISATIONS = getattr(train_8p, "FORMER_INITIALISATIONS", {})  # names of --init in older logs
+
+
+def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:
+    """What the line `flags:` says about a recipe, except where the arguments of a command line or `values` differ."""
+    args = vars(train_8p.build_parser().parse_args(arguments.split()))
+    flags = {flag: value if args[flag] is None else args[flag] for flag, value in train_8p.RECIPES[name].items()}
+    return with_todays_names({flag: str(value) for flag, value in (flags | values).items()})
+
+
+def with_todays_names(flags: dict[str, str]) -> dict[str, str]:
+    """The flags of a log by the names of today."""
+    return flags | {"init": FORMER_INITIALISATIONS.get(flags["init"], flags["init"])}
+
 
 def pytest_collection_finish(session):
     """The simulated NPU is compiled while those tests run that stand before the first one that needs it."""
@@ -146,10 +160,3 @@ def as_nobody():
             os.setresuid(*before)
 
     return nobody
-
-
-def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:
-    """What the line `flags:` says about a recipe, except where the arguments of a command line or `values` differ."""
-    args = vars(train_8p.build_parser().parse_args(arguments.split()))
-    flags = {flag: value if args[flag] is None else args[flag] for flag, value in train_8p.RECIPES[name].items()}
-    return {flag: str(value) for flag, value in (flags | values).items()}

@@ -9,7 +9,7 @@ import train_8p
 from bench import logs, tables
 
 import pytest
-from conftest import REPOSITORY, flags_of_recipe
+from conftest import REPOSITORY, flags_of_recipe, with_todays_names
 
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
 SEARCH = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
@@ -77,7 +77,7 @@ def test_the_rows_of_full_runs_have_the_logs_of_such_runs(row):
         others: dict[str, object] = {"batch_size": 128, "epochs": 1} if run.flags["performance"] == "True" else {}
         if processes > 1:
             others = {"batch_size": train_8p.SHARED_BATCH, "lr": train_8p.tuned_rate(train_8p.SHARED_BATCH)}
-        assert flags_of_recipe(recipe_of(row), **others).items() <= run.flags.items()
+        assert flags_of_recipe(recipe_of(row), **others).items() <= with_todays_names(run.flags).items()
         assert [epoch.number for epoch in run.epochs] == ([] if others.get("epochs") else list(range(10)))
         if "Final Performance images/sec" in run.final:
             assert f"{run.rate:.2f}" == run.final["Final Performance images/sec"]
@@ -85,6 +85,35 @@ def test_the_rows_of_full_runs_have_the_logs_of_such_runs(row):
             assert f"in {half}" not in row.name or run.facts["precision"].startswith(half)
     assert len({run.flags["seed"] for run in runs}) == len(runs)
     assert "seed 2" not in row.name or runs[0].flags["seed"] == "2"
+
+
+def commands_of(section: str) -> list[str]:
+    """The commands of one section of docs/results.md that run training."""
+    lines = RESULTS.partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
+    return [line.strip() for line in lines if line.startswith("    ") and "train_" in line]
+
+
+@pytest.mark.parametrize(
+    ("section", "rows"),
+    [("Multi30k on a CPU", tables.RESULTS), ("One NVIDIA H200", tables.ON_THE_H200)],
+    ids=["cpu", "h200"],
+)
+def test_the_commands_are_those_of_the_rows_in_their_order(section, rows):
+    runs = [tables.read(path) for row in rows for path in row.logs]
+    commands = commands_of(section)
+    if rows is tables.ON_THE_H200:
+        measured, commands = commands[len(runs) :], commands[: len(runs)]
+        batches = [line.split("|")[1].strip() for line in tables.speed_on_the_h200("").splitlines()[2:]]
+        assert [re.search(r" --performance -b (\d+)", command).group(1) for command in measured] == batches
+    for command, run in zip(commands, runs, strict=True):
+        assert run.facts["recipe"] == ("modelzoo" if re.search("--recipe[ =]modelzoo", command) else "tuned")
+        assert run.facts["seed"] == (re.findall(r"--seed (\d+)", command) or ["1234"])[0]
+        assert (run.flags["performance"] == "True") == ("performance" in command)
+        assert (run.facts["processes"] == "8") == ("_8p.sh" in command)
+        in_half = "--amp" in command or ("test/" in command and "must_keep_origin_dtype" not in command)
+        assert run.facts["precision"].endswith("/O2") == in_half
+        for dtype in re.findall(r"--amp-dtype (\w+)", command):
+            assert run.facts["precision"].startswith(dtype)
 
 
 @pytest.mark.parametrize("row", [row for row in RUN_ROWS if "speed alone" not in row.name], ids=ids)
@@ -118,7 +147,7 @@ def test_the_sample_is_trained_at_each_level_of_precision():
     runs += [tables.read(row.logs[0]) for row in tables.SAMPLE]
     assert [run.facts["precision"] for run in runs[4:]] == ["float32/O0", "bfloat16/O2"]
     for run in runs:
-        assert flags_of_recipe("tuned", batch_size=32).items() <= run.flags.items()
+        assert flags_of_recipe("tuned", batch_size=32).items() <= with_todays_names(run.flags).items()
 
 
 def test_the_card_and_the_versions_of_the_h200_are_those_of_its_logs():
@@ -168,7 +197,9 @@ def test_the_rows_of_the_search_have_the_logs_of_runs_with_their_flags(row):
     runs = [tables.read(path) for path in row.logs]
     assert [run.flags["seed"] for run in runs] == [str(seed) for seed in tables.SEEDS[: len(runs)]]
     for run in runs:
-        assert flags_of_recipe("tuned", row.flags, seed=run.flags["seed"]).items() <= run.flags.items()
+        assert (
+            flags_of_recipe("tuned", row.flags, seed=run.flags["seed"]).items() <= with_todays_names(run.flags).items()
+        )
         assert [epoch.number for epoch in run.epochs] == list(range(10))
         if row.logs != tables.TUNED:
             assert run.flags["test_name"] == "val", "its beam is to be that of the validation pairs"

@@ -1,9 +1,10 @@
 """What the sample corpus is for: a model that reads the source learns it, and one that does not, does not."""
 
 import os
-import re
 import subprocess
 import sys
+
+from bench import logs
 
 import pytest
 from conftest import REPOSITORY
@@ -33,7 +34,7 @@ def bleu_of_ten_epochs(tmp_path, *command: str) -> float:
     )
     assert done.returncode == 0, done.stderr
     assert "precision=bfloat16/" in done.stdout or "O0" in command
-    return float(re.search(r"^BLEU score = (.*)$", done.stdout, re.MULTILINE).group(1))
+    return float(logs.parse(done.stdout).final["BLEU score"])
 
 
 @pytest.mark.parametrize("level", ["O0", "O1", "O2", "O3"])
