@@ -34,7 +34,7 @@ from torch import Tensor, nn
 LEVELS = ("O0", "O1", "O2", "O3")
 BACKENDS = ("auto", "apex", "native")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not fill the `out=` of those in gru.py
+APEX_LEVELS = ("O2", "O3")  # its O1 replaces PyTorch's functions, and would not fill the `out=` of those in kernels.py
 BFLOAT16_CAPABILITY = (8, 0)  # of the GPUs that compute in it: Ampere's
 NO_APEX = "ModuleNotFoundError: No module named 'apex'"
 

@@ -88,12 +88,14 @@ def beam_search(
     log_probs[:, 0] = 0.0  # all begin alike: one is enough
     prev_token = src.new_full((batch * beam_size,), sos_index)
     hidden = context.repeat_interleave(beam_size, 0)
-    share, output_share = decoder.rnn.share(batch, context), decoder.output_share(context)
+    context_gates, context_logits = decoder.rnn.context_gates(batch, context), decoder.context_logits(context)
     places = torch.arange(beam_size, device=src.device)
     for step in range(max_len):
-        features, hidden = decoder.read(prev_token, [len(hidden)], hidden, share.repeat_interleave(beam_size, 0))
+        features, hidden = decoder.decode_rows(
+            prev_token, [len(hidden)], hidden, context_gates.repeat_interleave(beam_size, 0)
+        )
         logits = F.linear(features, decoder.fc_out.weight[:, : features.shape[1]]).view(-1, beam_size, vocabulary)
-        logits = (logits + output_share.unsqueeze(1)).float()  # [kept, beam, vocabulary]
+        logits = (logits + context_logits.unsqueeze(1)).float()  # [kept, beam, vocabulary]
         log_probs = log_probs - logits.logsumexp(2)
         leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # -inf, where all have ended, less -inf is nan
         common = common + leading
@@ -117,8 +119,10 @@ def beam_search(
         if len(rows) == 0:
             break
         if len(rows) < len(columns):
-            state = (columns, ids, ended, common, log_probs, share, output_share)
-            columns, ids, ended, common, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
+            state = (columns, ids, ended, common, log_probs, context_gates, context_logits)
+            columns, ids, ended, common, log_probs, context_gates, context_logits = (
+                part.index_select(0, rows) for part in state
+            )
             hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
             prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
     scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each

@@ -1,12 +1,13 @@
-"""Beam search against a plain one: one sentence, one hypothesis, one step at a time."""
+"""Greedy decoding and beam search against plain ones: one sentence, one hypothesis, one step at a time."""
 
 import itertools
 import math
 
 import data
 import gru
-from nmt import search
+from nmt import kernels, search
 
+import plain_model
 import pytest
 import torch
 from torch import nn
@@ -81,6 +82,33 @@ def plain_beam(model, source, beam_size, length_penalty):
     return sorted(done, key=lambda hypothesis: -hypothesis[0])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_equals_one_sentence_at_a_time_whatever_the_batch(seed):
+    torch.manual_seed(seed)
+    model = plain_model.small_model()
+    src, src_len, _, _ = plain_model.small_pairs()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        model.decoder.fc_out.bias[data.EOS] += 2.0  # so that sentences end early, and at different steps
+        expected = [plain_model.plain_greedy(model, src[:, [i]], int(src_len[i]), 9) for i in range(len(src_len))]
+    translations = model.greedy(src, src_len, data.SOS, data.EOS, max_len=9)
+    assert translations.shape == (9, len(src_len))
+    for column, tokens in enumerate(expected):
+        assert translations[:, column].tolist() == tokens + [data.EOS] * (9 - len(tokens))
+
+
+def test_greedy_stops_after_max_len_tokens():
+    torch.manual_seed(0)
+    model = plain_model.small_model()
+    src, src_len, _, _ = plain_model.small_pairs()
+    with torch.no_grad():
+        model.decoder.fc_out.bias[data.EOS] -= 100
+    translations = model.greedy(src, src_len, data.SOS, data.EOS, max_len=5)
+    assert translations.shape == (5, len(src_len))
+    assert not (translations == data.EOS).any()
+
+
 def test_a_beam_of_one_is_greedy(model, sources):
     ids, scores = found_by(model, sources, 1)
     assert torch.equal(ids[:, :, 0], model.greedy(*sources, data.SOS, data.EOS, MAX_LEN))
@@ -106,7 +134,7 @@ def test_a_beam_of_one_is_greedy_where_two_words_all_but_tie(sources, gap):
 def test_all_hypotheses_equal_the_plain_search(model, sources, beam_size, length_penalty, on_accelerator, monkeypatch):
     expected = [plain_beam(model, alone(sources, column), beam_size, length_penalty) for column in range(BATCH)]
     if on_accelerator:
-        monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+        monkeypatch.setattr(kernels, "computes_steps", lambda device: False)
     ids, scores = found_by(model, sources, beam_size, length_penalty=length_penalty, n_best=beam_size)
     assert ids.shape == (MAX_LEN, BATCH, beam_size)
     for column, hypotheses in enumerate(expected):

@@ -619,8 +619,8 @@ def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys
 
 def test_each_step_draws_anew_what_it_reads(tiny_corpus, tmp_path, capsys, monkeypatch):
     drawn = []
-    stretches = gru.stretches
-    monkeypatch.setattr(gru, "stretches", lambda forced: drawn.append(tuple(forced[:4])) or stretches(forced))
+    segments = gru.forced_segments
+    monkeypatch.setattr(gru, "forced_segments", lambda forced: drawn.append(tuple(forced[:4])) or segments(forced))
     flags = ("--epochs", "1", "-b", "4", "--teacher-forcing-ratio", "0.5", "--ckptpath", str(tmp_path / "model"))
     assert run("--data-dir", str(tiny_corpus), *flags, capsys=capsys)[0] == 0
     assert len({decision for decision in drawn if len(set(decision)) == 2}) > 4
