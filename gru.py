@@ -368,14 +368,14 @@ class TrainingLoss(nn.Module):
 
 
 @torch.no_grad()
-def init_modelzoo(model: Seq2Seq) -> None:
+def init_normal(model: Seq2Seq) -> None:
     """Draws every parameter from N(0, 0.01²), as in the original."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.01)
 
 
 @torch.no_grad()
-def init_tuned(model: Seq2Seq) -> None:
+def init_orthogonal(model: Seq2Seq) -> None:
     """Starts each part where a GRU trains well.
 
     Biases are 0, embeddings N(0, 0.1²), the encoder's input weights N(0, 0.05²); each gate's recurrent block is
@@ -411,7 +411,7 @@ def raise_update_gates(model: Seq2Seq, bias: float) -> None:
         rnn.bias_ih_l0.chunk(3)[1].add_(bias)
 
 
-INITIALISATIONS = {"modelzoo": init_modelzoo, "tuned": init_tuned}
+INITIALISATIONS = {"normal": init_normal, "orthogonal": init_orthogonal}
 
 
 def build(

@@ -53,6 +53,8 @@ SHARED_BATCH = 128  # `tuned`'s in all on several devices: the largest that keep
 PERFORMANCE_STEPS = 25
 PERFORMANCE_BATCH = {"npu": 1536, "cuda": 1536, "cpu": 128}  # pairs a device
 
+FORMER_INITIALISATIONS = {"modelzoo": "normal", "tuned": "orthogonal"}  # names in older logs and checkpoints
+
 # Each value can be overruled by the flag of its name.
 RECIPES = {
     # As the published figure was trained.
@@ -70,7 +72,7 @@ RECIPES = {
         "output_dropout": 0.0,
         "label_smoothing": 0.0,
         "average": 0.0,
-        "init": "modelzoo",
+        "init": "normal",
         "update_bias": 0.0,
         "embeddings": "drawn",
         "fixed_length": 46,
@@ -95,7 +97,7 @@ RECIPES = {
         "output_dropout": 0.2,
         "label_smoothing": 0.1,
         "average": 0.2,
-        "init": "tuned",
+        "init": "orthogonal",
         "update_bias": 1.0,
         "embeddings": "cooccurrence",
         "fixed_length": 0,
@@ -178,7 +180,12 @@ def build_parser() -> flags.StrictParser:
         metavar="PART",
         help="validate and keep the weights' average, mostly over the last PART of the steps so far; 0: the last's",
     )
-    group.add_argument("--init", choices=sorted(gru.INITIALISATIONS), help="how weights start")
+    group.add_argument(
+        "--init",
+        type=lambda name: FORMER_INITIALISATIONS.get(name, name),
+        choices=sorted(gru.INITIALISATIONS),
+        help="how weights start",
+    )
     group.add_argument(
         "--update-bias",
         type=flags.decimal,

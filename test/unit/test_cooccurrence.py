@@ -103,7 +103,7 @@ def test_on_the_sample_they_translate_words(sample):
 def model(sample):
     torch.manual_seed(0)
     model = gru.build(len(sample.src_vocab), len(sample.trg_vocab), emb_dim=24, hid_dim=32)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     return model
 
 
@@ -153,7 +153,7 @@ def test_similar_words_start_with_similar_output_weights(sample, model):
 def test_a_vocabulary_smaller_than_the_embedding_keeps_the_other_features(split):
     torch.manual_seed(0)
     model = gru.build(SPECIALS + 7, SPECIALS + 8, emb_dim=16, hid_dim=8)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     before = model.decoder.embedding.weight.detach().clone()
     cooccurrence.start_with(model, split)
     after = model.decoder.embedding.weight.detach()

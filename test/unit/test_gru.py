@@ -125,7 +125,7 @@ def test_by_the_devices_own_kernels_loss_and_every_gradient_are_the_same(model, 
 def test_in_float32_and_bfloat16_loss_and_gradients_are_close_to_float64(dtype, tolerance):
     sizes = (300, 500)
     model = gru.build(*sizes)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     src, trg = (torch.randint(4, size, (length, 16)) for size, length in zip(sizes, (12, 13), strict=True))
     for column in range(16):
         trg[13 - column // 2 :, column] = PAD
@@ -180,18 +180,18 @@ def test_the_published_sizes_have_14_219_781_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == 14_219_781
 
 
-def test_the_modelzoo_start_draws_everything_from_a_narrow_normal():
+def test_the_normal_start_draws_everything_from_a_narrow_normal():
     model = gru.build(300, 300, emb_dim=32, hid_dim=64)
-    gru.init_modelzoo(model)
+    gru.init_normal(model)
     for name, parameter in model.named_parameters():
         assert 0.008 < parameter.std() < 0.012, name
         assert abs(parameter.mean()) < 0.003, name
 
 
-def test_the_tuned_start_is_what_the_recipe_says():
+def test_the_orthogonal_start_is_what_the_recipe_says():
     emb_dim, hid_dim, vocab = 32, 64, 300
     model = gru.build(vocab, vocab, emb_dim=emb_dim, hid_dim=hid_dim)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     assert all((p == 0).all() for name, p in model.named_parameters() if "bias" in name)
     for side in (model.encoder, model.decoder):
         assert 0.09 < side.embedding.weight.std() < 0.11
@@ -206,7 +206,7 @@ def test_the_tuned_start_is_what_the_recipe_says():
 
 def test_raised_update_gates_keep_more_of_the_state():
     model = gru.build(30, 30, emb_dim=4, hid_dim=6)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gru.raise_update_gates(model, 1.5)
     for name, parameter in model.named_parameters():

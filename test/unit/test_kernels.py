@@ -129,7 +129,7 @@ def nan_memory():
 def test_no_gradient_depends_on_undefined_memory(dtype, nan_memory):
     """With a vocabulary whose rows end inside a block of the processor's matrix instructions."""
     model = gru.build(30, 500, emb_dim=32, hid_dim=32)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     src, trg = (torch.randint(4, size, (12, 16)) for size in (30, 500))
     model = model.to(dtype)
     loss = gru.TrainingLoss(model, 0.1)(make_batch(src, torch.full((16,), 12), trg), 1.0)

@@ -118,7 +118,8 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
 def flags_of(log: str) -> dict[str, str]:
     """What the one run of a log ran with."""
     (line,) = re.findall(r"^flags: (.*)$", log, re.MULTILINE)
-    return dict(flag.split("=", 1) for flag in line.split(" ") if "=" in flag)
+    flags = dict(flag.split("=", 1) for flag in line.split(" ") if "=" in flag)
+    return flags | {"init": train_8p.FORMER_INITIALISATIONS.get(flags.get("init"), flags.get("init"))}
 
 
 def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:

@@ -264,12 +264,17 @@ def test_a_flag_beside_the_recipe_wins():
         assert name == "lr" or getattr(args, name) == value
 
 
+def test_the_former_names_of_the_initialisations_are_taken():
+    for former, name in (("modelzoo", "normal"), ("tuned", "orthogonal")):
+        assert resolved(29000, "--init", former).init == resolved(29000, "--init", name).init == name
+
+
 def test_the_modelzoo_recipe_is_the_published_one():
     args = resolved(29000, "--recipe", "modelzoo", "--amp", kind="npu")
     assert (args.batch_size, args.optimizer, args.lr, args.schedule) == (512, "adam", 0.003, "constant")
     assert (args.teacher_forcing_ratio, args.fixed_length, args.clip, args.loss_scale) == (0.5, 46, 0, 32)
     assert (args.init, args.batching, args.last_batch, args.best, args.epochs) == (
-        "modelzoo",
+        "normal",
         "random",
         "drop",
         "loss",
@@ -560,7 +565,7 @@ PLAIN = {
     "output_dropout": 0.0,
     "label_smoothing": 0.0,
     "average": 0.0,
-    "init": "modelzoo",
+    "init": "normal",
     "update_bias": 0.0,
     "embeddings": "drawn",
     "fixed_length": 0,
@@ -583,7 +588,7 @@ OTHER = {
     "output_dropout": 0.5,
     "label_smoothing": 0.1,
     "average": 0.5,
-    "init": "tuned",
+    "init": "orthogonal",
     "update_bias": 1.0,
     "embeddings": "cooccurrence",
     "fixed_length": 12,
