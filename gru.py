@@ -21,10 +21,10 @@ next.
 
 from __future__ import annotations
 
+import math
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from nmt import kernels
 from nmt.kernels import GRU, Dropout, output_loss, step_rows
 
 import torch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Encoder(nn.Module):
-    """Reads the source; its last hidden state is the context.
+    """Reads the source. Its last hidden state is the context.
 
     Args:
         input_dim: source vocabulary size.
@@ -73,16 +73,15 @@ class Encoder(nn.Module):
         Args:
             tokens: [rows] token ids.
             rows_per_step: the steps' numbers of rows.
-            last: [batch] the row of each sentence's last token. The state of a one-way GRU does not depend on what
-                follows, so the state there is what a packed sequence would give; NPUs have no packed sequences.
+            last: [batch] the row of each sentence's last token. The GRU runs one way, so the state there does not
+                depend on what follows. A packed sequence would give the same, but NPUs have none.
 
         Returns:
             [batch, hid dim] the context, in the order of `last`.
         """
         embedded = self.dropout(self.embedding(tokens))  # [rows, emb dim]
-        outputs = self.rnn.run(
-            embedded, rows_per_step, None, self.rnn.context_gates(rows_per_step[0])
-        )  # [rows, hid dim]
+        context_gates = self.rnn.context_gates(rows_per_step[0])  # no context: the biases alone
+        outputs = self.rnn.run(embedded, rows_per_step, None, context_gates)  # [rows, hid dim]
         return outputs.index_select(0, last)
 
 
@@ -94,7 +93,7 @@ class Decoder(nn.Module):
         emb_dim: size of the embeddings.
         hid_dim: size of the hidden state and of the context.
         dropout: dropout probability on the embeddings.
-        output_dropout: dropout probability on [e_t ; h_t] in front of the output layer; the context is left whole.
+        output_dropout: dropout probability on [e_t ; h_t] in front of the output layer. The context is left whole.
     """
 
     def __init__(self, output_dim: int, emb_dim: int, hid_dim: int, dropout: float, output_dropout: float = 0.0):
@@ -105,6 +104,21 @@ class Decoder(nn.Module):
         self.dropout = Dropout(dropout)
         self.output_dropout = Dropout(output_dropout)
 
+    def forward(self, prev_token: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """One step.
+
+        Args:
+            prev_token: [batch] token ids.
+            hidden: [1, batch, hid dim].
+            context: [1, batch, hid dim].
+
+        Returns:
+            logits [batch, output dim] and hidden [1, batch, hid dim].
+        """
+        context_gates = self.rnn.context_gates(len(prev_token), context[0])
+        features, hidden = self.decode_rows(prev_token, [len(prev_token)], hidden[0], context_gates)
+        return self.logits(features, context[0]), hidden.unsqueeze(0)
+
     def decode_rows(
         self, tokens: Tensor, rows_per_step: list[int], hidden: Tensor, context_gates: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -114,7 +128,7 @@ class Decoder(nn.Module):
             tokens: [rows] token ids, step by step.
             rows_per_step: the steps' numbers of rows.
             hidden: [rows_per_step[0], hid dim] the hidden state before the first of them.
-            context_gates: [at least rows_per_step[0], ...] the context's, from `rnn.context_gates`.
+            context_gates: [at least rows_per_step[0], ...] from `rnn.context_gates`.
 
         Returns:
             features [rows, emb dim + hid dim], which is [e_t ; h_t] after dropout, and
@@ -138,28 +152,40 @@ class Decoder(nn.Module):
         return self.fc_out(torch.cat((features, context), dim=-1))
 
     def context_logits(self, context: Tensor) -> Tensor:
-        """What the context, [batch, hid dim], and the bias add to the logits: [batch, output dim]."""
+        """The context's part of the logits, and the bias: [batch, output dim] for a context of [batch, hid dim]."""
         return F.linear(context, self.fc_out.weight[:, -context.shape[1] :], self.fc_out.bias)
 
-    def most_probable(self, features: Tensor, context_logits: Tensor) -> Tensor:
-        """The most probable tokens: [rows] ids for features [rows, emb dim + hid dim] and their `context_logits`."""
-        weight = self.fc_out.weight[:, : features.shape[1]]
-        return (context_logits + F.linear(features, weight)).argmax(dim=1)
-
-    def forward(self, prev_token: Tensor, hidden: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """One step.
+    def sum_logits(self, features: Tensor, context_logits: Tensor) -> Tensor:
+        """The same as `logits`, where the context's part is at hand.
 
         Args:
-            prev_token: [batch] token ids.
-            hidden: [1, batch, hid dim].
-            context: [1, batch, hid dim].
+            features: [..., emb dim + hid dim] from `decode_rows`.
+            context_logits: [..., output dim] from `context_logits`, for each row of `features`.
 
         Returns:
-            logits [batch, output dim] and hidden [1, batch, hid dim].
+            [..., output dim] logits.
         """
-        batch = len(prev_token)
-        features, hidden = self.decode_rows(prev_token, [batch], hidden[0], self.rnn.context_gates(batch, context[0]))
-        return self.logits(features, context[0]), hidden.unsqueeze(0)
+        return context_logits + F.linear(features, self.fc_out.weight[:, : features.shape[-1]])
+
+    def most_probable(self, features: Tensor, context_logits: Tensor) -> Tensor:
+        """The most probable tokens: [rows] ids, of the logits that `sum_logits` gives."""
+        return self.sum_logits(features, context_logits).argmax(dim=1)
+
+
+class Memory(NamedTuple):
+    """Decoding keeps this of the source sentences. It does not change from step to step.
+
+    Attributes:
+        context_gates: [sentences, ...] from the decoder's `rnn.context_gates`.
+        context_logits: [sentences, output dim] from `Decoder.context_logits`.
+    """
+
+    context_gates: Tensor
+    context_logits: Tensor
+
+    def select(self, rows: Tensor) -> Memory:
+        """The memory of these sentences: [selected] int64 row numbers."""
+        return Memory(*(part.index_select(0, rows) for part in self))
 
 
 class Seq2Seq(nn.Module):
@@ -187,7 +213,7 @@ class Seq2Seq(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the weights."""
         return self.encoder.embedding.weight.device
 
     def forward(
@@ -195,17 +221,17 @@ class Seq2Seq(nn.Module):
     ) -> Tensor:
         """Logits of every position of a padded batch.
 
-        After each step one number is drawn for the whole batch from Python's `random`; if it is below
-        `teacher_forcing_ratio` the next step reads the reference, else this step's argmax.
+        After each step one number is drawn for the whole batch from Python's `random`. If it is below
+        `teacher_forcing_ratio`, the next step reads the reference, otherwise this step's argmax.
 
         Args:
             src: [src len, batch] token ids.
             trg: [trg len, batch] token ids, `<sos>` in row 0.
             teacher_forcing_ratio: probability of reading the reference.
-            src_len: [batch] lengths of the sources; without it the encoder reads the padding too.
+            src_len: [batch] lengths of the sources. Without it the encoder reads the padding too.
 
         Returns:
-            [trg len, batch, output dim] logits; row t predicts trg[t], row 0 is zeros.
+            [trg len, batch, output dim] logits. Row t predicts trg[t], row 0 is zeros.
         """
         context = self.encoder(src, src_len)  # [1, batch, hid dim]
         steps, batch = len(trg) - 1, trg.shape[1]
@@ -216,7 +242,7 @@ class Seq2Seq(nn.Module):
         return torch.cat((logits.new_zeros(1, *logits.shape[1:]), logits))  # [trg len, batch, output dim]
 
     def features(self, trg: Tensor, rows_per_step: list[int], context: Tensor, teacher_forcing_ratio: float) -> Tensor:
-        """What the output layer reads, at all steps.
+        """The output layer's input at all steps, without the context.
 
         Args:
             trg: [rows] the reference's token before each step, step by step: `<sos>` at the first.
@@ -227,7 +253,7 @@ class Seq2Seq(nn.Module):
         Returns:
             [rows, emb dim + hid dim].
         """
-        # All draws come first. Draw t decides what step t + 1 reads; the last one is made and unused.
+        # All draws come first. Draw t decides what step t + 1 reads. The last one is made and unused.
         forced = [random.random() < teacher_forcing_ratio for _ in rows_per_step]
         context_gates = self.decoder.rnn.context_gates(len(context), context)
         segments = forced_segments(forced)
@@ -250,74 +276,47 @@ class Seq2Seq(nn.Module):
             features.append(segment)
         return torch.cat(features)
 
-    @torch.no_grad()
-    def greedy(self, src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50) -> Tensor:
-        """Translates a batch, at each step taking the most probable token.
-
-        Sentences that have ended are dropped, see `rows_to_keep`.
+    def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
+        """Begins to decode. See `step`.
 
         Args:
             src: [src len, batch] token ids.
             src_len: [batch] lengths of the sources.
-            sos_index: id of `<sos>`.
-            eos_index: id of `<eos>`.
-            max_len: most tokens a translation has.
 
         Returns:
-            [max len, batch] token ids; from a sentence's end on, `<eos>`.
+            memory of the batch's sentences, and hidden [batch, hid dim].
         """
         context = self.encoder(src, src_len)[0]  # [batch, hid dim]
-        translations = src.new_full((max_len, len(context)), eos_index)
-        # Of the sentences that are not dropped, here and below [kept, ...]:
-        columns = torch.arange(len(context), device=src.device)
-        prev_token = src.new_full((len(context),), sos_index)
-        hidden = context
-        context_gates, context_logits = (
-            self.decoder.rnn.context_gates(len(context), context),
-            self.decoder.context_logits(context),
-        )
-        ended = torch.zeros_like(columns, dtype=torch.bool)
-        for step in range(max_len):
-            features, hidden = self.decoder.decode_rows(prev_token, [len(columns)], hidden, context_gates)
-            prev_token = self.decoder.most_probable(features, context_logits).masked_fill(ended, eos_index)
-            translations[step, columns] = prev_token
-            ended = prev_token == eos_index
-            rows = rows_to_keep(ended)
-            if len(rows) == 0:
-                break
-            if len(rows) < len(columns):
-                state = (columns, prev_token, ended, hidden, context_gates, context_logits)
-                columns, prev_token, ended, hidden, context_gates, context_logits = (
-                    part.index_select(0, rows) for part in state
-                )
-        return translations
+        context_gates = self.decoder.rnn.context_gates(len(context), context)
+        return Memory(context_gates, self.decoder.context_logits(context)), context
 
+    def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Decodes one step. A sentence may have several hypotheses. Their rows stand together.
 
-def rows_to_keep(ended: Tensor) -> Tensor:
-    """The sentences that decoding goes on with: those that have not ended, and where few distinct shapes are wanted so
-    many others that the batch is only ever halved.
+        Args:
+            prev_token: [rows] token ids, `<sos>` at the first step.
+            hidden: [rows, hid dim].
+            memory: of the sentences. Rows are a multiple of them, as many for each.
 
-    Args:
-        ended: [kept] bool. Waits for the device.
-
-    Returns:
-        [at most kept] int64 their rows, those that go on first; none where all have ended.
-    """
-    going = len(ended) - int(ended.sum())
-    kept = going if kernels.computes_steps(ended.device) or going == 0 else len(ended)
-    while kept // 2 >= going > 0:
-        kept //= 2
-    return ended.int().argsort(stable=True)[:kept]
+        Returns:
+            logits [rows, output dim] and hidden [rows, hid dim].
+        """
+        sentences, rows = len(memory.context_gates), len(prev_token)
+        context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
+        features, hidden = self.decoder.decode_rows(prev_token, [rows], hidden, context_gates)
+        features = features.view(sentences, rows // sentences, -1)  # [sentences, hypotheses, emb dim + hid dim]
+        logits = self.decoder.sum_logits(features, memory.context_logits.unsqueeze(1))
+        return logits.flatten(0, 1), hidden
 
 
 def forced_segments(forced: list[bool]) -> list[tuple[int, int]]:
-    """Cuts the steps 0 .. len(forced) - 1 into stretches that one GRU call can read.
+    """Cuts the steps 0 .. len(forced) - 1 into segments that one GRU call can read.
 
     Args:
         forced: forced[t] says whether step t + 1 reads the reference.
 
     Returns:
-        (first step, step after the last) of each stretch. Within a stretch every step but the first reads the
+        (first step, step after the last) of each segment. Within a segment every step but the first reads the
         reference.
 
     >>> forced_segments([True, False, True, True])
@@ -328,7 +327,7 @@ def forced_segments(forced: list[bool]) -> list[tuple[int, int]]:
 
 
 class TrainingLoss(nn.Module):
-    """A model and its loss as one module: `DistributedDataParallel` hooks `forward` alone.
+    """A model and its loss as one module, because `DistributedDataParallel` hooks `forward` alone.
 
     Args:
         model: the `Seq2Seq` to train.
@@ -367,6 +366,9 @@ class TrainingLoss(nn.Module):
         )
 
 
+# ---------------------------------------------------------------- the first weights
+
+
 @torch.no_grad()
 def init_normal(model: Seq2Seq) -> None:
     """Draws every parameter from N(0, 0.01²), as in the original."""
@@ -376,12 +378,12 @@ def init_normal(model: Seq2Seq) -> None:
 
 @torch.no_grad()
 def init_orthogonal(model: Seq2Seq) -> None:
-    """Starts each part where a GRU trains well.
+    """Draws each part so that a GRU trains well.
 
-    Biases are 0, embeddings N(0, 0.1²), the encoder's input weights N(0, 0.05²); each gate's recurrent block is
-    orthogonal (Saxe et al. 2014, arXiv 1312.6120); the decoder's input and output weights are Xavier uniform (Glorot
-    and Bengio 2010), the columns for the context as a matrix of their own: as one matrix with the others they would
-    start smaller than their fan-in asks for.
+    Biases are 0. Embeddings are N(0, 0.1²), the encoder's input weights N(0, 0.05²). Each gate's recurrent block is
+    orthogonal (Saxe et al. 2014, arXiv 1312.6120). The decoder's input and output weights are Xavier uniform (Glorot
+    and Bengio 2010), the context's columns as a matrix of their own. As one matrix with the others they would be
+    smaller than their fan-in asks for.
     """
     encoder, decoder = model.encoder, model.decoder
     for name, parameter in model.named_parameters():
@@ -399,19 +401,47 @@ def init_orthogonal(model: Seq2Seq) -> None:
         nn.init.xavier_uniform_(weight[:, own:])
 
 
+INITIALISATIONS = {"normal": init_normal, "orthogonal": init_orthogonal}
+
+
 @torch.no_grad()
 def raise_update_gates(model: Seq2Seq, bias: float) -> None:
     """Adds `bias` to the biases of the update gates, z, of both GRUs.
 
-    At 1 a state keeps about three quarters of itself in a step, at 0 half, so that at the start the sentence's first
-    words reach its context. Source: Jozefowicz, Zaremba and Sutskever 2015, "An Empirical Exploration of Recurrent
+    At 1 a state keeps about three quarters of itself in a step, at 0 half. So the sentence's first words reach the
+    context from the start. Source: Jozefowicz, Zaremba and Sutskever 2015, "An Empirical Exploration of Recurrent
     Network Architectures", who do it to the LSTM's forget gate.
     """
     for rnn in (model.encoder.rnn, model.decoder.rnn):
         rnn.bias_ih_l0.chunk(3)[1].add_(bias)
 
 
-INITIALISATIONS = {"normal": init_normal, "orthogonal": init_orthogonal}
+@torch.no_grad()
+def use_vectors(model: Seq2Seq, src_vectors: Tensor, trg_vectors: Tensor) -> None:
+    """Puts words' vectors in the place of drawn ones, in both embeddings and in the output layer.
+
+    The output layer gets the target's vectors projected at random. So the weights of similar words begin similar, those
+    for the hidden state and those for the context. The drawn weights decide the scale. A word without a vector keeps
+    its row, and the features beyond the vectors' stay as drawn. Draws from PyTorch's random generator.
+
+    Args:
+        model: on the CPU, its weights drawn.
+        src_vectors, trg_vectors: [input dim, features] and [output dim, features] rows of length 1, or of zeros for a
+            word without a vector. At most emb dim features. `nmt.cooccurrence.embeddings` makes such.
+    """
+    encoder, decoder = model.encoder, model.decoder
+    for table, vectors in ((encoder.embedding.weight, src_vectors), (decoder.embedding.weight, trg_vectors)):
+        known, features = vectors.any(dim=1), vectors.shape[1]
+        table[known, :features] = vectors[known] * table.std() * math.sqrt(features)
+    known, features = trg_vectors.any(dim=1), trg_vectors.shape[1]
+    hid_dim = decoder.rnn.hidden_size
+    for block in decoder.fc_out.weight[:, -2 * hid_dim :].split(hid_dim, dim=1):  # of the hidden state, of the context
+        projected = (trg_vectors @ nn.init.orthogonal_(torch.empty(features, hid_dim)))[known]
+        if projected.numel() > 1 and projected.std() > 0:  # otherwise they have no scale
+            block[known] = projected * (block.std() / projected.std())
+
+
+# ---------------------------------------------------------------- building
 
 
 def build(
@@ -424,15 +454,71 @@ def build(
     output_dropout: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Seq2Seq:
-    """The whole model; its sizes default to the published ones.
+    """The whole model. Its sizes default to the published ones.
 
     Args:
         input_dim, output_dim: source and target vocabulary sizes.
         emb_dim: size of the embeddings.
         hid_dim: size of the hidden states and of the context.
-        dropout, output_dropout: as in `Decoder`; the encoder takes the former.
-        device: where the model is to be.
+        dropout, output_dropout: as in `Decoder`. The encoder takes the former.
+        device: the model's device.
     """
     encoder = Encoder(input_dim, emb_dim, hid_dim, dropout)
     decoder = Decoder(output_dim, emb_dim, hid_dim, dropout, output_dropout)
     return Seq2Seq(encoder, decoder, torch.device(device))
+
+
+def sizes_of(state_dict: dict[str, Tensor]) -> dict[str, int]:
+    """The sizes that a state dict of this model was made with, read from its shapes.
+
+    Returns:
+        input_dim, output_dim, emb_dim and hid_dim, for `build` or `restore`.
+
+    Raises:
+        ValueError: a key or a number of dimensions is not this model's.
+    """
+    expected = build(1, 1, emb_dim=1, hid_dim=1).state_dict()
+    check_names(state_dict, expected)
+    for name, tensor in state_dict.items():
+        if tensor.dim() != expected[name].dim():
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, expected {expected[name].dim()}")
+    input_dim, emb_dim = state_dict["encoder.embedding.weight"].shape
+    return {
+        "input_dim": input_dim,
+        "output_dim": len(state_dict["decoder.embedding.weight"]),
+        "emb_dim": emb_dim,
+        "hid_dim": state_dict["encoder.rnn.weight_hh_l0"].shape[1],
+    }
+
+
+def restore(state_dict: dict[str, Tensor], sizes: dict[str, int], device: torch.device | str = "cpu") -> Seq2Seq:
+    """A model with these weights, ready to translate: in evaluation mode, without dropout.
+
+    Args:
+        state_dict: name → tensor.
+        sizes: input_dim, output_dim, emb_dim and hid_dim.
+        device: the model's device.
+
+    Raises:
+        ValueError: a name or a shape is not that of a model of these sizes.
+    """
+    model = build(**sizes, device=device)
+    expected = model.state_dict()
+    check_names(state_dict, expected)
+    for name, tensor in state_dict.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+    model.load_state_dict(state_dict)
+    return model.eval()
+
+
+def check_names(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises a ValueError unless the keys are the expected ones and all values are tensors."""
+    for name in expected:
+        if name not in state_dict:
+            raise ValueError(f"{name} is missing")
+    for name, tensor in state_dict.items():
+        if name not in expected:
+            raise ValueError(f"{name} is none of this model's: {', '.join(expected)}")
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is of type {type(tensor).__name__}, expected a tensor")

@@ -7,7 +7,7 @@ import data
 import gru
 from nmt import kernels
 from nmt.devices import World
-from nmt.search import beam_search
+from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
@@ -86,7 +86,7 @@ def translate(
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         if beam_size == 1:
-            found = model.greedy(tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
+            found = greedy(model, tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
         else:
             options = {"beam_size": beam_size, "max_len": MAX_LENGTH, "length_penalty": length_penalty}
             found = beam_search(model, tokens, lengths, data.SOS, data.EOS, **options).ids[:, :, 0]

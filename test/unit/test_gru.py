@@ -4,7 +4,7 @@ import copy
 import random
 
 import gru
-from nmt import kernels
+from nmt import kernels, search
 
 import plain_model
 import pytest
@@ -116,7 +116,7 @@ def test_by_the_devices_own_kernels_loss_and_every_gradient_are_the_same(model, 
         monkeypatch.setattr(kernels, "computes_steps", lambda device, ours=ours: ours)
         random.seed(3)
         loss = gru.TrainingLoss(model, 0.1)(batch, ratio)
-        results.append((loss, gradients(loss, model), model.greedy(src, src_len, SOS, EOS, max_len=9)))
+        results.append((loss, gradients(loss, model), search.greedy(model, src, src_len, SOS, EOS, max_len=9)))
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
 
 
@@ -225,3 +225,47 @@ def test_raised_update_gates_keep_more_of_the_state():
 def test_hidden_sizes_that_differ_are_refused():
     with pytest.raises(ValueError, match="hidden size"):
         gru.Seq2Seq(gru.Encoder(5, 2, 3, 0.0), gru.Decoder(5, 2, 4, 0.0), torch.device("cpu"))
+
+
+SIZES = {"input_dim": 13, "output_dim": 11, "emb_dim": 5, "hid_dim": 7}
+
+
+@pytest.fixture
+def state(model):
+    return model.state_dict()
+
+
+def test_a_restored_model_translates_as_the_one_that_was_saved(model, pairs, state):
+    src, src_len, trg, _ = pairs
+    restored = gru.restore({name: tensor.float() for name, tensor in state.items()}, SIZES)
+    assert not restored.training
+    assert restored.device == torch.device("cpu")
+    expected = model.float().eval()(src, trg, 1.0, src_len)
+    assert torch.equal(restored(src, trg, 1.0, src_len), expected)
+
+
+def test_the_sizes_are_read_from_the_shapes(state):
+    assert gru.sizes_of(state) == SIZES
+
+
+@pytest.mark.parametrize("read", [gru.sizes_of, lambda state: gru.restore(state, SIZES)])
+def test_a_state_dict_with_other_keys_is_refused(state, read):
+    without = {name: tensor for name, tensor in state.items() if name != "decoder.fc_out.bias"}
+    with pytest.raises(ValueError, match=r"^decoder\.fc_out\.bias is missing$"):
+        read(without)
+    with pytest.raises(ValueError, match=r"^attention\.weight is none of this model's: encoder\.embedding\.weight, "):
+        read(state | {"attention.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"^decoder\.fc_out\.bias is of type list, expected a tensor$"):
+        read(state | {"decoder.fc_out.bias": [0.0] * 11})
+
+
+def test_sizes_are_not_read_from_tensors_of_other_dimensions(state):
+    with pytest.raises(ValueError, match=r"^encoder\.embedding\.weight has 1 dimensions, expected 2$"):
+        gru.sizes_of(state | {"encoder.embedding.weight": torch.zeros(13)})
+
+
+def test_a_tensor_that_does_not_fit_the_sizes_is_named_with_both_shapes(state):
+    with pytest.raises(ValueError, match=r"^decoder\.rnn\.bias_hh_l0 has shape \[18\], expected \[21\]$"):
+        gru.restore(state | {"decoder.rnn.bias_hh_l0": torch.zeros(18)}, SIZES)
+    with pytest.raises(ValueError, match=r"^encoder\.embedding\.weight has shape \[13, 5\], expected \[14, 5\]$"):
+        gru.restore(state, SIZES | {"input_dim": 14})

@@ -103,7 +103,7 @@ def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
     ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
     monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
-    monkeypatch.setattr(type(model), "greedy", lambda self, src, *rest: ids.expand(4, src.shape[1]))
+    monkeypatch.setattr(scoring, "greedy", lambda model, src, *rest: ids.expand(4, src.shape[1]))
     assert scoring.translate(model, split.src, VOCAB, World()) == [["a", "b"]] * 3
 
 
