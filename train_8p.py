@@ -572,7 +572,9 @@ def first_model(args: argparse.Namespace, world: devices.World, corpus: data.Cor
     gru.INITIALISATIONS[args.init](model)
     gru.raise_update_gates(model, args.update_bias)
     if args.embeddings == "cooccurrence" and world.is_main:
-        cooccurrence.start_with(model, corpus.train)
+        sides = [(side.ids, side.offsets) for side in (corpus.train.src, corpus.train.trg)]
+        types = len(corpus.src_vocab), len(corpus.trg_vocab)
+        gru.use_vectors(model, *cooccurrence.embeddings(*sides, *types, args.emb_dim))
     return model
 
 
