@@ -235,17 +235,21 @@ class Parrot:
         return logits, hidden + 1
 
 
-PARROT_SRC = torch.tensor([[4, 5, 6], [6, data.EOS, 5], [5, data.PAD, 4], [data.EOS, data.PAD, 6], [0, 0, data.EOS]])
+E = data.EOS
+PARROT_SRC = torch.tensor([[4, 5, 6], [6, E, 5], [5, E, 4], [E, E, 6], [E, E, E]])  # [src len, batch]
 
 
 @pytest.mark.parametrize("on_accelerator", [False, True])
 def test_a_model_needs_start_step_and_select_alone(on_accelerator, monkeypatch):
     if on_accelerator:
         monkeypatch.setattr(kernels, "computes_steps", lambda device: False)
-    expected = [[4, 6, 5, data.EOS], [5, data.EOS], [6, 5, 4, 6, data.EOS]]
-    arguments = (Parrot(), PARROT_SRC, torch.tensor([4, 2, 5]), data.SOS, data.EOS)
-    greedy = search.greedy(*arguments, max_len=7)
-    ids, scores = search.beam_search(*arguments, beam_size=3, max_len=7, length_penalty=0.0)
+    kept, select = [], Parrot.Memory.select
+    monkeypatch.setattr(Parrot.Memory, "select", lambda self, rows: kept.append(len(rows)) or select(self, rows))
+    expected = [[4, 6, 5, E], [5, E], [6, 5, 4, 6, E]]
+    arguments = (Parrot(), PARROT_SRC, torch.tensor([4, 2, 5]), data.SOS, E)
+    greedy = search.greedy(*arguments, max_len=9)
+    ids, scores = search.beam_search(*arguments, beam_size=3, max_len=9, length_penalty=0.0)
+    assert kept == ([1, 1] if on_accelerator else [2, 1, 2, 1])
     for column, tokens in enumerate(expected):
         assert tokens_of(greedy[:, column]) == tokens_of(ids[:, column, 0]) == tokens
         assert scores[column, 0].item() == pytest.approx(len(tokens) * math.log(2 / 3), abs=1e-5)
