@@ -420,7 +420,7 @@ class Loader:
         resident_bytes: int = 1 << 30,
         padded: bool | None = None,
     ):
-        self._split, self._device, self._fixed_length = split, torch.device(device), fixed_length
+        self.split, self._device, self._fixed_length = split, torch.device(device), fixed_length
         self._padded = self._device.type != "cpu" if padded is None else padded
         ids = split.src.ids, split.trg.ids
         self._is_resident = sum(each.nbytes for each in ids) <= resident_bytes
@@ -429,8 +429,8 @@ class Loader:
     def __call__(self, indices: torch.Tensor) -> Batch:
         """The batch of the pairs `indices`, [batch] int64 on the CPU. They may be empty, as in `make_batch`."""
         if not self._padded:
-            return make_batch(self._split, indices, fixed_length=self._fixed_length)
-        plan = _plan(self._split, indices, self._fixed_length, LENGTH_STEP)
+            return make_batch(self.split, indices, fixed_length=self._fixed_length)
+        plan = _plan(self.split, indices, self._fixed_length, LENGTH_STEP)
         if self._is_resident:
             return _padded_batch(plan._replace(spans=self._send(plan.spans)), *self._ids)
         batch = _padded_batch(plan, *self._ids)

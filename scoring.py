@@ -10,11 +10,11 @@ import gru
 from nmt.checkpoint import Checkpoint
 from nmt.distributed import World
 from nmt.errors import UserError
+from nmt.kernels import computes_steps
 from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
-from nmt.kernels import computes_steps
 
 MAX_LENGTH = 50  # most tokens of a translation, as in the original
 BATCH_SIZE = 256

@@ -541,7 +541,7 @@ def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Se
     return model
 
 
-FORMER_NAMES = {"modelzoo": "normal", "tuned": "orthogonal"}  # of --init's values
+FORMER_INITIALISATIONS = {"modelzoo": "normal", "tuned": "orthogonal"}  # of --init's values
 
 
 def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: int) -> Settings:
@@ -567,7 +567,7 @@ def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: i
     # The few steps of a performance run are not there to learn, whatever its batch is.
     if settings.lr is None and settings.recipe == "tuned" and not settings.performance:
         values["lr"] = tuned_rate(values["batch_size"])
-    values["init"] = FORMER_NAMES.get(values["init"], values["init"])
+    values["init"] = FORMER_INITIALISATIONS.get(values["init"], values["init"])
     values |= {"opt_level": mixed.level, "loss_scale": mixed.loss_scale}
     values |= {"amp_dtype": mixed.dtype_name, "amp_backend": mixed.backend}
     return replace(settings, **values)

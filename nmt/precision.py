@@ -35,10 +35,8 @@ from torch import Tensor, nn
 LEVELS = ("O0", "O1", "O2", "O3")
 AMP_BACKENDS = ("auto", "apex", "native")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-APEX_LEVELS = (
-    "O2",
-    "O3",
-)  # apex's O1 replaces PyTorch's functions, and would ignore the `out=` of our GRU
+# apex's O1 replaces PyTorch's functions, and would ignore the `out=` of those in kernels.py.
+APEX_LEVELS = ("O2", "O3")
 BFLOAT16_CAPABILITY = (8, 0)  # GPUs compute in bfloat16 from Ampere on
 NO_APEX = "ModuleNotFoundError: No module named 'apex'"
 

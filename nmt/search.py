@@ -1,35 +1,47 @@
-"""Beam search: several hypotheses a sentence, all sentences of a batch at once.
+"""Decoding: greedy, and beam search with several hypotheses a sentence. All sentences of a batch are decoded at once.
 
-Source: Sutskever, Vinyals and Le 2014, "Sequence to Sequence Learning with Neural Networks", arXiv 1409.3215, where a
-hypothesis that ends is taken out of the beam and kept; here the beam is one narrower from then on. Hypotheses of
-different lengths are compared as in Wu et al. 2016, arXiv 1609.08144, equation 14, but by a plain power of the length:
+Both know three calls of a model and nothing else of it:
 
-    score = log P(hypothesis | source) / length ** length_penalty
+    memory, hidden = model.start(src, src_len)                # what decoding keeps of the source; the first state
+    logits, hidden = model.step(prev_token, hidden, memory)   # [rows, vocabulary], [rows, hid dim]
+    memory = memory.select(rows)                              # the sentences that go on
 
-A hypothesis's length counts its `<eos>`, as its probability does.
-
-A long sum of log probabilities has fewer digits left than the logits, which greedy decoding compares. So it is held in
-two parts, one that a sentence's hypotheses have in common and one that is 0 for the leading one, and only the second is
-compared.
+A sentence may have several rows, which stand together. Memory has one row for each sentence.
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import gru
+from nmt import kernels
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 LOWEST = torch.finfo(torch.float32).min
+
+
+class Memory(Protocol):
+    """Decoding keeps this of the source sentences."""
+
+    def select(self, rows: Tensor) -> "Memory":
+        """The memory of these sentences: [selected] int64 row numbers."""
+
+
+class Translator(Protocol):
+    """A model that can be decoded, in evaluation mode."""
+
+    def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
+        """The memory and the first hidden state, [batch, hid dim], of src [src len, batch] with lengths [batch]."""
+
+    def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """The logits, [rows, vocabulary], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
 
 
 class Hypotheses(NamedTuple):
     """Translations of a batch, each sentence's best one first.
 
     Attributes:
-        ids: [max len, batch, n best] token ids; from a hypothesis's end on, `<eos>`.
+        ids: [max len, batch, n best] token ids. From a hypothesis's end on, `<eos>`.
         scores: [batch, n best] float32.
     """
 
@@ -38,8 +50,48 @@ class Hypotheses(NamedTuple):
 
 
 @torch.no_grad()
+def greedy(
+    model: Translator, src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50
+) -> Tensor:
+    """Translates a batch. Each step takes the most probable token.
+
+    Sentences that have ended are dropped, see `rows_to_keep`.
+
+    Args:
+        model: in evaluation mode.
+        src: [src len, batch] token ids.
+        src_len: [batch] lengths of the sources.
+        sos_index: id of `<sos>`.
+        eos_index: id of `<eos>`.
+        max_len: most tokens a translation has.
+
+    Returns:
+        [max len, batch] token ids. From a sentence's end on, `<eos>`.
+    """
+    memory, hidden = model.start(src, src_len)  # [batch, hid dim]
+    translations = src.new_full((max_len, len(hidden)), eos_index)
+    # From here on of the sentences that are not dropped, [kept, ...]:
+    columns = torch.arange(len(hidden), device=src.device)
+    prev_token = src.new_full((len(hidden),), sos_index)
+    ended = torch.zeros_like(columns, dtype=torch.bool)
+    for step in range(max_len):
+        logits, hidden = model.step(prev_token, hidden, memory)
+        prev_token = logits.argmax(dim=1).masked_fill(ended, eos_index)  # [kept]
+        translations[step, columns] = prev_token
+        ended = prev_token == eos_index
+        rows = rows_to_keep(ended)
+        if len(rows) == 0:
+            break
+        if len(rows) < len(columns):
+            state = (columns, prev_token, ended, hidden)
+            columns, prev_token, ended, hidden = (part.index_select(0, rows) for part in state)
+            memory = memory.select(rows)
+    return translations
+
+
+@torch.no_grad()
 def beam_search(
-    model: gru.Seq2Seq,
+    model: Translator,
     src: Tensor,
     src_len: Tensor,
     sos_index: int,
@@ -50,10 +102,22 @@ def beam_search(
     length_penalty: float = 1.0,
     n_best: int = 1,
 ) -> Hypotheses:
-    """Translates a batch, following the `beam_size` most probable beginnings of each sentence.
+    """Translates a batch. Follows the `beam_size` most probable beginnings of each sentence.
 
-    A sentence is done when so many of its hypotheses have ended; what has not ended after `max_len` tokens ends there.
-    With a beam of 1 this is `Seq2Seq.greedy`, but where two words have exactly the same score.
+    A sentence is done when that many of its hypotheses have ended. What has not ended after `max_len` tokens ends
+    there. With a beam of 1 this is `greedy`, unless two words have exactly the same score.
+
+    A hypothesis that ends is taken out of the beam and kept. The beam is one narrower from then on. Source: Sutskever,
+    Vinyals and Le 2014, "Sequence to Sequence Learning with Neural Networks", arXiv 1409.3215. Hypotheses of different
+    lengths are compared as in Wu et al. 2016, arXiv 1609.08144, equation 14, but by a plain power of the length:
+
+        score = log P(hypothesis | source) / length ** length_penalty
+
+    The length counts the hypothesis's `<eos>`, as its probability does.
+
+    A long sum of log probabilities has fewer digits left than the logits that greedy decoding compares. So it is held
+    in two parts. One is common to a sentence's hypotheses, the other is 0 for the leading one. Only the second is
+    compared.
 
     Args:
         model: in evaluation mode.
@@ -61,41 +125,41 @@ def beam_search(
         src_len: [batch] lengths of the sources.
         sos_index: id of `<sos>`.
         eos_index: id of `<eos>`.
-        beam_size: number of hypotheses a sentence; at most the target vocabulary's size.
+        beam_size: number of hypotheses a sentence, at most the target vocabulary's size.
         max_len: most tokens a hypothesis has.
-        length_penalty: 0 compares probabilities, which favours short translations; 1 their means over the tokens.
+        length_penalty: 0 compares probabilities, which favours short translations. 1 compares their means over the
+            tokens.
         n_best: how many hypotheses are wanted, at most `beam_size`.
 
     Raises:
         ValueError: the vocabulary is smaller than the beam, or the beam than what is wanted.
     """
-    decoder = model.decoder
-    vocabulary = decoder.fc_out.out_features
-    if not 1 <= n_best <= beam_size <= vocabulary:
-        raise ValueError(f"expected 1 <= n_best ({n_best}) <= beam_size ({beam_size}) <= vocabulary ({vocabulary})")
-    context = model.encoder(src, src_len)[0]  # [batch, hid dim]
-    batch = len(context)
+    if not 1 <= n_best <= beam_size:
+        raise ValueError(f"expected 1 <= n_best ({n_best}) <= beam_size ({beam_size})")
+    memory, hidden = model.start(src, src_len)  # [batch, hid dim]
+    batch = len(hidden)
     # One place more than can end: what goes on is written there, so that no shape depends on what ends.
     ended_ids = src.new_full((batch, beam_size + 1, max_len), eos_index)
-    ended_scores = context.new_full((batch, beam_size + 1), -math.inf, dtype=torch.float32)
+    ended_scores = hidden.new_full((batch, beam_size + 1), -math.inf, dtype=torch.float32)
 
-    # Of the sentences that are not done, here and below [kept, ...]; of each hypothesis [kept * beam, ...].
+    # From here on of the sentences that are not done, [kept, ...], and of their hypotheses, [kept * beam, ...]:
     columns = torch.arange(batch, device=src.device)
     ids = ended_ids[:, :beam_size].clone()  # [kept, beam, max len]
-    ended = torch.zeros_like(columns)  # how many hypotheses have
-    common = context.new_zeros(batch, 1, dtype=torch.float32)  # [kept, 1], what the log probabilities have in common
-    log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam], without that; of places that nothing is in, -inf
+    ended = torch.zeros_like(columns)  # how many hypotheses have ended
+    common = hidden.new_zeros(batch, 1, dtype=torch.float32)  # [kept, 1], the common part of the log probabilities
+    log_probs = ended_scores[:, :beam_size].clone()  # [kept, beam], the other part, -inf of empty places
     log_probs[:, 0] = 0.0  # all begin alike: one is enough
     prev_token = src.new_full((batch * beam_size,), sos_index)
-    hidden = context.repeat_interleave(beam_size, 0)
-    share, output_share = decoder.rnn.share(batch, context), decoder.output_share(context)
+    hidden = hidden.repeat_interleave(beam_size, 0)
     places = torch.arange(beam_size, device=src.device)
     for step in range(max_len):
-        features, hidden = decoder.read(prev_token, [len(hidden)], hidden, share.repeat_interleave(beam_size, 0))
-        logits = F.linear(features, decoder.fc_out.weight[:, : features.shape[1]]).view(-1, beam_size, vocabulary)
-        logits = (logits + output_share.unsqueeze(1)).float()  # [kept, beam, vocabulary]
+        logits, hidden = model.step(prev_token, hidden, memory)
+        vocabulary = logits.shape[1]
+        if beam_size > vocabulary:
+            raise ValueError(f"expected beam_size ({beam_size}) <= vocabulary ({vocabulary})")
+        logits = logits.view(-1, beam_size, vocabulary).float()  # [kept, beam, vocabulary]
         log_probs = log_probs - logits.logsumexp(2)
-        leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # -inf, where all have ended, less -inf is nan
+        leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # if all have ended: -inf less -inf would be nan
         common = common + leading
         candidates = (logits + (log_probs - leading).unsqueeze(2)).flatten(1)
         log_probs, choices = candidates.topk(beam_size)  # [kept, beam] each, the best first
@@ -113,13 +177,32 @@ def beam_search(
         log_probs = log_probs.masked_fill(ends | ~chosen, -math.inf)
         parents = parents + beam_size * torch.arange(len(parents), device=src.device).unsqueeze(1)
         hidden, prev_token = hidden.index_select(0, parents.flatten()), tokens.flatten()
-        rows = gru.rows_to_keep(ended == beam_size)
+        rows = rows_to_keep(ended == beam_size)
         if len(rows) == 0:
             break
         if len(rows) < len(columns):
-            state = (columns, ids, ended, common, log_probs, share, output_share)
-            columns, ids, ended, common, log_probs, share, output_share = (part.index_select(0, rows) for part in state)
+            state = (columns, ids, ended, common, log_probs)
+            columns, ids, ended, common, log_probs = (part.index_select(0, rows) for part in state)
+            memory = memory.select(rows)
             hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
             prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
     scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each
     return Hypotheses(ended_ids.gather(1, order.unsqueeze(2).expand(-1, -1, max_len)).permute(2, 0, 1), scores)
+
+
+def rows_to_keep(ended: Tensor) -> Tensor:
+    """The sentences that decoding goes on with: those that have not ended.
+
+    Where few distinct shapes are wanted, it keeps so many others that the batch is only ever halved.
+
+    Args:
+        ended: [kept] bool. Waits for the device.
+
+    Returns:
+        [at most kept] int64 row numbers, those that go on first. None if all have ended.
+    """
+    going = len(ended) - int(ended.sum())
+    kept = going if kernels.computes_steps(ended.device) or going == 0 else len(ended)
+    while kept // 2 >= going > 0:
+        kept //= 2
+    return ended.int().argsort(stable=True)[:kept]

@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import data
 import gru
 from bench import curves, decoding, large_corpus, logs, machine, plain, startup, time_to_bleu, tokenising, training
+from nmt import search
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_the_plain_loop_has_the_models_loss_and_gradients(models, ratio):
 def test_plain_decoding_translates_as_the_model_does(models):
     own, port = models
     src = torch.randint(4, 13, (6, 12))
-    expected = port.greedy(src, torch.full((12,), 6), data.SOS, data.EOS, plain.MAX_LENGTH)
+    expected = search.greedy(port, src, torch.full((12,), 6), data.SOS, data.EOS, plain.MAX_LENGTH)
     ended = 0
     for column in range(12):
         ids = own.greedy(src[:, column : column + 1])

@@ -16,10 +16,10 @@ SPECIALS = len(data.SPECIALS)
 
 
 def side(sentences):
-    """Sentences of ids from 0, which become the first words after the special ones."""
+    """Ids and offsets of sentences of ids from 0, which become the first words after the special ones."""
     ids = [[data.SOS, *(SPECIALS + word for word in sentence), data.EOS] for sentence in sentences]
     offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
-    return data.Side(torch.tensor(sum(ids, []), dtype=torch.int32), offsets)
+    return torch.tensor(sum(ids, []), dtype=torch.int32), offsets
 
 
 @pytest.fixture
@@ -29,7 +29,13 @@ def split():
     src, trg = (
         [torch.randint(0, types, (int(length),)).tolist() for length in torch.randint(1, 6, (40,))] for types in (6, 7)
     )
-    return data.Split(side(src), side(trg))
+    return side(src), side(trg)
+
+
+def start_with(model, src, trg):
+    """Vectors from the counts in the place of drawn ones."""
+    tables = embeddings_of(model)
+    gru.use_vectors(model, *cooccurrence.embeddings(src, trg, *map(len, tables), tables[0].shape[1]))
 
 
 def plain_association(pairs, src_types, trg_types):
@@ -46,27 +52,27 @@ def plain_association(pairs, src_types, trg_types):
     return matrix
 
 
-def sentences_of(side):
-    return [set(side.ids[a:b].tolist()) for a, b in zip(side.offsets, side.offsets[1:], strict=False)]
+def sentences_of(ids, offsets):
+    return [set(ids[a:b].tolist()) for a, b in zip(offsets, offsets[1:], strict=False)]
 
 
 def pairs_of(split, indices=None):
-    pairs = list(zip(sentences_of(split.src), sentences_of(split.trg), strict=True))
+    pairs = list(zip(*(sentences_of(*side) for side in split), strict=True))
     return pairs if indices is None else [pairs[index] for index in indices]
 
 
 def test_the_association_is_that_of_a_plain_count(split):
-    found = cooccurrence.association(split, SPECIALS + 7, SPECIALS + 8)
+    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8, SPECIALS)
     expected = plain_association(pairs_of(split), SPECIALS + 7, SPECIALS + 8)
     torch.testing.assert_close(found.to_dense(), expected)
     assert (expected > 0).sum() > 10
 
 
 def test_a_repeated_word_counts_once(split):
-    twice = data.Split(side([[0, 0, 1], [1], [0]]), side([[2], [3], [2]]))
-    once = data.Split(side([[0, 1], [1], [0]]), side([[2], [3], [2]]))
+    twice = (side([[0, 0, 1], [1], [0]]), side([[2], [3], [2]]))
+    once = (side([[0, 1], [1], [0]]), side([[2], [3], [2]]))
     types = SPECIALS + 4
-    found, expected = (cooccurrence.association(pairs, types, types).to_dense() for pairs in (twice, once))
+    found, expected = (cooccurrence.association(*pairs, types, types, SPECIALS).to_dense() for pairs in (twice, once))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -74,9 +80,9 @@ def test_the_vectors_are_the_factors_of_the_association(split):
     """With as many features as there are words, their products are the association's, but for the rows' lengths."""
     types = SPECIALS + 8
     torch.manual_seed(0)
-    src, trg = cooccurrence.embeddings(split, types, types, 64)
+    src, trg = cooccurrence.embeddings(*split, types, types, 64)
     assert src.shape == trg.shape == (types, types)
-    matrix = cooccurrence.association(split, types, types).to_dense()
+    matrix = cooccurrence.association(*split, types, types, SPECIALS).to_dense()
     left, values, right = torch.linalg.svd(matrix)
     products = normalize(left * values.sqrt(), dim=1) @ normalize(right.T * values.sqrt(), dim=1).T
     known = matrix.any(dim=1), matrix.any(dim=0)
@@ -91,8 +97,13 @@ def sample():
     return data.load(REPOSITORY / "sample", log=lambda line: None)
 
 
-def test_on_the_sample_they_translate_words(sample):
-    src, trg = cooccurrence.embeddings(sample.train, len(sample.src_vocab), len(sample.trg_vocab), 256)
+@pytest.fixture(scope="module")
+def sample_pairs(sample):
+    return [(side.ids, side.offsets) for side in (sample.train.src, sample.train.trg)]
+
+
+def test_on_the_sample_they_translate_words(sample, sample_pairs):
+    src, trg = cooccurrence.embeddings(*sample_pairs, len(sample.src_vocab), len(sample.trg_vocab), 256)
     for word, translation in {"hund": "dog", "uhr": "clock", "frau": "woman", "garten": "garden"}.items():
         (index,) = sample.src_vocab.encode([word])
         assert index != data.UNK
@@ -103,13 +114,13 @@ def test_on_the_sample_they_translate_words(sample):
 def model(sample):
     torch.manual_seed(0)
     model = gru.build(len(sample.src_vocab), len(sample.trg_vocab), emb_dim=24, hid_dim=32)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     return model
 
 
-def test_only_embeddings_and_output_weights_change_and_keep_their_scale(sample, model):
+def test_only_embeddings_and_output_weights_change_and_keep_their_scale(sample, sample_pairs, model):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    cooccurrence.start_with(model, sample.train)
+    start_with(model, *sample_pairs)
     changed = ["encoder.embedding.weight", "decoder.embedding.weight", "decoder.fc_out.weight"]
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in changed)
@@ -120,10 +131,10 @@ def test_only_embeddings_and_output_weights_change_and_keep_their_scale(sample, 
     assert torch.equal(new[:SPECIALS], old[:SPECIALS])
 
 
-def test_the_vectors_are_as_long_as_drawn_ones_and_the_output_layers_parts_differ(sample, model):
+def test_the_vectors_are_as_long_as_drawn_ones_and_the_output_layers_parts_differ(sample, sample_pairs, model):
     drawn = [rows[SPECIALS:].detach().norm(dim=1).mean().item() for rows in embeddings_of(model)]
-    cooccurrence.start_with(model, sample.train)
-    vectors = cooccurrence.embeddings(sample.train, len(sample.src_vocab), len(sample.trg_vocab), 24)
+    start_with(model, *sample_pairs)
+    vectors = cooccurrence.embeddings(*sample_pairs, len(sample.src_vocab), len(sample.trg_vocab), 24)
     for table, rows, length in zip(embeddings_of(model), vectors, drawn, strict=True):
         assert table[rows.any(dim=1)].norm(dim=1).tolist() == pytest.approx(
             [length] * int(rows.any(dim=1).sum()), rel=0.02
@@ -136,7 +147,7 @@ def embeddings_of(model):
     return model.encoder.embedding.weight, model.decoder.embedding.weight
 
 
-def test_similar_words_start_with_similar_output_weights(sample, model):
+def test_similar_words_start_with_similar_output_weights(sample, sample_pairs, model):
     def correlation():
         """Of the products of the output layer's rows with those of the embedding, over all pairs of words."""
         weight = model.decoder.fc_out.weight[SPECIALS:].detach()
@@ -144,18 +155,18 @@ def test_similar_words_start_with_similar_output_weights(sample, model):
         products = [(table @ table.T).flatten() for table in tables]
         return torch.corrcoef(torch.stack(products))[0, 1:]
 
-    vectors = cooccurrence.embeddings(sample.train, len(sample.src_vocab), len(sample.trg_vocab), 24)[1]
+    vectors = cooccurrence.embeddings(*sample_pairs, len(sample.src_vocab), len(sample.trg_vocab), 24)[1]
     assert correlation().abs().max() < 0.1
-    cooccurrence.start_with(model, sample.train)
+    start_with(model, *sample_pairs)
     assert correlation().min() > 0.7
 
 
 def test_a_vocabulary_smaller_than_the_embedding_keeps_the_other_features(split):
     torch.manual_seed(0)
     model = gru.build(SPECIALS + 7, SPECIALS + 8, emb_dim=16, hid_dim=8)
-    gru.init_tuned(model)
+    gru.init_orthogonal(model)
     before = model.decoder.embedding.weight.detach().clone()
-    cooccurrence.start_with(model, split)
+    start_with(model, *split)
     after = model.decoder.embedding.weight.detach()
     assert torch.equal(after[:, 11:], before[:, 11:])
     assert not torch.isclose(after[SPECIALS:-1, :11], before[SPECIALS:-1, :11]).all(dim=1).any()
@@ -166,11 +177,11 @@ def test_a_vocabulary_smaller_than_the_embedding_keeps_the_other_features(split)
 
 def test_pairs_in_which_nothing_goes_together(split):
     """One pair alone says nothing: all information is log 1."""
-    alone = data.Split(side([[0, 1]]), side([[0, 1, 2]]))
+    alone = (side([[0, 1]]), side([[0, 1, 2]]))
     torch.manual_seed(0)
     model = gru.build(SPECIALS + 2, SPECIALS + 3, emb_dim=4, hid_dim=4)
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    cooccurrence.start_with(model, alone)
+    start_with(model, *alone)
     assert all(map(torch.equal, model.parameters(), before))
 
 
@@ -182,16 +193,16 @@ def test_the_smallest_models_get_finite_weights(pairs, dim):
     model = gru.build(SPECIALS + 2, SPECIALS + 2, emb_dim=dim, hid_dim=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cooccurrence.start_with(model, data.Split(*map(side, pairs)))
+        start_with(model, *map(side, pairs))
     for parameter in model.parameters():
         assert parameter.isfinite().all()
 
 
 def test_a_large_corpus_is_read_in_part(split, monkeypatch):
     monkeypatch.setattr(cooccurrence, "MAX_PAIRS", 16)
-    indices = cooccurrence.pairs_to_count(split)
+    indices = cooccurrence.pairs_to_count(*split)
     assert indices.tolist() == [pair * 40 // 16 for pair in range(16)]
-    found = cooccurrence.association(split, SPECIALS + 7, SPECIALS + 8)
+    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8, SPECIALS)
     expected = plain_association(pairs_of(split, indices.tolist()), SPECIALS + 7, SPECIALS + 8)
     torch.testing.assert_close(found.to_dense(), expected)
 
@@ -200,10 +211,10 @@ def test_a_large_corpus_is_read_in_part(split, monkeypatch):
 def test_long_sentences_make_no_more_counts_than_the_memory_is_for(monkeypatch, limit):
     """Also where every other sentence is long."""
     sentences = [[0, 1] * (6 if pair % 2 else 1) for pair in range(40)]
-    split = data.Split(side(sentences), side(sentences))
-    word_pairs = split.src.lengths_of(torch.arange(40)) * split.trg.lengths_of(torch.arange(40))
+    split = (side(sentences), side(sentences))
+    word_pairs = math.prod(offsets.diff() for _, offsets in split)
     monkeypatch.setattr(cooccurrence, "MAX_COUNTS", limit)
-    indices = cooccurrence.pairs_to_count(split)
+    indices = cooccurrence.pairs_to_count(*split)
     assert limit - word_pairs.max() < word_pairs[indices].sum() <= limit < word_pairs.sum()
     assert indices.tolist() == sorted(indices.tolist())
     assert {index % 2 for index in indices.tolist()} == {0, 1}
@@ -211,9 +222,9 @@ def test_long_sentences_make_no_more_counts_than_the_memory_is_for(monkeypatch, 
 
 def test_one_pair_too_long_to_count_keeps_no_other_out(monkeypatch):
     sentences = [[0, 1]] * 39
-    split = data.Split(side([[0, 1] * 50, *sentences]), side([[0, 1] * 50, *sentences]))
+    split = (side([[0, 1] * 50, *sentences]), side([[0, 1] * 50, *sentences]))
     monkeypatch.setattr(cooccurrence, "MAX_COUNTS", 5000)
-    assert cooccurrence.pairs_to_count(split).tolist() == list(range(1, 40))
+    assert cooccurrence.pairs_to_count(*split).tolist() == list(range(1, 40))
 
 
 def test_nothing_is_said_about_unfinished_parts_of_torch(split):
@@ -222,6 +233,6 @@ def test_nothing_is_said_about_unfinished_parts_of_torch(split):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            cooccurrence.embeddings(split, SPECIALS + 7, SPECIALS + 8, 8)
+            cooccurrence.embeddings(*split, SPECIALS + 7, SPECIALS + 8, 8)
     finally:
         torch.set_warn_always(before)

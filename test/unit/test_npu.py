@@ -204,7 +204,7 @@ INSTALLATIONS = {
     "no-npu": ({"NPU_SIM_DEVICES": "0"}, "torch_npu finds no NPU"),
     "wrong-order": ({"ASCEND_RT_VISIBLE_DEVICES": "3,1"}, "ASCEND_RT_VISIBLE_DEVICES is '3,1'"),
 }
-GRU_INPUT = "inputs = torch.cat((inputs, share.expand(len(counts), -1, -1)), dim=2)"
+GRU_INPUT = "inputs = torch.cat((inputs, context_gates.expand(len(rows_per_step), -1, -1)), dim=2)"
 BREAKS = {  # module, our care, without it, what the simulation says
     "batch-elsewhere": (
         "data.py",
@@ -220,7 +220,7 @@ BREAKS = {  # module, our care, without it, what the simulation says
         "GRU kernel takes float16 or float32, not BFloat16",
     ),
     "two-dtypes": (
-        "gru.py",
+        "nmt/kernels.py",
         GRU_INPUT,
         f"{GRU_INPUT}; hidden = None if hidden is None else hidden.float()",
         "one dtype",

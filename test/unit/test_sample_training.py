@@ -16,8 +16,8 @@ import sys
 import gru, train_8p
 from nmt.errors import run_main
 
-read = gru.Encoder.read
-gru.Encoder.read = lambda *args: 0 * read(*args)
+encode_rows = gru.Encoder.encode_rows
+gru.Encoder.encode_rows = lambda *args: 0 * encode_rows(*args)
 sys.exit(run_main(train_8p.main, sys.argv[1:]))
 """
 

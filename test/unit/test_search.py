@@ -1,12 +1,13 @@
-"""Beam search against a plain one: one sentence, one hypothesis, one step at a time."""
+"""Greedy decoding and beam search against plain ones: one sentence, one hypothesis, one step at a time."""
 
 import itertools
 import math
 
 import data
 import gru
-from nmt import search
+from nmt import kernels, search
 
+import plain_model
 import pytest
 import torch
 from torch import nn
@@ -81,9 +82,36 @@ def plain_beam(model, source, beam_size, length_penalty):
     return sorted(done, key=lambda hypothesis: -hypothesis[0])
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_greedy_equals_one_sentence_at_a_time_whatever_the_batch(seed):
+    torch.manual_seed(seed)
+    model = plain_model.small_model()
+    src, src_len, _, _ = plain_model.small_pairs()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        model.decoder.fc_out.bias[data.EOS] += 2.0  # so that sentences end early, and at different steps
+        expected = [plain_model.plain_greedy(model, src[:, [i]], int(src_len[i]), 9) for i in range(len(src_len))]
+    translations = search.greedy(model, src, src_len, data.SOS, data.EOS, max_len=9)
+    assert translations.shape == (9, len(src_len))
+    for column, tokens in enumerate(expected):
+        assert translations[:, column].tolist() == tokens + [data.EOS] * (9 - len(tokens))
+
+
+def test_greedy_stops_after_max_len_tokens():
+    torch.manual_seed(0)
+    model = plain_model.small_model()
+    src, src_len, _, _ = plain_model.small_pairs()
+    with torch.no_grad():
+        model.decoder.fc_out.bias[data.EOS] -= 100
+    translations = search.greedy(model, src, src_len, data.SOS, data.EOS, max_len=5)
+    assert translations.shape == (5, len(src_len))
+    assert not (translations == data.EOS).any()
+
+
 def test_a_beam_of_one_is_greedy(model, sources):
     ids, scores = found_by(model, sources, 1)
-    assert torch.equal(ids[:, :, 0], model.greedy(*sources, data.SOS, data.EOS, MAX_LEN))
+    assert torch.equal(ids[:, :, 0], search.greedy(model, *sources, data.SOS, data.EOS, MAX_LEN))
     assert scores.shape == (BATCH, 1)
 
 
@@ -95,7 +123,7 @@ def test_a_beam_of_one_is_greedy_where_two_words_all_but_tie(sources, gap):
         nn.init.zeros_(parameter)
     with torch.no_grad():
         model.decoder.fc_out.bias.copy_(torch.tensor([-9.0, -9.0, -9.0, -9.0, 0.0, gap, -9.0, -9.0]))
-    greedy = model.greedy(*sources, data.SOS, data.EOS, 50)
+    greedy = search.greedy(model, *sources, data.SOS, data.EOS, 50)
     assert (greedy == 5).all()
     assert torch.equal(found_by(model, sources, 1, max_len=50).ids[:, :, 0], greedy)
 
@@ -106,7 +134,7 @@ def test_a_beam_of_one_is_greedy_where_two_words_all_but_tie(sources, gap):
 def test_all_hypotheses_equal_the_plain_search(model, sources, beam_size, length_penalty, on_accelerator, monkeypatch):
     expected = [plain_beam(model, alone(sources, column), beam_size, length_penalty) for column in range(BATCH)]
     if on_accelerator:
-        monkeypatch.setattr(gru, "computes_steps", lambda device: False)
+        monkeypatch.setattr(kernels, "computes_steps", lambda device: False)
     ids, scores = found_by(model, sources, beam_size, length_penalty=length_penalty, n_best=beam_size)
     assert ids.shape == (MAX_LEN, BATCH, beam_size)
     for column, hypotheses in enumerate(expected):
@@ -129,10 +157,10 @@ def test_at_full_size_in_float32_score_and_batch_mates_hold_too():
     src, src_len = torch.randint(4, 300, (12, BATCH)), torch.tensor([12, 3, 7, 7, 9, 5])
     src[torch.arange(12).unsqueeze(1) >= src_len] = data.PAD
     ids, scores = found_by(model, (src, src_len), 5, max_len=50, length_penalty=1.2, n_best=2)
-    greedy = model.greedy(src, src_len, data.SOS, data.EOS, 50)
+    greedy = search.greedy(model, src, src_len, data.SOS, data.EOS, 50)
     for column in range(BATCH):
         own = alone((src, src_len), column)
-        assert torch.equal(model.greedy(*own, data.SOS, data.EOS, 50)[:, 0], greedy[:, column])
+        assert torch.equal(search.greedy(model, *own, data.SOS, data.EOS, 50)[:, 0], greedy[:, column])
         own_ids, own_scores = found_by(model, own, 5, max_len=50, length_penalty=1.2, n_best=2)
         assert torch.equal(own_ids[:, 0], ids[:, column])
         assert own_scores[0].tolist() == pytest.approx(scores[column].tolist(), abs=1e-5)
@@ -184,3 +212,57 @@ def test_the_n_best_are_distinct_and_in_order(model, sources):
 def test_a_beam_that_cannot_be_is_refused(model, sources, beam_size, n_best):
     with pytest.raises(ValueError, match="beam_size"):
         found_by(model, sources, beam_size, n_best=n_best)
+
+
+class Parrot:
+    """A hand-made model that says each sentence again, word by word. It has the three calls of decoding and no more."""
+
+    class Memory:
+        def __init__(self, sentences):
+            self._sentences = sentences  # [sentences, src len]
+
+        def select(self, rows):
+            return Parrot.Memory(self._sentences[rows])
+
+    def start(self, src, src_len):
+        return self.Memory(src.T), torch.zeros(src.shape[1], 1)
+
+    def step(self, prev_token, hidden, memory):
+        """The hidden state counts the words. The next word is twice as probable as all others together."""
+        sentences = memory._sentences.repeat_interleave(len(hidden) // len(memory._sentences), 0)
+        place = hidden.long().clamp(max=sentences.shape[1] - 1)
+        logits = torch.zeros(len(hidden), VOCAB).scatter_(1, sentences.gather(1, place), math.log(2 * (VOCAB - 1)))
+        return logits, hidden + 1
+
+
+E = data.EOS
+PARROT_SRC = torch.tensor([[4, 5, 6], [6, E, 5], [5, E, 4], [E, E, 6], [E, E, E]])  # [src len, batch]
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_a_model_needs_start_step_and_select_alone(on_accelerator, monkeypatch):
+    if on_accelerator:
+        monkeypatch.setattr(kernels, "computes_steps", lambda device: False)
+    kept, select = [], Parrot.Memory.select
+    monkeypatch.setattr(Parrot.Memory, "select", lambda self, rows: kept.append(len(rows)) or select(self, rows))
+    expected = [[4, 6, 5, E], [5, E], [6, 5, 4, 6, E]]
+    arguments = (Parrot(), PARROT_SRC, torch.tensor([4, 2, 5]), data.SOS, E)
+    greedy = search.greedy(*arguments, max_len=9)
+    ids, scores = search.beam_search(*arguments, beam_size=3, max_len=9, length_penalty=0.0)
+    assert kept == ([1, 1] if on_accelerator else [2, 1, 2, 1])
+    for column, tokens in enumerate(expected):
+        assert tokens_of(greedy[:, column]) == tokens_of(ids[:, column, 0]) == tokens
+        assert scores[column, 0].item() == pytest.approx(len(tokens) * math.log(2 / 3), abs=1e-5)
+
+
+def test_step_broadcasts_the_memory_of_a_sentence_over_its_hypotheses(model, sources):
+    memory, hidden = model.start(*sources)
+    tokens = torch.arange(2 * BATCH) % VOCAB
+    several = hidden.repeat_interleave(2, 0) * torch.linspace(0.5, 1, 2 * BATCH).unsqueeze(1)
+    logits, after = model.step(tokens, several, memory)
+    for row in range(2 * BATCH):
+        one = model.step(tokens[[row]], several[[row]], memory.select(torch.tensor([row // 2])))
+        torch.testing.assert_close((logits[[row]], after[[row]]), one, rtol=0, atol=1e-12)
+        context = hidden[[row // 2]].unsqueeze(0)
+        whole = model.decoder(tokens[[row]], several[[row]].unsqueeze(0), context)
+        torch.testing.assert_close((logits[[row]], after[[row]].unsqueeze(0)), whole, rtol=0, atol=1e-12)

@@ -168,7 +168,7 @@ def test_the_choices_of_the_flags_are_those_of_the_code():
     assert choices["amp_dtype"] == ("auto", *precision.DTYPES)
     assert choices["amp_backend"] == precision.AMP_BACKENDS
     assert set(choices["dist_backend"]) == set(distributed.COLLECTIVES.values())
-    assert set(choices["init"]) == {*gru.INITIALISATIONS, *train_8p.FORMER_NAMES}
+    assert set(choices["init"]) == {*gru.INITIALISATIONS, *train_8p.FORMER_INITIALISATIONS}
     assert choices["recipe"] == tuple(train_8p.RECIPES)
 
 

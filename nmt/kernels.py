@@ -1,0 +1,390 @@
+"""The computations that are written by hand: the GRU, the output layer with its loss, dropout.
+
+They compute what the model's formulas need and nothing else. Each part is one product over all steps where it can be:
+
+- A batch has no padding. Its sentences are sorted longest first, so rows 0..n-1 have a token at a step of n rows. The
+  steps stand one after the other: a tensor is [rows, features], and rows is the sum of `rows_per_step`.
+- The context does not change from step to step. Its part of the gates' sums and of the logits is computed once a
+  sentence.
+- Each weight's gradient is one product over all steps.
+- The output layer and the cross entropy are one function. The logits' gradient takes the place of the logits.
+
+NPUs and GPUs want few distinct shapes, and have GRU kernels of their own. Their batches are padded. They compute the
+padding's rows, which have no loss, and read the context at each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+# ---------------------------------------------------------------- rows and steps
+
+
+def step_rows(rows_per_step: list[int]) -> list[slice]:
+    """The rows of each step, if the steps stand one after the other.
+
+    >>> step_rows([3, 2])
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    ends = [0]
+    for batch in rows_per_step:
+        ends.append(ends[-1] + batch)
+    return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def step_blocks(rows_per_step: list[int], limit: int, *, alike: bool) -> Iterator[tuple[int, int]]:
+    """Cuts the steps into blocks of at most `limit` rows, or of one step.
+
+    Args:
+        rows_per_step: the steps' numbers of rows.
+        limit: the most rows of a block.
+        alike: whether all steps of a block must have the same number of rows.
+
+    Yields:
+        (first step, step after the last), from 0.
+
+    >>> list(step_blocks([3, 3, 2, 1], 7, alike=True)), list(step_blocks([3, 3, 2, 1], 7, alike=False))
+    ([(0, 2), (2, 3), (3, 4)], [(0, 2), (2, 4)])
+    """
+    first = rows = 0
+    for step, batch in enumerate(rows_per_step):
+        if step > first and (rows + batch > limit or (alike and batch != rows_per_step[first])):
+            yield first, step
+            first, rows = step, 0
+        rows += batch
+    yield first, len(rows_per_step)
+
+
+# ---------------------------------------------------------------- devices and types
+
+
+def computes_steps(device: torch.device) -> bool:
+    """Whether `GRU` computes its steps itself here, and needs no padding. Other devices use their own kernels."""
+    return device.type == "cpu"
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums over numbers of `dtype`: float32, or float64 of float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Casts the tensors as autocast, where it is on, does for a product. It does not look into our own functions."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+
+
+# ---------------------------------------------------------------- the GRU
+
+
+class GRU(nn.GRU):
+    """One layer, one direction, over rows without padding. A part of the input may be the same at all steps.
+
+    The parameters and the formulas are `nn.GRU`'s. On a CPU `run` is `GRUSteps`, elsewhere the device's own kernels: on
+    CUDA cuDNN's.
+    """
+
+    def context_gates(self, batch: int, context: Tensor | None = None) -> Tensor:
+        """The part of the gates' sums that does not change from step to step, for `run`.
+
+        Args:
+            batch: number of sentences.
+            context: [batch, context dim] the last part of the input, the same at all steps, or None.
+
+        Returns:
+            On a CPU [batch, 3 * hid dim], what the context and the biases add to the gates' sums.
+            Elsewhere [batch, context dim], the context itself, which the device's kernels take as input.
+        """
+        if not computes_steps(self.weight_ih_l0.device):
+            return self.weight_ih_l0.new_empty(batch, 0) if context is None else context
+        # The new gate's hidden bias is multiplied by r, so it stays with the hidden state.
+        bias = self.bias_ih_l0 + F.pad(self.bias_hh_l0[: 2 * self.hidden_size], (0, self.hidden_size))
+        if context is None:
+            return bias.expand(batch, -1)
+        return F.linear(context, self.weight_ih_l0[:, -context.shape[1] :], bias)
+
+    def run(self, inputs: Tensor, rows_per_step: list[int], hidden: Tensor | None, context_gates: Tensor) -> Tensor:
+        """Runs over the steps.
+
+        Args:
+            inputs: [rows, input dim] without the context.
+            rows_per_step: the steps' numbers of rows. None is larger than the one before it.
+            hidden: [rows_per_step[0], hid dim] the state before the first step, or None for zeros.
+            context_gates: [at least rows_per_step[0], ...] from `context_gates`.
+
+        Returns:
+            [rows, hid dim] the state after each step.
+
+        Raises:
+            ValueError: the device's own kernels are used, and the steps differ in their numbers of rows.
+        """
+        batch = rows_per_step[0]
+        context_gates = context_gates[:batch]
+        if computes_steps(inputs.device):
+            weight_ih = self.weight_ih_l0[:, : inputs.shape[1]]
+            tensors = (inputs, context_gates, weight_ih, self.weight_hh_l0, self.bias_hh_l0[-self.hidden_size :])
+            hidden = hidden if hidden is None else as_autocast(hidden)[0]
+            return GRUSteps.apply(*as_autocast(*tensors), hidden, rows_per_step)
+        if batch != rows_per_step[-1]:
+            raise ValueError(f"here all steps need the same number of rows, not {rows_per_step}")
+        inputs = inputs.view(len(rows_per_step), batch, -1)
+        if context_gates.shape[1]:
+            inputs = torch.cat((inputs, context_gates.expand(len(rows_per_step), -1, -1)), dim=2)
+        outputs, _ = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
+        return outputs.flatten(0, 1)
+
+
+class GRUSteps(torch.autograd.Function):
+    """The GRU's steps and their gradient, with c for `context_gates`.
+
+        r  = sigmoid(W_ir x + c_r + W_hr h)
+        z  = sigmoid(W_iz x + c_z + W_hz h)
+        g  = W_hn h + b_hn
+        n  = tanh(W_in x + c_n + r * g)
+        h' = (1 - z) * n + z * h
+
+    Backward, with d for the gradient of the loss by the quantity, and the gates' sums named by the gates:
+
+        dn  = dh' * (1 - z) * (1 - n²)        dg = dn * r
+        dr  = dn * g * r * (1 - r)
+        dz  = dh' * (h - n) * z * (1 - z)
+        dh  = dh' * z + W_hr' dr + W_hz' dz + W_hn' dg
+    """
+
+    @staticmethod
+    def forward(ctx, inputs, context_gates, weight_ih, weight_hh, bias_hn, hidden, rows_per_step):
+        """See `GRU.run`. `weight_ih`, [3 * hid dim, input dim], is without the context's columns."""
+        size = weight_hh.shape[1]
+        gates = inputs.new_empty(len(inputs), 2 * size)  # r and z
+        new = inputs.new_empty(len(inputs), size)  # n
+        hidden_new = torch.empty_like(new)  # g
+        outputs = torch.empty_like(new)
+        steps = list(zip(step_rows(rows_per_step), rows_per_step, strict=True))
+        for rows, batch in steps:
+            gates[rows], new[rows] = context_gates[:batch, : 2 * size], context_gates[:batch, 2 * size :]
+        gates.addmm_(inputs, weight_ih[: 2 * size].T)
+        new.addmm_(inputs, weight_ih[2 * size :].T)
+        before = hidden
+        for rows, batch in steps:
+            if before is None:  # zeros: no product is needed
+                before = torch.zeros_like(outputs[rows])
+                hidden_new[rows] = bias_hn
+            else:
+                before = before[:batch]
+                gates[rows].addmm_(before, weight_hh[: 2 * size].T)
+                torch.addmm(bias_hn, before, weight_hh[2 * size :].T, out=hidden_new[rows])
+            r, z = gates[rows].sigmoid_().split(size, dim=1)
+            new[rows].addcmul_(r, hidden_new[rows]).tanh_()
+            before = torch.lerp(new[rows], before, z, out=outputs[rows])
+        ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, gates, new, hidden_new, outputs)
+        ctx.rows_per_step = rows_per_step
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_outputs):
+        inputs, hidden, weight_ih, weight_hh, gates, new, hidden_new, outputs = ctx.saved_tensors
+        rows_per_step, size = ctx.rows_per_step, weight_hh.shape[1]
+        steps = list(zip(step_rows(rows_per_step), rows_per_step, strict=True))
+        largest = rows_per_step[0]
+        before = torch.empty_like(outputs)  # the state before each step
+        before[:largest] = 0 if hidden is None else hidden
+        for (rows, batch), (rows_before, _) in zip(steps[1:], steps, strict=False):
+            before[rows] = outputs[rows_before][:batch]
+        d_sums = inputs.new_empty(len(inputs), 4 * size)  # n, r, z, g: the first three read inputs, the last three h
+        d_context_gates = torch.zeros(largest, 3 * size, dtype=accumulate_dtype(inputs.dtype))
+        d_hidden = inputs.new_zeros(largest, size)
+        for rows, batch in reversed(steps):
+            d_after = d_hidden[:batch].add_(d_outputs[rows])
+            r, z = gates[rows].split(size, dim=1)
+            d_n, d_r, d_z, d_g = d_sums[rows].split(size, dim=1)
+            d_kept = d_after * z
+            torch.ops.aten.tanh_backward.grad_input(d_after - d_kept, new[rows], grad_input=d_n)
+            torch.mul(d_n, hidden_new[rows], out=d_r)
+            torch.sub(before[rows], new[rows], out=d_z).mul_(d_after)
+            d_gates = d_sums[rows, size : 3 * size]
+            torch.ops.aten.sigmoid_backward.grad_input(d_gates, gates[rows], grad_input=d_gates)
+            torch.mul(d_n, r, out=d_g)
+            if rows.start > 0 or hidden is not None:
+                torch.addmm(d_kept, d_sums[rows, size:], weight_hh, out=d_hidden[:batch])
+            d_context_gates[:batch] += d_sums[rows, : 3 * size]
+        d_inputs = d_sums[:, : 3 * size] @ weight_ih.roll(size, 0)  # from r, z, n to n, r, z
+        d_weight_ih = (d_sums[:, : 3 * size].T @ inputs).roll(-size, 0)
+        later = slice(largest if hidden is None else 0, None)  # without the step that begins with zeros
+        d_weight_hh = d_sums[later, size:].T @ before[later]
+        d_bias_hn = d_sums[:, 3 * size :].sum(0)
+        d_context_gates = d_context_gates.roll(-size, 1).to(inputs.dtype)
+        d_hidden = None if hidden is None else d_hidden
+        return d_inputs, d_context_gates, d_weight_ih, d_weight_hh, d_bias_hn, d_hidden, None
+
+
+# ---------------------------------------------------------------- the output layer and its loss
+
+
+def output_loss(
+    features: Tensor,
+    context: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    targets: Tensor,
+    rows_per_step: list[int],
+    *,
+    label_smoothing: float,
+    ignored: int,
+) -> Tensor:
+    """The output layer and the cross entropy, summed over the rows, by `OutputLoss`. Casts as autocast does.
+
+    Args:
+        features: [rows, features] the first part of the layer's input.
+        context: [batch, context dim] the rest of it, the same at all steps.
+        weight: [vocabulary, features + context dim].
+        bias: [vocabulary].
+        targets: [rows] token ids.
+        rows_per_step: the steps' numbers of rows.
+        label_smoothing: probability mass spread evenly over the vocabulary (Szegedy et al. 2016, arXiv 1512.00567).
+        ignored: the target id that stands for no target.
+
+    Returns:
+        A scalar in float32 or finer.
+    """
+    tensors = as_autocast(features, context, weight, bias)
+    return OutputLoss.apply(*tensors, targets, rows_per_step, label_smoothing, ignored, torch.is_grad_enabled())
+
+
+class OutputLoss(torch.autograd.Function):
+    """The output layer and the cross entropy, summed over the rows. All logits are never in memory at once.
+
+        logits   = W_f features + W_c context + b
+        loss     = log sum exp(logits) - (1 - s) logits[target] - s mean(logits)        # s: label smoothing
+        d_logits = softmax(logits) - (1 - s) onehot(target) - s / vocabulary
+
+    The forward pass has the logits, so it computes the gradients too and keeps them. The backward pass scales them.
+    They belong to a sum over many rows, which float16 might not hold, so they are kept a power of two smaller.
+    """
+
+    BLOCK = 96 * 2**20  # bytes of logits at a time: the peak of a step's memory
+    SOFTMAX_ROWS = 512  # rows of one softmax on a CPU, whose cache they fit
+    SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
+
+    @staticmethod
+    def forward(ctx, features, context, weight, bias, targets, rows_per_step, smoothing, ignored, with_gradients):
+        """See `output_loss`."""
+        vocabulary, own = len(weight), features.shape[1]
+        # Rows of whole cache lines: products of a matrix with odd rows take up to half as long again.
+        width = math.ceil(vocabulary / 64) * 64
+        ctx.scale = 2.0 ** -(len(features) // OutputLoss.SAFE_ROWS).bit_length()
+        context_logits = torch.addmm(bias, context, weight[:, own:].T)  # [batch, vocabulary]
+        context_logits = context_logits.to(accumulate_dtype(features.dtype))
+        d_context_logits = torch.zeros_like(context_logits)
+        total = context_logits.new_zeros(())
+        d_features = torch.empty_like(features)
+        d_weight = weight.new_empty(width, weight.shape[1])
+        block_rows = OutputLoss.BLOCK // (width * features.element_size())
+        for first, last in step_blocks(rows_per_step, block_rows, alike=False):
+            rows = slice(sum(rows_per_step[:first]), sum(rows_per_step[:last]))
+            padded = features.new_empty(sum(rows_per_step[first:last]), width)
+            logits = padded[:, :vocabulary]
+            # AMX's products read whole blocks of a row and multiply what is beyond the vocabulary by 0. It must not be
+            # NaN there. In `d_weight` it stays undefined.
+            padded[:, vocabulary:] = 0
+            torch.mm(features[rows], weight[:, :own].T, out=logits)
+            total += OutputLoss.softmax(
+                logits,
+                context_logits,
+                targets[rows],
+                rows_per_step[first:last],
+                smoothing,
+                ignored,
+                ctx.scale,
+                d_context_logits,
+            )
+            if with_gradients:  # `logits` are their gradient now
+                torch.mm(logits, weight[:, :own], out=d_features[rows])
+                if first:
+                    d_weight[:, :own].addmm_(padded.T, features[rows])
+                else:
+                    torch.mm(padded.T, features[rows], out=d_weight[:, :own])
+        if with_gradients:
+            d_context_logits = d_context_logits.to(features.dtype)
+            torch.mm(d_context_logits.T, context, out=d_weight[:vocabulary, own:])
+            d_context, d_bias = d_context_logits @ weight[:, own:], d_context_logits.sum(0)
+            ctx.save_for_backward(d_features, d_context, d_weight[:vocabulary], d_bias)
+        return total
+
+    @staticmethod
+    def softmax(logits, context_logits, targets, rows_per_step, smoothing, ignored, scale, d_context_logits):
+        """The loss of some steps' rows, summed. Overwrites their logits with the gradient.
+
+        Args:
+            logits: [rows, vocabulary] without the context's part. Becomes the gradient of the loss times `scale`.
+            context_logits: [batch, vocabulary] the context's part, bias included, in float32 or better.
+            targets: [rows] token ids.
+            rows_per_step: the steps' numbers of rows.
+            smoothing: the mass spread over the vocabulary.
+            ignored: the target id that stands for no target.
+            scale: of the gradients.
+            d_context_logits: [batch, vocabulary] the gradient of `context_logits` times `scale`. That of these rows is
+                added to it.
+        """
+        loss = context_logits.new_zeros(())
+        on_cpu = logits.device.type == "cpu"
+        limit = max(OutputLoss.SOFTMAX_ROWS, rows_per_step[0]) if on_cpu else len(logits)
+        # Half is too coarse for a log-sum-exp. All blocks share one buffer, so that it stays in the cache.
+        work = context_logits.new_empty(min(limit, len(logits)), logits.shape[1])
+        step_slices = step_rows(rows_per_step)
+        for first, last in step_blocks(rows_per_step, limit, alike=True):
+            batch = rows_per_step[first]
+            rows = slice(step_slices[first].start, step_slices[last - 1].stop)
+            by_step = (last - first, batch, -1)  # [steps, batch, vocabulary]
+            target = targets[rows].unsqueeze(1)  # [rows, 1], as all below
+            real = target != ignored
+            x = work[: len(target)].copy_(logits[rows])
+            x.view(by_step).add_(context_logits[:batch])
+            on_target = x.gather(1, target)
+            top = x.amax(1, keepdim=True)
+            mean = x.mean(1, keepdim=True) if smoothing else 0.0
+            x = torch.softmax(x, 1, out=x if on_cpu else None)
+            log_sum_exp = top - x.amax(1, keepdim=True).log()  # the largest probability is exp(top) / sum exp(logits)
+            losses = log_sum_exp - (1 - smoothing) * on_target - smoothing * mean
+            loss += torch.where(real, losses, 0).sum()
+            weight = real.to(x.dtype) * scale
+            x.mul_(weight).sub_(weight * (smoothing / x.shape[1]))  # far quicker than one addcmul
+            x.scatter_add_(1, target, weight * (smoothing - 1))
+            for d_step in x.view(by_step):
+                d_context_logits[:batch] += d_step
+            logits[rows].copy_(x)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_loss):
+        return *(gradient * (d_loss / ctx.scale) for gradient in ctx.saved_tensors), None, None, None, None, None
+
+
+# ---------------------------------------------------------------- dropout
+
+
+class Dropout(nn.Dropout):
+    """`nn.Dropout`, on a CPU from fewer random bits: eight an element if they suffice, otherwise sixteen.
+
+    The probability is rounded to a multiple of 2^-16. The kept elements are scaled by the rounded one.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = round(self.p * 2**16) / 2**16
+        if x.device.type != "cpu" or not self.training or dropped in (0, 1):
+            return super().forward(x)
+        dtype = torch.int8 if (dropped * 2**8).is_integer() else torch.int16
+        values = torch.iinfo(dtype).max - torch.iinfo(dtype).min + 1
+        words = math.ceil(x.numel() * dtype.itemsize / 8)  # of 64 bits
+        bits = torch.empty(words, dtype=torch.int64).random_(-(2**63), None).view(dtype)
+        keep = (bits[: x.numel()] >= int((dropped - 0.5) * values)).view_as(x)
+        return x * keep.to(x.dtype).mul_(1 / (1 - dropped))

@@ -1,0 +1,188 @@
+"""The hand-written computations: their gradients, their memory, their precision. test_gru.py has the whole model."""
+
+import gru
+from nmt import kernels
+
+import plain_model
+import pytest
+import torch
+from plain_model import EMB, HID, LOGITS_ROW, PAD, SRC_VOCAB, TRG_VOCAB, gradients, make_batch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    return plain_model.small_model()
+
+
+@pytest.fixture
+def pairs():
+    return plain_model.small_pairs()
+
+
+def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):
+    *_, batch = pairs
+    bound, sizes, mm = 10 * LOGITS_ROW, [], torch.mm
+    assert max(batch.trg_rows_per_step) * LOGITS_ROW <= bound < len(batch.targets) * LOGITS_ROW
+    monkeypatch.setattr(kernels.OutputLoss, "BLOCK", bound)
+    monkeypatch.setattr(
+        torch, "mm", lambda *args, out: sizes.append(out.untyped_storage().nbytes()) or mm(*args, out=out)
+    )
+    with torch.no_grad():
+        gru.TrainingLoss(model)(batch, 1.0)
+    assert max(sizes) <= bound
+    assert len(sizes) > 1
+
+
+def test_without_gradients_the_loss_is_the_same_and_their_products_are_left_out(model, pairs, monkeypatch):
+    *_, batch = pairs
+    criterion = gru.TrainingLoss(model, 0.1)
+    products, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args) or mm(*args, **kwargs))
+    with torch.no_grad():
+        loss = criterion(batch, 1.0)
+    assert len(products) == 1
+    assert loss == criterion(batch, 1.0)
+    assert len(products) > 2
+    assert not loss.requires_grad
+
+
+def test_the_gradients_are_those_of_what_becomes_of_the_loss(model, pairs):
+    *_, batch = pairs
+    once = gradients(gru.TrainingLoss(model)(batch, 1.0), model)
+    for name, gradient in gradients(gru.TrainingLoss(model)(batch, 1.0) * 3, model).items():
+        torch.testing.assert_close(gradient, once[name] * 3)
+
+
+def test_the_loss_of_half_precision_logits_is_summed_in_float32():
+    features, context, weight = (torch.randn(*shape).bfloat16() for shape in ((12, 8), (4, 8), (5000, 16)))
+    targets = torch.arange(12)
+    logits = (features @ weight[:, :8].T).float().view(3, 4, -1) + (context @ weight[:, 8:].T).float()
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="sum")
+    bias = torch.zeros(5000).bfloat16()
+    actual = kernels.OutputLoss.apply(features, context, weight, bias, targets, [4] * 3, 0.0, PAD, False)
+    assert actual.dtype == torch.float32
+    # Target 1 is padding.
+    expected -= nn.functional.cross_entropy(logits[0, 1], targets[1])
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+def test_gradients_of_very_many_rows_do_not_overflow_in_float16():
+    """Of one token in all of them, of which float16 cannot add up more than 65504."""
+    rows, vocabulary = 80_000, 8
+    features, context = torch.ones(rows, 4), torch.zeros(rows, 4)
+    weight, bias, targets = torch.zeros(vocabulary, 8), torch.zeros(vocabulary), torch.full((rows,), 5)
+    tensors = [tensor.half().requires_grad_() for tensor in (features, context, weight, bias)]
+    loss = kernels.OutputLoss.apply(*tensors, targets, [rows], 0.0, PAD, True)
+    gradients = torch.autograd.grad(loss * (32 / rows), tensors)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    expected = torch.full((vocabulary,), 32 / vocabulary)
+    expected[5] -= 32
+    torch.testing.assert_close(gradients[3].float(), expected, rtol=1e-2, atol=0)
+    torch.testing.assert_close(gradients[2][:, 0].float(), expected, rtol=1e-2, atol=0)
+
+
+def test_under_autocast_products_are_in_half_and_gradients_in_float32(pairs, monkeypatch):
+    *_, batch = pairs
+    model = gru.build(SRC_VOCAB, TRG_VOCAB, emb_dim=EMB, hid_dim=HID)
+    expected = gru.TrainingLoss(model, 0.1)(batch, 1.0)
+    expected_gradients = gradients(expected, model)
+    seen = []
+    for function in (kernels.GRUSteps, kernels.OutputLoss):
+        apply = function.apply
+        monkeypatch.setattr(
+            function, "apply", lambda *inputs, apply=apply: seen.append([inputs[0], inputs[3]]) or apply(*inputs)
+        )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = gru.TrainingLoss(model, 0.1)(batch, 1.0)
+    assert [tensor.dtype for tensors in seen for tensor in tensors] == [torch.bfloat16] * 6
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+    for name, gradient in gradients(loss, model).items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected_gradients[name]).norm() / expected_gradients[name].norm()
+        assert error < 0.05, name
+
+
+def test_the_devices_own_kernels_refuse_steps_of_different_sizes(model, pairs, monkeypatch):
+    *_, batch = pairs
+    monkeypatch.setattr(kernels, "computes_steps", lambda device: False)
+    with pytest.raises(ValueError, match="same number of rows"):
+        gru.TrainingLoss(model)(batch, 1.0)
+
+
+@pytest.fixture
+def nan_memory():
+    """New memory, which is undefined, is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_gradient_depends_on_undefined_memory(dtype, nan_memory):
+    """With a vocabulary whose rows end inside a block of the processor's matrix instructions."""
+    model = gru.build(30, 500, emb_dim=32, hid_dim=32)
+    gru.init_orthogonal(model)
+    src, trg = (torch.randint(4, size, (12, 16)) for size in (30, 500))
+    model = model.to(dtype)
+    loss = gru.TrainingLoss(model, 0.1)(make_batch(src, torch.full((16,), 12), trg), 1.0)
+    assert all(gradient.isfinite().all() for gradient in gradients(loss, model).values())
+
+
+@pytest.mark.parametrize("counts", [[4, 4, 4], [4, 3, 3, 1]])
+def test_run_equals_nn_gru(counts):
+    """`GRU.run` with a context against PyTorch's own kernels, sentence by sentence, gradients too."""
+    rnn, inputs, context = kernels.GRU(EMB + 3, HID).double(), torch.randn(sum(counts), EMB), torch.randn(4, 3)
+    hidden = torch.randn(4, HID)
+    leaves = [tensor.double().requires_grad_() for tensor in (inputs, context, hidden)]
+    leaves += rnn.parameters()
+    weights = torch.randn(sum(counts), HID).double()
+    outputs = rnn.run(leaves[0], counts, leaves[2], rnn.context_gates(4, leaves[1]))
+    actual = torch.autograd.grad((outputs * weights).sum(), leaves)
+    rows = kernels.step_rows(counts)
+    total = 0
+    for column in range(4):
+        own = [row.start + column for row, count in zip(rows, counts, strict=True) if column < count]
+        x = torch.cat((leaves[0][own], leaves[1][column].expand(len(own), -1)), dim=1)
+        expected, _ = rnn(x.unsqueeze(1), leaves[2][column].view(1, 1, -1))
+        torch.testing.assert_close(outputs[own], expected.squeeze(1), rtol=0, atol=1e-12)
+        total = total + (expected.squeeze(1) * weights[own]).sum()
+    for gradient, expected in zip(actual, torch.autograd.grad(total, leaves), strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_dropout_drops_with_its_probability_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001, requires_grad=True)
+    for p in (0.0, 0.3, 0.5):
+        y = kernels.Dropout(p)(x)
+        kept = y[y != 0]
+        assert abs((y == 0).double().mean().item() - p) < 0.002
+        assert torch.equal(kept, torch.full_like(kept, kept[0].item()))
+        assert abs(kept[0].item() * (1 - p) - 1) < 2e-5
+        (gradient,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(gradient, y), "what is dropped has no gradient"
+
+
+def test_dropout_is_independent_from_element_to_element():
+    """Eight elements share a 64-bit number, or four."""
+    torch.manual_seed(0)
+    for p, together in ((0.5, 8), (0.3, 4)):
+        dropped = kernels.Dropout(p)(torch.ones(1_000_000)) == 0
+        for distance in range(1, together + 1):
+            both = (dropped[:-distance] & dropped[distance:]).double().mean()
+            assert abs(both - p * p) < 0.002
+        columns = dropped.view(-1, together).double().mean(0)
+        assert ((columns - p).abs() < 0.005).all()
+
+
+def test_dropout_of_one_and_in_evaluation_are_as_ever():
+    assert (kernels.Dropout(1.0)(torch.ones(9)) == 0).all()
+    assert (kernels.Dropout(0.5).eval()(torch.ones(9)) == 1).all()
