@@ -7,7 +7,6 @@ Only plain tensors, numbers and strings are ever read (`weights_only=True`), so 
 """
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
@@ -22,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, Log, locked, replacing
+from nmt.storage import InUse, Log, clear_partial, locked, replacing
 
 import torch
 from torch import Tensor
 
 FORMAT = 1
-TEMPORARY = ".partial-"
 # How the original trained and scored, as `train_8p.py` would say it. Its checkpoints do not.
 ORIGINAL_FLAGS = {"fixed_length": 46, "beam_size": 1, "length_penalty": 1.0}
 
@@ -166,12 +164,6 @@ def may_replace(path: Path, folder: Path) -> bool:
     """Whether a file in a writable folder may be replaced: in a sticky one, such as /tmp, only its owner may."""
     user, about = os.geteuid(), os.stat(folder)
     return not about.st_mode & stat.S_ISVTX or user in (0, about.st_uid, os.stat(path).st_uid)
-
-
-def clear_partial(path: Path) -> None:
-    """Removes what a run that was killed in a save left beside `path`."""
-    for stray in path.parent.glob(glob.escape(path.name + TEMPORARY) + "*"):
-        stray.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path | None:

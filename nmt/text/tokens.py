@@ -29,7 +29,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_CHARACTERS = 10_000  # of a line
-MAX_WORDS = 254  # of a sentence; 256 with <sos> and <eos>
+MAX_WORDS = 254  # of a sentence, which has 256 tokens with <sos> and <eos>
 # Lines that spaCy gets as one text. A call costs more than a line, and a longer text leaves the processor's cache.
 LINES_PER_DOC = 30
 WORDS_KEPT = 1_000_000  # by a tokenizer, which never forgets one by itself

@@ -133,6 +133,29 @@ def test_damaged_memory_of_digests_costs_a_look_at_the_files(folder, load, tmp_p
     assert path.read_bytes() == content, "and they are known again"
 
 
+def test_memory_of_digests_that_cannot_be_written_costs_no_run(folder, load, tmp_path, settled, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    load(write_corpus(tmp_path / "other"))
+    path = tmp_path / "cache" / cache.DIGESTS
+    content = path.read_bytes()
+    monkeypatch.setattr(storage.os, "replace", full)
+    assert len(load(folder).train) == 4
+    assert any("are not remembered" in line and "No space left" in line for line in load.lines)
+    assert path.read_bytes() == content
+    assert not list(path.parent.glob(f"{cache.DIGESTS}.*")), "no lock, no half of a file"
+
+
+def test_half_of_a_memory_of_digests_is_cleared(folder, load, tmp_path, settled):
+    """A run was killed while it wrote them."""
+    load(write_corpus(tmp_path / "other"))
+    half = tmp_path / "cache" / f"{cache.DIGESTS}{storage.PARTIAL}0"
+    half.touch()
+    load(folder)
+    assert not half.exists()
+
+
 def test_memory_of_digests_forgets_files_that_are_gone(folder, load, tmp_path, settled):
     load(write_corpus(tmp_path / "other"))
     for path in (tmp_path / "other").iterdir():

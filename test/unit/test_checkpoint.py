@@ -291,7 +291,7 @@ def test_a_second_run_with_the_same_checkpoint_is_refused(tmp_path):
 
 
 def test_what_a_killed_save_left_is_cleared(tmp_path):
-    stray = tmp_path / f"model{checkpoint.TEMPORARY}abc"
+    stray = tmp_path / f"model{storage.PARTIAL}abc"
     stray.write_text("half a checkpoint")
     with checkpoint.claimed(tmp_path / "model"):
         assert not stray.exists()
