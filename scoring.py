@@ -7,10 +7,10 @@ from pathlib import Path
 
 import data
 import gru
+from nmt import kernels
 from nmt.checkpoint import Checkpoint
 from nmt.distributed import World
 from nmt.errors import UserError
-from nmt.kernels import computes_steps
 from nmt.search import beam_search, greedy
 
 import sacrebleu
@@ -95,7 +95,7 @@ def translate(
     """
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
-    length_step = 1 if computes_steps(world.device) else data.LENGTH_STEP
+    length_step = 1 if kernels.computes_steps(world.device) else data.LENGTH_STEP
     for indices in batches(by_length, world, BATCH_SIZE // beam_size):
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import data
+import gru
 import scoring
 from bench import machine, plain
 from nmt import checkpoint
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
     src = data.Side.encode(test.src_tokens, data.Vocabulary(saved.src_vocab))
 
     world = World(device_type=args.device)
-    port = saved.build_model(world.device)
+    port = gru.restore(saved.state_dict, saved.sizes, world.device)
     own = plain.Seq2Seq(**saved.sizes).to(world.device).eval()
     own.load_state_dict(saved.state_dict)
     models = {}

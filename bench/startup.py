@@ -15,14 +15,14 @@ from bench import logs, machine
 PARTS = """
 import sys, time
 import train_8p
-from nmt import distributed
-args = train_8p.build_parser().parse_args(["--data-dir", sys.argv[1], "--cache-dir", sys.argv[2]])
-world = distributed.World()
+from nmt.distributed import World
+from nmt.precision import Choice
+settings = train_8p.Settings(data_dir=sys.argv[1], cache_dir=sys.argv[2])
 start = time.perf_counter()
-corpus = train_8p.load_corpus(args, log=lambda line: None)
+corpus = train_8p.load_corpus(settings, log=lambda line: None)
 loaded = time.perf_counter()
-train_8p.resolve_recipe(args, len(corpus.train), world)
-train_8p.first_model(args, world, corpus)
+settings = train_8p.resolved(settings, Choice(), World(), len(corpus.train))
+train_8p.first_model(settings, World(), corpus)
 print("parts:", loaded - start, time.perf_counter() - loaded)
 """
 

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import train_8p
+from nmt import precision
 from nmt.errors import UserError
 
 import harness
@@ -21,6 +22,18 @@ needs_multi30k = pytest.mark.skipif(
 )
 
 FORMER_INITIALISATIONS = getattr(train_8p, "FORMER_INITIALISATIONS", {})  # names of --init in older logs
+
+
+def parse(*flags: str) -> train_8p.Settings:
+    """The settings of a command line, given as one text or in pieces."""
+    words = flags[0].split() if len(flags) == 1 else list(flags)
+    return train_8p.Settings(**vars(train_8p.build_parser().parse_args(words)))
+
+
+def choose_precision(settings: train_8p.Settings, device_type: str = "cpu", indices=(0,)) -> precision.Choice:
+    """The precision that the settings ask for on these devices."""
+    named = settings.named("amp opt_level loss_scale amp_dtype amp_backend")
+    return precision.choose_by_flags(device_type, indices, **named)
 
 
 def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:

@@ -254,15 +254,6 @@ def test_a_run_that_ends_while_another_takes_the_lock_leaves_it_one_that_counts(
         assert f"in use by pid {os.getpid()}" in refusal_to_claim(path)
 
 
-def test_a_folder_that_cannot_be_synced_does_not_spoil_a_save(tmp_path, monkeypatch):
-    def unsupported(folder):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-    monkeypatch.setattr(checkpoint, "sync_folder", unsupported)
-    checkpoint.save(tmp_path / "model", make())
-    assert checkpoint.load(tmp_path / "model").scores == make().scores
-
-
 def test_what_a_link_leads_to_is_written_and_the_link_stays(saved):
     link = saved.parent / "link"
     link.symlink_to(saved.name)

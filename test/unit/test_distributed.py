@@ -20,7 +20,7 @@ from nmt.errors import UserError
 
 import pytest
 import torch
-from conftest import REPOSITORY, TEST_PATHS, write_corpus
+from conftest import REPOSITORY, TEST_PATHS, choose_precision, parse, write_corpus
 from harness import SIMULATION, ensure_built, environment
 
 PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
@@ -281,7 +281,7 @@ def watched_rank(world: World, args, mixed, folder: str) -> None:
         watched_step_done,
         watched_step,
     )
-    train_8p.run_rank(world, args, mixed)
+    train_8p.run_rank(world, settings, mixed)
     record = {"shares": shares, "totals": totals, "steps": steps, "generator": generators[0]}
     torch.save(record, Path(folder) / f"rank{world.rank}.pt")
 
@@ -300,7 +300,7 @@ def overflowing_rank(world: World, args, mixed, folder: str) -> None:
         weights.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
 
     precision.NativeTrainer.backward, precision.NativeTrainer.step = overflowing_backward, watched_step
-    train_8p.run_rank(world, args, mixed)
+    train_8p.run_rank(world, settings, mixed)
     torch.save(weights, Path(folder) / f"rank{world.rank}.pt")
 
 
@@ -309,16 +309,16 @@ def train_watched(
 ) -> list:
     """What the ranks of a run wrote down, by rank."""
     folder.mkdir()
-    args = train_8p.build_parser().parse_args(
+    settings = parse(
         f"--data-dir {corpus} --device {device} --performance --epochs {EPOCHS} --batch-size {BATCH} --dropout 0 "
         "--output-dropout 0 --teacher-forcing-ratio 0.5 --emb-dim 8 --hid-dim 12 --multiprocessing-distributed "
-        f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'} {flags}".split()
+        f"--device-list {','.join(map(str, range(processes)))} --ckptpath {folder / 'model'} {flags}"
     )
-    ranks = train_8p.plan_ranks(args)
-    mixed = train_8p.choose_precision(args, ranks.device_type, ranks.indices)
-    train_8p.resolve_recipe(args, PAIRS, ranks.worlds[0])
-    args.epochs, args.performance = EPOCHS, False
-    ranks.spawn(rank, args, mixed, str(folder))
+    ranks = plan(**{name: getattr(settings, name) for name in inspect.signature(plan).parameters})
+    mixed = choose_precision(settings, ranks.device_type, ranks.indices)
+    settings = train_8p.resolved(settings, mixed, ranks.worlds[0], PAIRS)
+    settings = dataclasses.replace(settings, performance=False)  # which has chosen batch and rate
+    ranks.spawn(rank, settings, mixed, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 

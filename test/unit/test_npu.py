@@ -226,8 +226,8 @@ BREAKS = {  # module, our care, without it, what the simulation says
         "one dtype",
     ),
 }
-SPLIT_READ = 'return Split(src, trg, *entry.about["words"][name])'
-WRONG_IDS = SPLIT_READ.replace("trg,", "Side(trg.ids + 1_000_000, trg.offsets),")
+SPLIT_READ = 'return Split(side("src"), side("trg"), src_tokens, trg_tokens)'
+WRONG_IDS = SPLIT_READ.replace('side("trg")', 'Side(side("trg").ids + 1_000_000, side("trg").offsets)')
 SET_DEVICE = "getattr(torch, device.type).set_device(device.index)"
 
 
