@@ -159,13 +159,16 @@ class Decoder(nn.Module):
         """The same as `logits`, where the context's part is at hand.
 
         Args:
-            features: [..., emb dim + hid dim] from `decode_rows`.
-            context_logits: [..., output dim] from `context_logits`, for each row of `features`.
+            features: [rows, emb dim + hid dim] from `decode_rows`. A sentence's rows stand together, equally many each.
+            context_logits: [sentences, output dim] from `context_logits`.
 
         Returns:
-            [..., output dim] logits.
+            [rows, output dim] logits.
         """
-        return context_logits + F.linear(features, self.fc_out.weight[:, : features.shape[-1]])
+        logits = F.linear(features, self.fc_out.weight[:, : features.shape[1]])
+        by_sentence = logits.view(len(context_logits), -1, logits.shape[1])  # [sentences, rows of one, output dim]
+        by_sentence += context_logits.unsqueeze(1)
+        return logits
 
     def most_probable(self, features: Tensor, context_logits: Tensor) -> Tensor:
         """The most probable tokens: [rows] ids, of the logits that `sum_logits` gives."""
@@ -291,12 +294,12 @@ class Seq2Seq(nn.Module):
         return Memory(context_gates, self.decoder.context_logits(context)), context
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Decodes one step. A sentence may have several hypotheses. Their rows stand together.
+        """Decodes one step. A sentence may have several rows, one for each hypothesis. They stand together.
 
         Args:
             prev_token: [rows] token ids, `<sos>` at the first step.
             hidden: [rows, hid dim].
-            memory: of the sentences. Rows are a multiple of them, as many for each.
+            memory: of the sentences. All have equally many rows.
 
         Returns:
             logits [rows, output dim] and hidden [rows, hid dim].
@@ -304,9 +307,7 @@ class Seq2Seq(nn.Module):
         sentences, rows = len(memory.context_gates), len(prev_token)
         context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
         features, hidden = self.decoder.decode_rows(prev_token, [rows], hidden, context_gates)
-        features = features.view(sentences, rows // sentences, -1)  # [sentences, hypotheses, emb dim + hid dim]
-        logits = self.decoder.sum_logits(features, memory.context_logits.unsqueeze(1))
-        return logits.flatten(0, 1), hidden
+        return self.decoder.sum_logits(features, memory.context_logits), hidden
 
 
 def forced_segments(forced: list[bool]) -> list[tuple[int, int]]:
