@@ -19,6 +19,8 @@ For a source word f and a target word e, where n(f, e) of the n pairs have both:
 
 import warnings
 
+from nmt.text.vocabulary import SPECIALS
+
 import torch
 from torch import Tensor, nn
 
@@ -29,22 +31,19 @@ MAX_COUNTS = 1 << 24  # if their pairs of words are more than this, fewer are re
 Sentences = tuple[Tensor, Tensor]
 
 
-def embeddings(
-    src: Sentences, trg: Sentences, src_types: int, trg_types: int, dim: int, *, specials: int = 4
-) -> tuple[Tensor, Tensor]:
+def embeddings(src: Sentences, trg: Sentences, src_types: int, trg_types: int, dim: int) -> tuple[Tensor, Tensor]:
     """The words' vectors. The decomposition draws from PyTorch's random generator.
 
     Args:
         src, trg: the training pairs, as ids and offsets.
         src_types, trg_types: sizes of the vocabularies.
         dim: the most features of a vector.
-        specials: the ids below this are no words, but `<pad>` and its like.
 
     Returns:
         [source types, features] and [target types, features], rows of length 1, or zeros for a word that goes with
         none. A vocabulary smaller than `dim` gives as many features as it has words.
     """
-    matrix = association(src, trg, src_types, trg_types, specials)
+    matrix = association(src, trg, src_types, trg_types)
     features = min(dim, src_types, trg_types)
     left, values, right = torch.svd_lowrank(matrix, q=features, niter=2)
     found = []
@@ -55,11 +54,11 @@ def embeddings(
     return tuple(found)
 
 
-def association(src: Sentences, trg: Sentences, src_types: int, trg_types: int, specials: int) -> Tensor:
+def association(src: Sentences, trg: Sentences, src_types: int, trg_types: int) -> Tensor:
     """[source types, target types], sparse float32: M of the formula above."""
     indices = pairs_to_count(src, trg)
-    of_src = occurrences(src, indices, src_types, specials)
-    of_trg = occurrences(trg, indices, trg_types, specials)
+    of_src = occurrences(src, indices, src_types)
+    of_trg = occurrences(trg, indices, trg_types)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
         both = torch.sparse.mm(of_src, of_trg.t()).coalesce()
@@ -86,14 +85,14 @@ def pairs_to_count(src: Sentences, trg: Sentences) -> Tensor:
     return indices[shuffled[fitting].sort().values]
 
 
-def occurrences(sentences: Sentences, indices: Tensor, types: int, specials: int) -> Tensor:
+def occurrences(sentences: Sentences, indices: Tensor, types: int) -> Tensor:
     """[types, indices], sparse float32: 1 where a word occurs in a sentence. The special ids occur nowhere."""
     ids, offsets = sentences
     lengths = lengths_of(sentences, indices)
     starts = offsets[indices] - lengths.cumsum(0) + lengths
     ids = ids[starts.repeat_interleave(lengths) + torch.arange(int(lengths.sum()))].long()
     columns = torch.arange(len(indices)).repeat_interleave(lengths)
-    words = ids >= specials
+    words = ids >= len(SPECIALS)
     places = torch.stack((ids[words], columns[words]))
     ones = torch.ones(places.shape[1])
     found = torch.sparse_coo_tensor(places, ones, (types, len(indices)), check_invariants=True).coalesce()

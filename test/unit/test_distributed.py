@@ -3,6 +3,7 @@
 The second part watches the real loop from outside while it runs in one and in two processes.
 """
 
+import dataclasses
 import inspect
 import math
 import os
@@ -256,7 +257,7 @@ def test_the_sums_of_a_step_are_the_loss_and_the_tokens_of_all_ranks_by_one_all_
 # ---------------------------------------------------------------- several ranks are one training
 
 
-def watched_rank(world: World, args, mixed, folder: str) -> None:
+def watched_rank(world: World, settings, mixed, folder: str) -> None:
     """`train_8p.run_rank`, writing down the generator's first state, each step's pairs, loss, gradients and weights."""
     shares, totals, steps, generators = [], [], [], []
     rank_share, step_done, step = data.rank_share, nmt.log.EpochLog.step_done, precision.NativeTrainer.step
@@ -267,9 +268,9 @@ def watched_rank(world: World, args, mixed, folder: str) -> None:
         generators.append(torch.get_rng_state())
         return share
 
-    def watched_step_done(self, sums, pairs):
-        totals.append(sums.cpu().clone())
-        step_done(self, sums, pairs)
+    def watched_step_done(self, total_loss, total_tokens, pairs):
+        totals.append(torch.stack((total_loss, total_tokens)).cpu())
+        step_done(self, total_loss, total_tokens, pairs)
 
     def watched_step(self, lr, *, max_norm):
         before = {name: parameter.grad.cpu().clone() for name, parameter in self.model.named_parameters()}
@@ -286,7 +287,7 @@ def watched_rank(world: World, args, mixed, folder: str) -> None:
     torch.save(record, Path(folder) / f"rank{world.rank}.pt")
 
 
-def overflowing_rank(world: World, args, mixed, folder: str) -> None:
+def overflowing_rank(world: World, settings, mixed, folder: str) -> None:
     """`train_8p.run_rank` with an overflow on rank 1 in the fifth step, writing down the weights after each step."""
     weights = []
     backward, step = precision.NativeTrainer.backward, precision.NativeTrainer.step
