@@ -96,7 +96,7 @@ WITHOUT = [  # a piece of `tuned`
         "--teacher-forcing-ratio 0.5",
     ),
     Row("label smoothing, bfloat16", of_seeds("ablation/label-smoothing-0", SEEDS[:1]), "--label-smoothing 0"),
-    Row("`tuned`'s first weights", of_seeds("ablation/init-modelzoo", SEEDS[:1]), "--init modelzoo"),
+    Row("`tuned`'s first weights", of_seeds("ablation/init-modelzoo", SEEDS[:1]), "--init normal"),
     Row(
         "sources that end at `<eos>` in training", of_seeds("ablation/fixed-length-46", SEEDS[:1]), "--fixed-length 46"
     ),
@@ -509,22 +509,21 @@ def batching(root: str) -> str:
 
 def summary(root: str, chinese: bool = False) -> str:
     """README's four rows."""
-    header = "run | device | BLEU, greedy | BLEU, beam of 10 | time"
-    names = ("published in 2021", "`modelzoo`, this port", "`tuned`, mean of three seeds", "`tuned`, `--amp`")
-    where = ("8 Ascend 910", "CPU, {} cores", "CPU, {} core", "{}")
-    units = ("min", "s")
+    header = "run | on | BLEU, greedy | BLEU, beam of 10 | pairs/s | logs"
+    names = ("published in 2021", "recipe `modelzoo`, with the published settings", "recipe `tuned`, the default")
+    where, seeds, missing = ("8 Ascend 910", "{} CPU cores", "{} CPU core"), ", three seeds", "not published"
     if chinese:
-        header = "运行 | 设备 | BLEU（贪心） | BLEU（束宽 10） | 用时"
-        names = ("2021 年公布的结果", "`modelzoo`，本移植版", "`tuned`，三个种子的均值", "`tuned`，`--amp`")
-        where = ("8 × Ascend 910", "CPU，{} 核", "CPU，{} 核", "{}")
-        units = ("分钟", "秒")
-    rows = [[names[0], where[0], "12.57", "", ""]]
-    for name, place, row in zip(names[1:], where[1:], (RESULTS[0], RESULTS[4], ON_THE_H200[0]), strict=True):
+        header = "运行 | 设备 | BLEU，贪心 | BLEU，束宽 10 | pairs/s | 日志"
+        names = ("2021 年公布的结果", "预设 `modelzoo`，采用公布的设置", "预设 `tuned`，默认")
+        where, seeds, missing = ("8 卡昇腾 910", "CPU {} 核", "CPU {} 核"), "，三个种子", "未公布"
+    rows = [[names[0], f"{where[0]}, O2", "12.57", "", "13693", missing]]
+    of_tuned = (names[2] + seeds, where[2], RESULTS[4])
+    for name, place, row in ((names[1], where[1], RESULTS[0]), of_tuned, (names[2], "1 {}", ON_THE_H200[0])):
         runs = [read(path) for path in row.logs]
-        on = device(runs[0]) if runs[0].facts["device"] != "cpu" else str(cores_of(runs[0]))
+        on = device(runs[0]).removeprefix("1 ") if runs[0].facts["device"] != "cpu" else cores_of(runs[0])
         bleus = [mean_and_deviation(b for run in runs for b in run.bleus(kind)) for kind in ("greedy", "beam of 10")]
-        seconds = statistics.mean(run.seconds for run in runs if run.seconds)
-        rows.append([name, place.format(on), *bleus, duration(seconds, *units)])
+        rates = mean_and_deviation(run.rate for run in runs)
+        rows.append([name, f"{place.format(on)}, {precision(runs[0])}", *bleus, rates, links(row.logs, root)])
     return table(header, rows)
 
 
