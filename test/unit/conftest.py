@@ -24,6 +24,9 @@ needs_multi30k = pytest.mark.skipif(
 FORMER_INITIALISATIONS = getattr(train_8p, "FORMER_INITIALISATIONS", {})  # names of --init in older logs
 
 
+SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]  # a model that trains in no time
+
+
 def parse(*flags: str) -> train_8p.Settings:
     """The settings of a command line, given as one text or in pieces."""
     words = flags[0].split() if len(flags) == 1 else list(flags)

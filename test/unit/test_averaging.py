@@ -12,6 +12,7 @@ from nmt.errors import run_main
 
 import pytest
 import torch
+from conftest import SMALL
 from torch import nn
 
 
@@ -132,8 +133,8 @@ def test_what_is_averaged_are_the_weights_after_the_step(model, level):
 
 
 def run_two_epochs(corpus, folder):
-    small = ["--emb-dim", "4", "--hid-dim", "6", "--device", "cpu", "-b", "16", "--epochs", "2", "--average", "0.2"]
-    assert run_main(train_8p.main, [*small, "--data-dir", str(corpus), "--ckptpath", str(folder / "m")]) == 0
+    flags = ["-b", "16", "--epochs", "2", "--average", "0.2"]
+    assert run_main(train_8p.main, [*SMALL, *flags, "--data-dir", str(corpus), "--ckptpath", str(folder / "m")]) == 0
 
 
 def test_the_average_is_what_is_validated_and_kept(tiny_corpus, tmp_path, monkeypatch, capsys):

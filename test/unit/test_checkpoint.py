@@ -14,6 +14,7 @@ from nmt.errors import UserError
 
 import pytest
 import torch
+from conftest import refused
 
 SIZES = {"input_dim": 6, "output_dim": 7, "emb_dim": 3, "hid_dim": 4}
 
@@ -39,11 +40,7 @@ def saved(tmp_path):
 
 
 def refusal(path) -> str:
-    with pytest.raises(UserError) as caught:
-        checkpoint.load(path)
-    assert caught.value.exit_code == 4
-    assert str(path) in str(caught.value)
-    return str(caught.value)
+    return refused(lambda: checkpoint.load(path), "checkpoint", str(path))
 
 
 def test_what_is_loaded_is_what_was_saved(saved):
@@ -189,10 +186,7 @@ def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_bett
 
 
 def refusal_to_claim(path) -> str:
-    with pytest.raises(UserError) as caught:
-        checkpoint.claimed(path).__enter__()
-    assert caught.value.exit_code == 5
-    return str(caught.value)
+    return refused(lambda: checkpoint.claimed(path).__enter__(), "io")
 
 
 def test_an_unwritable_place_is_refused_before_training(tmp_path):

@@ -8,18 +8,14 @@ import warnings
 from pathlib import Path
 
 from nmt import devices
-from nmt.errors import UserError
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, refused
 
 
 def refusal(function, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
+    return refused(lambda: function(*args), "usage")
 
 
 # ---------------------------------------------------------------- what this machine has

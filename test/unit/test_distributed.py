@@ -17,11 +17,10 @@ import nmt.log
 import train_8p
 from nmt import devices, distributed, precision
 from nmt.distributed import World, meeting_point, plan
-from nmt.errors import UserError
 
 import pytest
 import torch
-from conftest import REPOSITORY, TEST_PATHS, choose_precision, parse, write_corpus
+from conftest import REPOSITORY, SMALL, TEST_PATHS, choose_precision, parse, refused, write_corpus
 from harness import SIMULATION, ensure_built, environment
 
 PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
@@ -32,10 +31,7 @@ DEADLINE = 120
 
 
 def refusal(function, *args, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args, **options)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
+    return refused(lambda: function(*args, **options), "usage")
 
 
 @pytest.fixture(autouse=True)
@@ -441,8 +437,7 @@ def command(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedPro
 
 
 PUBLISHED = ["--epoch", "1", "--batch-size", "16", "--multiprocessing-distributed", "--device-list", "0,1"]
-PUBLISHED += ["--device", "cpu", "--amp", "--addr", "127.0.0.1", "--workers", "2"]
-SMALL = ["--emb-dim", "8", "--hid-dim", "12"]
+PUBLISHED += ["--amp", "--addr", "127.0.0.1", "--workers", "2"]
 
 
 @pytest.mark.parametrize("launcher", [["-m", "torch.distributed.run", "--nproc-per-node", "2"], []])
@@ -474,7 +469,7 @@ launch.leave(run_main(train_8p.main, sys.argv[1:]))
 """
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "program.py"]
-    flags = ["--data-dir", str(tiny_corpus), "--performance", "-b", "16", "--device", "cpu", *SMALL]
+    flags = ["--data-dir", str(tiny_corpus), "--performance", "-b", "16", *SMALL]
     result = command(*torchrun, *flags, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("printed by a library") == train_8p.PERFORMANCE_STEPS

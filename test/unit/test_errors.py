@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
-
-SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
+from conftest import REPOSITORY, SMALL
 
 INTERRUPTED_IMPORT = """
 import os, signal

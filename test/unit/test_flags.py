@@ -3,21 +3,18 @@
 import scoring
 import train_8p
 from nmt import flags
-from nmt.errors import UserError
 
 import pytest
 import torch
+from conftest import refused
 
 
-def parse(*args):
-    return train_8p.build_parser().parse_args(list(args))
+def parse(*flags: str):
+    return train_8p.build_parser().parse_args(list(flags))
 
 
-def refusal(*args) -> str:
-    with pytest.raises(UserError) as caught:
-        parse(*args)
-    assert caught.value.exit_code == 2
-    message = str(caught.value)
+def refusal(*flags: str) -> str:
+    message = refused(lambda: parse(*flags), "usage")
     assert message.startswith("error[usage]: ")
     assert "\n" not in message
     return message

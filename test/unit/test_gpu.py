@@ -14,12 +14,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
 
-SMALL = ["--emb-dim", "16", "--hid-dim", "24", "--device", "cuda", "--epochs", "1", "-b", "16", "--print-freq", "1"]
+ON_GPU = ["--emb-dim", "16", "--hid-dim", "24", "--device", "cuda", "--epochs", "1", "-b", "16", "--print-freq", "1"]
 
 
 def losses(corpus, folder, capsys, *flags: str) -> list[float]:
     """The loss of each step of a run that must end well."""
-    code = run_main(train_8p.main, [*SMALL, "--data-dir", str(corpus), "--ckptpath", str(folder / "model"), *flags])
+    code = run_main(train_8p.main, [*ON_GPU, "--data-dir", str(corpus), "--ckptpath", str(folder / "model"), *flags])
     out, err = capsys.readouterr()
     assert code == 0, err
     assert "device=cuda" in out
@@ -52,7 +52,7 @@ def test_float32_has_the_losses_of_the_cpu(tiny_corpus, tmp_path, capsys):
     # A performance run has more steps, and so another course of the rate: hence a constant one.
     alike = ("--dropout", "0", "--output-dropout", "0", "--schedule", "constant", "--warmup", "0")
     on_gpu = losses(tiny_corpus, tmp_path, capsys, *alike)
-    arguments = [flag if flag != "cuda" else "cpu" for flag in SMALL]
+    arguments = [flag if flag != "cuda" else "cpu" for flag in ON_GPU]
     run_main(train_8p.main, [*arguments, *alike, "--data-dir", str(tiny_corpus), "--performance"])
     on_cpu = [float(loss) for loss in re.findall(r"Loss (\S+) ", capsys.readouterr().out)]
     assert on_gpu == pytest.approx(on_cpu[: len(on_gpu)], rel=1e-3)

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, write_corpus
 from harness import SIMULATION, ensure_built, environment
 
 DEADLINE = 180
-SMALL = "--emb-dim 16 --hid-dim 24 --device npu -b 16 --print-freq 1".split()
+ON_NPU = "--emb-dim 16 --hid-dim 24 --device npu -b 16 --print-freq 1".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +39,7 @@ def run(*command: object, cwd, deadline: float = DEADLINE, **extra: str) -> subp
 
 
 def train(*flags: object, cwd, program=REPOSITORY / "train_8p.py", **extra: str) -> subprocess.CompletedProcess:
-    return run(sys.executable, program, *SMALL, *flags, cwd=cwd, **extra)
+    return run(sys.executable, program, *ON_NPU, *flags, cwd=cwd, **extra)
 
 
 # ---------------------------------------------------------------- several devices
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_an_npu_is_scored_on_a_cpu(spawned, corpus):
 def test_under_torchrun_each_process_takes_its_device_of_the_list(corpus, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, REPOSITORY / "train_8p.py")
     flags = ("--data-dir", corpus, "--amp", "--performance", "--device-list", "4,5")
-    done = run(sys.executable, *torchrun, *SMALL, *flags, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    done = run(sys.executable, *torchrun, *ON_NPU, *flags, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert done.returncode == 0, done.stderr
     assert "[npu id: 4 ] Epoch: " in done.stdout
     assert " processes=2 " in done.stdout
@@ -98,7 +98,17 @@ def test_two_nodes_meet_at_the_first_ones_address(corpus, tmp_path):
     meeting = f"--multiprocessing-distributed --world-size 2 --dist-url tcp://127.0.0.1:{free_port()}"
     nodes = []
     for rank in range(2):
-        flags = [*SMALL, *meeting.split(), "--rank", rank, "--device-list", rank, "--data-dir", corpus, "--performance"]
+        flags = [
+            *ON_NPU,
+            *meeting.split(),
+            "--rank",
+            rank,
+            "--device-list",
+            rank,
+            "--data-dir",
+            corpus,
+            "--performance",
+        ]
         command = list(map(str, [sys.executable, REPOSITORY / "train_8p.py", *flags]))
         options = {"cwd": tmp_path, "env": environment(), "text": True, "stdout": subprocess.PIPE}
         nodes.append(subprocess.Popen(command, stderr=subprocess.STDOUT, **options))
@@ -146,7 +156,7 @@ LEVELS = {
 def levels(corpus, tmp_path_factory):
     """The output of a run in each precision, one after the other in one process, with the fake apex on the path."""
     folder = tmp_path_factory.mktemp("levels")
-    common = [*SMALL, "--data-dir", str(corpus), "--epochs", "4", "--teacher-forcing-ratio", "0.5", "--lr", "0.02"]
+    common = [*ON_NPU, "--data-dir", str(corpus), "--epochs", "4", "--teacher-forcing-ratio", "0.5", "--lr", "0.02"]
     runs = [[*common, *flags] for flags in LEVELS.values()]
     paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY, REPOSITORY / "test" / "simulation" / "fake_apex"]))
     done = run(sys.executable, "-c", SEVERAL_RUNS, json.dumps(runs), cwd=folder, PYTHONPATH=paths)
@@ -248,7 +258,7 @@ def forking(simulation, corpus, tmp_path_factory):
     """The process that runs all cases, their names, and the folder of what they leave. It has a core of its own while
     the tests above run, which mostly wait for a rank."""
     folder = tmp_path_factory.mktemp("forked")
-    short = [*SMALL, "--data-dir", str(corpus), "--performance", "--amp"]
+    short = [*ON_NPU, "--data-dir", str(corpus), "--performance", "--amp"]
     on_cpu = [flag if flag != "npu" else "auto" for flag in short]
     paths, own = str(SIMULATION), str(REPOSITORY)
     cases = {name: (extra, [paths, own], []) for name, (extra, _) in INSTALLATIONS.items()}

@@ -9,7 +9,7 @@ import train_8p
 from bench import logs
 
 import pytest
-from conftest import REPOSITORY, flags_of_recipe, with_todays_names, write_corpus
+from conftest import REPOSITORY, SMALL, flags_of_recipe, with_todays_names, write_corpus
 
 ENGLISH = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPOSITORY / "README.zh-CN.md").read_text(encoding="utf-8")
@@ -86,8 +86,12 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
     programs = [re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1) for text in (ENGLISH, CHINESE)]
     assert programs[0] == programs[1]
     corpus = write_corpus(tmp_path / "corpus", 64)
-    small = ["--data-dir", corpus, "--epochs", "1", "--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
-    subprocess.run([sys.executable, REPOSITORY / "train_8p.py", *small], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "1"],
+        cwd=tmp_path,
+        check=True,
+        timeout=120,
+    )
     done = subprocess.run(
         [sys.executable, "-c", programs[0]],
         cwd=tmp_path,

@@ -8,10 +8,10 @@ import gru
 import scoring
 from nmt import checkpoint, kernels, search
 from nmt.distributed import World
-from nmt.errors import UserError
 
 import pytest
 import torch
+from conftest import refused
 
 BEAM = {"beam_size": 3, "length_penalty": 0.5}
 VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "])
@@ -135,10 +135,7 @@ def saved_with(**changes) -> checkpoint.Checkpoint:
 
 
 def refusal(function, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    assert caught.value.exit_code == 4
-    return str(caught.value)
+    return refused(lambda: function(*arguments), "checkpoint")
 
 
 def test_a_restored_model_has_the_checkpoints_weights_and_translates():

@@ -18,9 +18,8 @@ from nmt.search import beam_search
 
 import pytest
 import torch
-from conftest import REPOSITORY, choose_precision, parse, write_corpus
+from conftest import REPOSITORY, SMALL, choose_precision, parse, refused, write_corpus
 
-SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]
 STEP_LINE = re.compile(
     r"^\[cpu id: 0 \] Epoch: \[(\d+)\]\[ *(\d+)/(\d+)\]\t"
     r"Time +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
@@ -30,10 +29,7 @@ STEP_LINE = re.compile(
 
 
 def refusal(function, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert caught.value.exit_code == 2
-    return str(caught.value)
+    return refused(lambda: function(*args), "usage")
 
 
 @pytest.fixture(autouse=True)
