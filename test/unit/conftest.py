@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import train_8p
+from bench import logs
 from nmt import precision
 from nmt.errors import UserError
 
@@ -37,6 +38,11 @@ def choose_precision(settings: train_8p.Settings, device_type: str = "cpu", indi
     """The precision that the settings ask for on these devices."""
     named = settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     return precision.choose_by_flags(device_type, indices, **named)
+
+
+def step_lines(out: str) -> list[tuple[str, ...]]:
+    """Epoch, step, steps, loss and mean loss of each step line of a log."""
+    return [line.group("epoch", "step", "steps", "loss", "mean_loss") for line in logs.STEP.finditer(out)]
 
 
 def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[str, str]:

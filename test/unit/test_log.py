@@ -7,7 +7,7 @@ from nmt.distributed import World
 
 import pytest
 import torch
-from test_train_8p import STEP_LINE
+from conftest import step_lines
 
 
 def log_of(steps: int, before: int = 0, print_freq: int = 100) -> nmt.log.EpochLog:
@@ -33,7 +33,7 @@ def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
     for loss_sum, count in ((2.0, 1.0), (2.0, 3.0), (30.0, 2.0), (0.0, 1.0)):
         log.data_ready()
         log.step_done(torch.tensor(loss_sum), torch.tensor(count), 1)
-    lines = STEP_LINE.findall(capsys.readouterr().out)
+    lines = step_lines(capsys.readouterr().out)
     assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]
 
 

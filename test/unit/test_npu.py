@@ -14,6 +14,8 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from bench import logs
+
 import pytest
 from conftest import REPOSITORY, write_corpus
 from harness import SIMULATION, ensure_built, environment
@@ -61,7 +63,9 @@ def test_two_npus_train_in_float16_with_masters_and_a_static_scale(spawned):
     assert re.search(
         r"^run: device=npu processes=2 .* precision=float16/O2 amp_backend=native loss_scale=32.0 ", out, re.M
     )
-    losses = [float(loss) for loss in re.findall(r"^\[npu id: 4 \] Epoch: .*Loss (\S+) ", out, re.MULTILINE)]
+    losses = [
+        float(line["loss"]) for line in logs.STEP.finditer(out) if (line["device"], line["index"]) == ("npu", "4")
+    ]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
 

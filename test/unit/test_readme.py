@@ -86,12 +86,8 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
     programs = [re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1) for text in (ENGLISH, CHINESE)]
     assert programs[0] == programs[1]
     corpus = write_corpus(tmp_path / "corpus", 64)
-    subprocess.run(
-        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "1"],
-        cwd=tmp_path,
-        check=True,
-        timeout=120,
-    )
+    command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "1"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     done = subprocess.run(
         [sys.executable, "-c", programs[0]],
         cwd=tmp_path,

@@ -11,6 +11,7 @@ import gru
 import nmt.log
 import scoring
 import train_8p
+from bench import logs
 from nmt import checkpoint, devices, distributed, precision
 from nmt.distributed import World
 from nmt.errors import UserError, run_main
@@ -18,14 +19,7 @@ from nmt.search import beam_search
 
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, choose_precision, parse, refused, write_corpus
-
-STEP_LINE = re.compile(
-    r"^\[cpu id: 0 \] Epoch: \[(\d+)\]\[ *(\d+)/(\d+)\]\t"
-    r"Time +\d+\.\d{3} \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
-    r"Loss (\d\.\d{4}e[+-]\d\d) \((\d\.\d{4}e[+-]\d\d)\)$",
-    re.MULTILINE,
-)
+from conftest import REPOSITORY, SMALL, choose_precision, parse, refused, step_lines, write_corpus
 
 
 def refusal(function, *args) -> str:
@@ -207,11 +201,11 @@ def trained(tmp_path_factory):
 
 def test_the_log_has_the_lines_that_other_tools_read(trained):
     _, _, out = trained
-    steps = [(int(epoch), int(step), int(count)) for epoch, step, count, _, _ in STEP_LINE.findall(out)]
+    steps = [(int(epoch), int(step), int(count)) for epoch, step, count, _, _ in step_lines(out)]
     assert steps == [(0, 10, 16), (0, 16, 16), (1, 10, 16), (1, 16, 16)]
-    assert len(re.findall(r"^\* FPS@all \d+\.\d{3}$", out, re.MULTILINE)) == 2
+    assert [len(rate.partition(".")[2]) for rate in logs.RATE.findall(out)] == [3, 3]
     assert len(re.findall(r"^BLEU score = \d+\.\d{4}$", out, re.MULTILINE)) == 1
-    run_line = re.search(r"^run: (.*)$", out, re.MULTILINE).group(1)
+    run_line = logs.RUN.search(out)["facts"]
     for fact in ("device=cpu", "processes=1", "batch=4", "batch_per_device=4", "recipe=tuned", "seed=1234", "torch="):
         assert fact in run_line
 
@@ -249,7 +243,7 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
 
 def scores_of(out):
     """By name, the BLEU of each way to decode, in order."""
-    return dict(re.findall(r"^(greedy|beam of \d+): BLEU (\S+)  sacreBLEU \S+  chrF \S+$", out, re.MULTILINE))
+    return {score["name"]: score["bleu"] for score in logs.SCORE.finditer(out)}
 
 
 def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
@@ -441,7 +435,7 @@ def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys
         path = ["--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]
         code, out, err = run(*path, "--print-freq=1", *flags, capsys=capsys)
         assert code == 0, err
-        losses = [step[3:] for step in STEP_LINE.findall(out)]
+        losses = [step[3:] for step in step_lines(out)]
         return losses, re.findall(r"^(?:validation:|test |greedy|beam|BLEU score).*$", out, re.MULTILINE)
 
     assert {*PLAIN, "length_penalty"} == {*OTHER, "length_penalty"} == set(train_8p.RECIPES["tuned"])
@@ -501,7 +495,7 @@ def test_the_modelzoo_recipe_trains(tiny_corpus, tmp_path, capsys):
     arguments = ("--data-dir", str(tiny_corpus), "--recipe", "modelzoo", "--epochs", "1", "-b", "30", "--amp")
     code, out, err = run(*arguments, "--ckptpath", str(tmp_path / "model"), capsys=capsys)
     assert code == 0, err
-    assert [step[:3] for step in STEP_LINE.findall(out)] == [("0", "2", "2")], "64 pairs: the last four are left out"
+    assert [step[:3] for step in step_lines(out)] == [("0", "2", "2")], "64 pairs: the last four are left out"
 
 
 def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_corpus, tmp_path, capsys, monkeypatch):
@@ -509,7 +503,7 @@ def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_cor
     before = sorted(tmp_path.iterdir())
     code, out, _ = run("--data-dir", str(tiny_corpus), "--performance", "-b", "16", capsys=capsys)
     assert code == 0
-    assert [step[1] for step in STEP_LINE.findall(out)] == ["10", "20", "25"]
+    assert [step[1] for step in step_lines(out)] == ["10", "20", "25"]
     assert "BLEU" not in out.replace("best=bleu", "")
     assert out.count("* FPS@all ") == 1
     assert sorted(tmp_path.iterdir()) == before
