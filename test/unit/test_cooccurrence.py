@@ -62,7 +62,7 @@ def pairs_of(split, indices=None):
 
 
 def test_the_association_is_that_of_a_plain_count(split):
-    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8, SPECIALS)
+    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8)
     expected = plain_association(pairs_of(split), SPECIALS + 7, SPECIALS + 8)
     torch.testing.assert_close(found.to_dense(), expected)
     assert (expected > 0).sum() > 10
@@ -72,7 +72,7 @@ def test_a_repeated_word_counts_once(split):
     twice = (side([[0, 0, 1], [1], [0]]), side([[2], [3], [2]]))
     once = (side([[0, 1], [1], [0]]), side([[2], [3], [2]]))
     types = SPECIALS + 4
-    found, expected = (cooccurrence.association(*pairs, types, types, SPECIALS).to_dense() for pairs in (twice, once))
+    found, expected = (cooccurrence.association(*pairs, types, types).to_dense() for pairs in (twice, once))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
@@ -82,7 +82,7 @@ def test_the_vectors_are_the_factors_of_the_association(split):
     torch.manual_seed(0)
     src, trg = cooccurrence.embeddings(*split, types, types, 64)
     assert src.shape == trg.shape == (types, types)
-    matrix = cooccurrence.association(*split, types, types, SPECIALS).to_dense()
+    matrix = cooccurrence.association(*split, types, types).to_dense()
     left, values, right = torch.linalg.svd(matrix)
     products = normalize(left * values.sqrt(), dim=1) @ normalize(right.T * values.sqrt(), dim=1).T
     known = matrix.any(dim=1), matrix.any(dim=0)
@@ -202,7 +202,7 @@ def test_a_large_corpus_is_read_in_part(split, monkeypatch):
     monkeypatch.setattr(cooccurrence, "MAX_PAIRS", 16)
     indices = cooccurrence.pairs_to_count(*split)
     assert indices.tolist() == [pair * 40 // 16 for pair in range(16)]
-    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8, SPECIALS)
+    found = cooccurrence.association(*split, SPECIALS + 7, SPECIALS + 8)
     expected = plain_association(pairs_of(split, indices.tolist()), SPECIALS + 7, SPECIALS + 8)
     torch.testing.assert_close(found.to_dense(), expected)
 
