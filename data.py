@@ -15,7 +15,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -119,6 +119,7 @@ class Split:
     @property
     def references(self) -> list[list[str]]:
         """`trg_tokens` as they are scored, `spaceless`."""
+        assert self.trg_tokens is not None
         return [spaceless(tokens) for tokens in self.trg_tokens]
 
     def __len__(self) -> int:
@@ -215,7 +216,7 @@ def load(
     entry = None
     if digests is not None:
         entry = cache.read(folder, build.cache_key(digests, langs, min_freq), verify=verify)
-    if entry is None:
+    if digests is None or entry is None:
         digests = cache.read_digests(folder, paths, log)
 
         def write(writer: cache.Writer) -> dict:
@@ -270,7 +271,7 @@ def _split(entry: cache.Entry, name: str) -> Split:
 POOL = 100  # batches whose pairs are grouped by length together
 
 
-class EpochBatches(Sequence):  # without slices and negative indices
+class EpochBatches:
     """One epoch's batches over all ranks, in training order. See `epoch_batches`.
 
     It holds one permutation of the pairs and one pool of batches. Nothing is drawn before the first batch is wanted.
@@ -282,10 +283,14 @@ class EpochBatches(Sequence):  # without slices and negative indices
         self._pools = max(1, round(self._steps / POOL))
         self._split, self._batch_size, self._like_length = split, batch_size, like_length
         self._seeds = [seed, epoch]
-        self._pool, self._batches = -1, []  # the number and the batches of the pool at hand
+        self._pool = -1  # the number of the pool at hand
+        self._batches: Sequence[torch.Tensor] = ()  # its batches
 
     def __len__(self) -> int:
         return self._steps
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(self.__getitem__, range(self._steps))
 
     def __getitem__(self, step: int) -> torch.Tensor:
         """[batch] int64: the indices of the pairs of a step."""

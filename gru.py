@@ -264,7 +264,8 @@ class Seq2Seq(nn.Module):
             with torch.no_grad():
                 context_logits = self.decoder.context_logits(context)
         rows = step_rows(rows_per_step)
-        hidden, features = context, []
+        hidden = context
+        features: list[Tensor] = []
         for first, after in segments:
             batch = rows_per_step[first]
             tokens = trg[rows[first].start : rows[after - 1].stop]

@@ -102,8 +102,17 @@ def translate(
         if beam_size == 1:
             found = greedy(model, tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
         else:
-            options = {"beam_size": beam_size, "max_len": MAX_LENGTH, "length_penalty": length_penalty}
-            found = beam_search(model, tokens, lengths, data.SOS, data.EOS, **options).ids[:, :, 0]
+            hypotheses = beam_search(
+                model,
+                tokens,
+                lengths,
+                data.SOS,
+                data.EOS,
+                beam_size=beam_size,
+                max_len=MAX_LENGTH,
+                length_penalty=length_penalty,
+            )
+            found = hypotheses.ids[:, :, 0]
         ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
@@ -214,8 +223,9 @@ def in_vocabularies(
     """`split`, whose ids are of the vocabularies `own`, in ids of the vocabularies `wanted`."""
     if [vocab.itos for vocab in own] == [vocab.itos for vocab in wanted]:
         return split
-    sides = (split.src_tokens, split.trg_tokens)
-    src, trg = (data.Side.encode(tokens, vocab) for tokens, vocab in zip(sides, wanted, strict=True))
+    assert split.src_tokens is not None and split.trg_tokens is not None
+    src_vocab, trg_vocab = wanted
+    src, trg = data.Side.encode(split.src_tokens, src_vocab), data.Side.encode(split.trg_tokens, trg_vocab)
     return data.Split(src, trg, split.src_tokens, split.trg_tokens)
 
 

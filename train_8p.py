@@ -30,7 +30,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,7 @@ def main(argv: list[str]) -> None:
     if settings.evaluate:
         if unused := flags.given_in_vain(settings):
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
-        evaluate(settings, plan)
+        evaluate(settings, plan, Path(settings.evaluate))
         return
     mixed = precision.choose_by_flags(
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
@@ -255,9 +255,8 @@ def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan) -> 
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
-def evaluate(settings: Settings, plan: distributed.Plan) -> None:
-    """Scores the checkpoint of --evaluate on the test set, on rank 0."""
-    path = Path(settings.evaluate)
+def evaluate(settings: Settings, plan: distributed.Plan, path: Path) -> None:
+    """Scores the checkpoint at `path` on the test set, on rank 0."""
     saved = checkpoint.load(path)
     model = scoring.restore(saved, path)  # a faulty file is told before a download, or long tokenising
     corpus = load_corpus(settings, log=say)
@@ -358,7 +357,7 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
             validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
 
 
-def epoch_steps(settings: Settings, corpus: data.Corpus, epoch: int) -> Sequence[torch.Tensor]:
+def epoch_steps(settings: Settings, corpus: data.Corpus, epoch: int) -> data.EpochBatches | list[torch.Tensor]:
     """The steps of one epoch, each with the indices of its pairs over all ranks, [batch] int64.
 
     A performance run goes round again until it has enough steps.
@@ -438,7 +437,8 @@ def validate(
     translations = scoring.translate(model, corpus.val.src, corpus.trg_vocab, world)
     if not world.is_main:
         return
-    references = corpus.val.references
+    sources, references = corpus.val.src_tokens, corpus.val.references
+    assert sources is not None
     bleu = scoring.evaluate(translations, references).bleu
     say(
         f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
@@ -447,7 +447,7 @@ def validate(
         f"greedy BLEU {bleu:.4f}  learning rate {rate:.2e}"
     )
     for index in (0, len(corpus.val) // 2):
-        say(printable(f"  source     {' '.join(corpus.val.src_tokens[index])}"))
+        say(printable(f"  source     {' '.join(sources[index])}"))
         say(printable(f"  reference  {' '.join(references[index])}"))
         say(printable(f"  model      {' '.join(translations[index])}"))
     merit = bleu if settings.best == "bleu" else -found.free_running

@@ -8,15 +8,16 @@ part of it. The last 1 / (eta + 1) of the steps, the `part`, have about two thir
 
 import copy
 import math
+from typing import Generic
 
-from nmt.precision import Trainer
+from nmt.precision import Model, Trainer
 
 import torch
 
 EVERY = 4  # steps between two updates: each goes through all weights
 
 
-class WeightAverage:
+class WeightAverage(Generic[Model]):
     """The running average of a model's weights.
 
     Args:
@@ -28,7 +29,7 @@ class WeightAverage:
         model: the fp32 model with the averaged weights.
     """
 
-    def __init__(self, trainer: Trainer, part: float):
+    def __init__(self, trainer: Trainer[Model], part: float):
         self._trainer, self._part = trainer, part
         self._step = 0  # the last one that the average contains
         # `float` changes no number. It lays a GRU's weights side by side again, for cuDNN.

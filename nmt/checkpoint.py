@@ -58,7 +58,7 @@ class Checkpoint:
         hasher = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict.items()):
             hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            hasher.update(tensor.contiguous().numpy())
+            hasher.update(tensor.contiguous().numpy().data)
         return hasher.hexdigest()
 
 

@@ -46,12 +46,13 @@ def embeddings(src: Sentences, trg: Sentences, src_types: int, trg_types: int, d
     matrix = association(src, trg, src_types, trg_types)
     features = min(dim, src_types, trg_types)
     left, values, right = torch.svd_lowrank(matrix, q=features, niter=2)
-    found = []
-    for side, factor in enumerate((left, right)):
+
+    def vectors(side: int, factor: Tensor) -> Tensor:
         associated = matrix.indices()[side].bincount(minlength=len(factor)) > 0
         unit = nn.functional.normalize(factor * values.sqrt(), dim=1)
-        found.append(torch.where(associated.unsqueeze(1), unit, 0))
-    return tuple(found)
+        return torch.where(associated.unsqueeze(1), unit, 0)
+
+    return vectors(0, left), vectors(1, right)
 
 
 def association(src: Sentences, trg: Sentences, src_types: int, trg_types: int) -> Tensor:

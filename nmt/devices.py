@@ -47,7 +47,7 @@ def npu_count() -> tuple[int, str]:
     if NPU_IMPORT_ERROR:
         return 0, NPU_IMPORT_ERROR
     try:
-        count = torch.npu.device_count()
+        count = torch.npu.device_count()  # type: ignore[attr-defined]  # torch_npu adds torch.npu
     except Exception as error:  # torch_npu raises this for a bad driver or a bad environment variable
         return 0, first_line(error)
     return count, "" if count else f"torch_npu finds no NPU{visible_npus()}"

@@ -79,15 +79,18 @@ class World:
         if self.nodes == 1 and sys.platform == "linux":
             # One node needs no other interface than loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        options = {"init_method": "env://"}
-        if self.meeting is not None:
-            store = launch.join_store(*self.meeting, self.timeout)
-            options = {"store": store, "rank": self.rank, "world_size": self.size}
-        if self._collectives == "nccl":
-            options["device_id"] = self.device  # it then connects here, and not in the first collective
+        # Without a store, torch.distributed reads torchrun's environment.
+        store = None if self.meeting is None else launch.join_store(*self.meeting, self.timeout)
         try:
-            timeout = datetime.timedelta(seconds=self.timeout)
-            dist.init_process_group(self._collectives, timeout=timeout, **options)
+            dist.init_process_group(
+                self._collectives,
+                store=store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(seconds=self.timeout),
+                # With a device NCCL connects here, and not in the first collective.
+                device_id=self.device if self._collectives == "nccl" else None,
+            )
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 "distributed",
@@ -347,9 +350,9 @@ def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, 
     local_size = len(indices)
     if under_torchrun():
         size = int(os.environ["WORLD_SIZE"])
-        sizes = {"size": size, "nodes": size // local_size, "local_size": local_size}
+        common = dataclasses.replace(common, size=size, nodes=size // local_size, local_size=local_size)
         index = indices[int(os.environ["LOCAL_RANK"])]
-        return (dataclasses.replace(common, rank=int(os.environ["RANK"]), index=index, **sizes),)
+        return (dataclasses.replace(common, rank=int(os.environ["RANK"]), index=index),)
     nodes = 1 if world_size == -1 else world_size
     node = 0 if rank == -1 else rank
     if nodes < 1 or not 0 <= node < nodes:
@@ -359,9 +362,9 @@ def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, 
             "--rank and --world-size",
             "nodes are counted from 1 and numbered from 0",
         )
-    sizes = {"size": nodes * local_size, "nodes": nodes, "local_size": local_size}
+    common = dataclasses.replace(common, size=nodes * local_size, nodes=nodes, local_size=local_size)
     first = node * local_size
-    return tuple(dataclasses.replace(common, rank=first + i, index=index, **sizes) for i, index in enumerate(indices))
+    return tuple(dataclasses.replace(common, rank=first + i, index=index) for i, index in enumerate(indices))
 
 
 def meeting_point(addr: str, dist_url: str | None, nodes: int) -> tuple[str, int]:

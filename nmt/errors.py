@@ -6,6 +6,7 @@ Exit codes: 0 done, or nobody reads the output any more; 1 bug or out of memory;
 
 import errno
 import importlib.metadata
+import io
 import os
 import sys
 import traceback
@@ -119,7 +120,7 @@ def run_main(main, argv: list[str]) -> int:
         if not is_expected(error):
             raise
         discard_output()
-        print(UserError("io", error.strerror, error.filename or "the output", "make room there"), file=sys.stderr)
+        print(UserError("io", str(error.strerror), error.filename or "the output", "make room there"), file=sys.stderr)
         return EXIT_CODES["io"]
     return 0
 
@@ -128,6 +129,7 @@ def prepare_output() -> None:
     """Lets stdout take all text, whatever its encoding. A closed stream takes it and drops it. For each new process."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  (to the end of the process)
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115  (or print would use stdout instead)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")
 
 

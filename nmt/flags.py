@@ -29,7 +29,7 @@ class StrictParser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError("usage", message, f"the command line of {self.prog}", f"see {self.prog} --help")
 
-    def parse_args(self, args: list[str]) -> argparse.Namespace:
+    def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]  # takes less than argparse's
         """Parses `args`. Flags after a lone `--` override those before it.
 
         >>> parser = StrictParser(prog="p")

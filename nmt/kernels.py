@@ -92,6 +92,11 @@ class GRU(nn.GRU):
     CUDA cuDNN's.
     """
 
+    weight_ih_l0: nn.Parameter
+    weight_hh_l0: nn.Parameter
+    bias_ih_l0: nn.Parameter
+    bias_hh_l0: nn.Parameter
+
     def context_gates(self, batch: int, context: Tensor | None = None) -> Tensor:
         """The part of the gates' sums that does not change from step to step, for `run`.
 

@@ -80,7 +80,9 @@ class Worker:
     def report(self) -> "Report | None":
         """The child's report, if it sent one."""
         with contextlib.suppress(EOFError):
-            return self.pipe.recv() if self.pipe.poll() else None
+            if self.pipe.poll():
+                return self.pipe.recv()
+        return None
 
 
 class Report(NamedTuple):

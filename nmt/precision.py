@@ -25,6 +25,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Generic, TypeVar
 
 from nmt import devices, flags
 from nmt.errors import UserError, first_line
@@ -199,7 +200,10 @@ def import_amp() -> tuple[ModuleType | None, str]:
 # ---------------------------------------------------------------- the training step
 
 
-class Trainer:
+Model = TypeVar("Model", bound=nn.Module)  # the class of the model that is trained
+
+
+class Trainer(Generic[Model]):
     """Runs the training steps in a precision. `make_trainer` makes one.
 
     The optimizer is Adam: Kingma and Ba 2015, arXiv 1412.6980.
@@ -210,8 +214,8 @@ class Trainer:
         optimizer: updates the weights.
     """
 
-    model: nn.Module
-    working_model: nn.Module
+    model: Model
+    working_model: Model
     optimizer: torch.optim.Optimizer
 
     def forward_context(self) -> contextlib.AbstractContextManager:
@@ -250,14 +254,14 @@ class Trainer:
             group["lr"] = lr
 
 
-class NativeTrainer(Trainer):
+class NativeTrainer(Trainer[Model]):
     """The levels by PyTorch's own means.
 
     A step changes no weight unless all its gradients are finite, with a static scale and with a dynamic one. O3 has no
     scale and no such check.
     """
 
-    def __init__(self, choice: Choice, model: nn.Module, device: torch.device):
+    def __init__(self, choice: Choice, model: Model, device: torch.device):
         self.model = model
         self.working_model = copy.deepcopy(model).to(choice.dtype) if choice.level in ("O2", "O3") else model
         optimised = self.working_model if choice.level == "O3" else model
@@ -284,6 +288,7 @@ class NativeTrainer(Trainer):
         self._set_learning_rate(lr)
         if self._has_masters:
             for master, working in self._pairs:
+                assert working.grad is not None
                 master.grad = working.grad.float()
                 working.grad = None
         self._scaler.unscale_(self.optimizer)
@@ -294,9 +299,9 @@ class NativeTrainer(Trainer):
         self.optimizer.zero_grad()
         self._steps += 1
         if self._has_masters:
-            masters, working = zip(*self._pairs, strict=True)
+            masters, halves = zip(*self._pairs, strict=True)
             with torch.no_grad():
-                torch._foreach_copy_(list(working), list(masters))
+                torch._foreach_copy_(list(halves), list(masters))
 
     @torch.no_grad()
     def refresh_model(self) -> None:
@@ -321,13 +326,13 @@ class NativeTrainer(Trainer):
         return self._scaler.get_scale()
 
 
-class ApexTrainer(Trainer):
+class ApexTrainer(Trainer[Model]):
     """O2 and O3 by apex's `amp`: Ascend's fork, or a build of NVIDIA's from before May 2025.
 
     With a static scale apex checks for no overflow. With a dynamic one it skips such a step, and prints a line.
     """
 
-    def __init__(self, choice: Choice, model: nn.Module, device: torch.device):
+    def __init__(self, choice: Choice, model: Model, device: torch.device):
         self._amp = importlib.import_module("apex.amp")
         self._is_dynamic = choice.loss_scale == "dynamic"
         self.model = model
@@ -373,7 +378,7 @@ def overflown(steps: str, scale: float, where: str) -> UserError:
     return UserError("diverged", what, where, todo)
 
 
-def make_trainer(choice: Choice, model: nn.Module, device: torch.device) -> Trainer:
+def make_trainer(choice: Choice, model: Model, device: torch.device) -> Trainer[Model]:
     """Makes the trainer of `model`. `DistributedDataParallel` may wrap its working model afterwards.
 
     Args:
@@ -391,7 +396,8 @@ def make_scaler(device: torch.device, scale: float, *, enabled: bool = True) -> 
     pass alone: it looks from `scale` on.
     """
     if device.type == "npu":
-        return torch.npu.amp.GradScaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
+        scaler = torch.npu.amp.GradScaler  # type: ignore[attr-defined]  # torch_npu adds torch.npu
+        return scaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
     return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
 
 
@@ -412,9 +418,9 @@ def make_optimizer(
         fused: whether one kernel may update all parameters. On a CPU and on CUDA PyTorch has it, and then the check for
             overflow needs no synchronisation. On an NPU PyTorch has none.
     """
-    # We leave the option out instead of passing False: False would also turn off the loop over all parameters at once.
-    options = {"fused": True} if fused and device.type in ("cpu", "cuda") else {}
-    return torch.optim.Adam(parameters, eps=epsilon(choice), **options)
+    # None instead of False: False would also turn off the loop over all parameters at once.
+    is_fused = True if fused and device.type in ("cpu", "cuda") else None
+    return torch.optim.Adam(parameters, eps=epsilon(choice), fused=is_fused)
 
 
 def apex_fused_optimizer(amp: ModuleType, device: torch.device) -> type | None:

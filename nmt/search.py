@@ -10,7 +10,7 @@ A sentence may have several rows, which stand together. Memory has one row for e
 """
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from nmt import kernels
 
@@ -18,22 +18,23 @@ import torch
 from torch import Tensor
 
 LOWEST = torch.finfo(torch.float32).min
+OwnMemory = TypeVar("OwnMemory", bound="Memory")  # a model's own class of memory
 
 
 class Memory(Protocol):
     """Decoding keeps this of the source sentences."""
 
-    def select(self, rows: Tensor) -> "Memory":
+    def select(self: OwnMemory, rows: Tensor) -> OwnMemory:
         """The memory of these sentences: [selected] int64 row numbers."""
 
 
-class Translator(Protocol):
+class Translator(Protocol[OwnMemory]):
     """A model that can be decoded, in evaluation mode."""
 
-    def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
+    def start(self, src: Tensor, src_len: Tensor) -> tuple[OwnMemory, Tensor]:
         """The memory and the first hidden state, [batch, hid dim], of src [src len, batch] with lengths [batch]."""
 
-    def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def step(self, prev_token: Tensor, hidden: Tensor, memory: OwnMemory) -> tuple[Tensor, Tensor]:
         """The logits, [rows, vocabulary], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
 
 
@@ -51,7 +52,7 @@ class Hypotheses(NamedTuple):
 
 @torch.no_grad()
 def greedy(
-    model: Translator, src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50
+    model: Translator[OwnMemory], src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50
 ) -> Tensor:
     """Translates a batch. Each step takes the most probable token.
 
@@ -91,7 +92,7 @@ def greedy(
 
 @torch.no_grad()
 def beam_search(
-    model: Translator,
+    model: Translator[OwnMemory],
     src: Tensor,
     src_len: Tensor,
     sos_index: int,

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ def sha256(*parts) -> str:
     return digest.hexdigest()
 
 
-def stream_sha256(file: BinaryIO) -> str:
+def stream_sha256(file: io.BufferedIOBase) -> str:
     """The sha256 of the rest of `file`, from where it stands."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):

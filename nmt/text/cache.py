@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from nmt.storage import (
     Log,
@@ -60,7 +60,7 @@ class Writer:
 
     def __init__(self, folder: Path | None):
         self._folder = folder
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, io.BufferedRandom | io.BytesIO] = {}
         self._dtypes: dict[str, str] = {}
 
     @writing()
@@ -69,7 +69,7 @@ class Writer:
         if name not in self._files:
             self._files[name] = open(self._folder / name, "w+b") if self._folder else io.BytesIO()  # noqa: SIM115
             self._dtypes[name] = values.dtype.str
-        self._files[name].write(np.ascontiguousarray(values))
+        self._files[name].write(np.ascontiguousarray(values).data)
 
     @writing()
     def translate(self, name: str, table: np.ndarray) -> None:
@@ -83,11 +83,16 @@ class Writer:
 
     def in_memory(self) -> dict[str, np.ndarray]:
         """The arrays, if there is no folder."""
-        return {name: np.frombuffer(file.getbuffer(), self._dtypes[name]) for name, file in self._files.items()}
+        return {
+            name: np.frombuffer(file.getbuffer(), self._dtypes[name])
+            for name, file in self._files.items()
+            if isinstance(file, io.BytesIO)
+        }
 
     @writing()
     def finish(self, about: Any) -> None:
         """Writes the index with `about` in it, and waits until all files are on the disk."""
+        assert self._folder is not None
         with concurrent.futures.ThreadPoolExecutor() as threads:
             digests = threads.map(_settle, self._files.values())
         arrays = {name: [self._dtypes[name], digest] for name, digest in zip(self._files, digests, strict=True)}
@@ -98,7 +103,7 @@ class Writer:
             file.close()
 
 
-def _settle(file: BinaryIO) -> str:
+def _settle(file: io.BufferedIOBase) -> str:
     """Waits until a file is on the disk, then reads it again for its sha256."""
     file.flush()
     os.fsync(file.fileno())
@@ -196,9 +201,9 @@ def _read_checked(path: Path) -> Any:
 def known_digests(folder: Path | None, paths: list[Path]) -> list[str] | None:
     """The files' `files.content_sha256`, without reading them. None unless all files are known and unchanged."""
     known = _digests_in(folder)
-    digests = []
+    digests: list[str] = []
     for path in paths:
-        state, digest = known.get(os.path.realpath(path), (None, None))
+        state, digest = known.get(os.path.realpath(path), (None, ""))
         if state is None or state != _state(path):
             return None
         digests.append(digest)

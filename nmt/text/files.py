@@ -6,12 +6,13 @@ Files may be larger than memory. No more than a chunk of each is held here, or o
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from nmt.errors import UserError
 from nmt.storage import stream_sha256
@@ -34,8 +35,8 @@ def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, st
     tried: list[Path] = []
     for folder in _folders(data_dir):
         missing: list[Path] = []
-        pairs = [_find_pair(folder, name, langs, missing) for name in names]
-        if all(pairs):
+        pairs = [pair for name in names if (pair := _find_pair(folder, name, langs, missing))]
+        if len(pairs) == len(names):
             return pairs
         if folder.is_dir():
             tried += missing
@@ -55,15 +56,16 @@ def _folders(data_dir: Path) -> list[Path]:
     return [data_dir / "multi30k", data_dir]
 
 
-def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, ...]:
-    """A split's two files under one stem, or (). The paths of a side that is not there are added to `missing`."""
+def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, Path] | None:
+    """A split's two files under one stem, or None. The paths of a side that is not there are added to `missing`."""
     for stem in ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]:
         sides = [[folder / f"{stem}.{lang}{packed}" for packed in ("", ".gz")] for lang in langs]
         present = [[path for path in paths if os.path.isfile(path)] for paths in sides]
-        if all(present):
-            return tuple(paths[0] for paths in present)
+        src, trg = present
+        if src and trg:
+            return src[0], trg[0]
         missing += [path for paths, found in zip(sides, present, strict=True) if not found for path in paths]
-    return ()
+    return None
 
 
 def text_bytes(path: Path) -> int:
@@ -72,7 +74,7 @@ def text_bytes(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """Opens a file to read its text, decompressed if the name ends in `.gz`.
 
     Raises as `_reading` does, for the body too. So the body only reads this file. It puts the reading of another file
@@ -117,7 +119,7 @@ class Chunk(NamedTuple):
     texts: tuple[bytes, bytes]
 
 
-def pair_chunks(paths: tuple[Path, Path], digests: tuple[str, str]) -> Iterator[Chunk]:
+def pair_chunks(paths: tuple[Path, Path], digests: Sequence[str]) -> Iterator[Chunk]:
     """Reads a split's two files from their first to their last line.
 
     Args:

@@ -216,7 +216,8 @@ def _in_turn(pipes: list[Connection], chunks: Iterable[files.Chunk]) -> Iterator
             yield result
             turn += 1
         elif busy := [pipe for pipe in pipes if out[pipe]]:
-            for pipe in wait(busy):
+            ready = wait(busy)
+            for pipe in [pipe for pipe in busy if pipe in ready]:
                 results[out[pipe].popleft()] = _receive(pipe)
         else:
             return
@@ -242,10 +243,10 @@ def serve(langs: tuple[str, str], descriptors: list[int]) -> NoReturn:
     """
     # Most of spaCy's import goes to parts that a tokenizer does not need. It imports torch if that is installed, and
     # its commands, because it offers one of them as a function.
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]  # None forbids the import, typeshed has modules alone
     sys.modules["spacy.cli"] = types.ModuleType("spacy.cli")
     sys.modules["spacy.cli.info"] = types.ModuleType("spacy.cli.info")
-    sys.modules["spacy.cli.info"].info = None
+    vars(sys.modules["spacy.cli.info"])["info"] = None
     for lang in langs:
         with contextlib.suppress(UserError):  # the first chunk raises it again
             _tokenizer(lang)
