@@ -10,7 +10,7 @@ import gru
 from nmt import kernels
 from nmt.checkpoint import Checkpoint
 from nmt.distributed import World
-from nmt.errors import UserError
+from nmt.errors import UserError, printable
 from nmt.search import beam_search, greedy
 
 import sacrebleu
@@ -159,6 +159,72 @@ def perplexity(loss: float) -> float:
     (20.5, inf)
     """
     return math.exp(loss) if loss < 50 else math.inf
+
+
+# ---------------------------------------------------------------- the validation pairs after an epoch
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a model does with the validation pairs, decoded greedily.
+
+    Attributes:
+        losses: over all pairs.
+        bleu: on rank 0. Other ranks have nan.
+        examples: source, reference and translation of two pairs, each in one line.
+    """
+
+    losses: Losses
+    bleu: float
+    examples: list[tuple[str, str, str]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether both losses are."""
+        return math.isfinite(self.losses.forced) and math.isfinite(self.losses.free_running)
+
+    def lines(self, epoch: int, train_loss: float, rate: float) -> Iterator[str]:
+        """The lines of the log, for rank 0.
+
+        Args:
+            epoch: the epoch that has ended, from 0.
+            train_loss: its mean training loss.
+            rate: its last learning rate.
+        """
+        forced, free_running = self.losses.forced, self.losses.free_running
+        yield (
+            f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
+            f"loss {forced:.4f} (perplexity {perplexity(forced):.2f})  "
+            f"free-running loss {free_running:.4f} (perplexity {perplexity(free_running):.2f})  "
+            f"greedy BLEU {self.bleu:.4f}  learning rate {rate:.2e}"
+        )
+        for source, reference, translation in self.examples:
+            yield printable(f"  source     {source}")
+            yield printable(f"  reference  {reference}")
+            yield printable(f"  model      {translation}")
+
+
+def validate(model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, world: World) -> Validation:
+    """Scores a model on the pairs of a loader.
+
+    Args:
+        model: the fp32 model, on the rank's device. It is put into evaluation mode.
+        loader: of the validation pairs.
+        vocab: the target vocabulary.
+        world: the ranks. Every rank calls this.
+    """
+    model.eval()
+    split = loader.split
+    found = losses(model, loader, world)
+    translations = translate(model, split.src, vocab, world)
+    references = split.references
+    bleu = evaluate(translations, references).bleu if world.is_main else math.nan
+    assert split.src_tokens is not None  # only train's are not kept
+    examples = [
+        (" ".join(split.src_tokens[index]), " ".join(references[index]), " ".join(translations[index]))
+        for index in (0, len(split) // 2)
+    ]
+    return Validation(found, bleu, examples)
 
 
 # ---------------------------------------------------------------- a checkpoint on the test set

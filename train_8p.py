@@ -425,34 +425,20 @@ def validate(
     Raises:
         UserError: diverged, on every rank, if a loss is not finite.
     """
-    model.eval()
-    found = scoring.losses(model, loader, world)
-    if not all(map(math.isfinite, (train_loss, found.forced, found.free_running))):
+    found = scoring.validate(model, loader, corpus.trg_vocab, world)
+    losses = found.losses
+    if not (math.isfinite(train_loss) and found.is_finite):
         raise UserError(
             "diverged",
-            f"the training loss is {train_loss}, the validation losses are {found.forced} and {found.free_running}",
+            f"the training loss is {train_loss}, the validation losses are {losses.forced} and {losses.free_running}",
             f"epoch {epoch}",
             "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept",
         )
-    translations = scoring.translate(model, corpus.val.src, corpus.trg_vocab, world)
-    if not world.is_main:
-        return
-    sources, references = corpus.val.src_tokens, corpus.val.references
-    assert sources is not None
-    bleu = scoring.evaluate(translations, references).bleu
-    say(
-        f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
-        f"loss {found.forced:.4f} (perplexity {scoring.perplexity(found.forced):.2f})  "
-        f"free-running loss {found.free_running:.4f} (perplexity {scoring.perplexity(found.free_running):.2f})  "
-        f"greedy BLEU {bleu:.4f}  learning rate {rate:.2e}"
-    )
-    for index in (0, len(corpus.val) // 2):
-        say(printable(f"  source     {' '.join(sources[index])}"))
-        say(printable(f"  reference  {' '.join(references[index])}"))
-        say(printable(f"  model      {' '.join(translations[index])}"))
-    merit = bleu if settings.best == "bleu" else -found.free_running
-    if merit > best.merit:
-        scores = {"epoch": epoch, "bleu": bleu, "loss": found.forced, "free_running_loss": found.free_running}
+    for line in found.lines(epoch, train_loss, rate):
+        say(line)
+    merit = found.bleu if settings.best == "bleu" else -losses.free_running
+    if world.is_main and merit > best.merit:
+        scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
 
 
