@@ -1,4 +1,4 @@
-"""What all tests share: small corpora, caches that go with the test run, and how to assert a refusal."""
+"""What several tests share: small corpora and models, caches of the test run, and how to assert a refusal."""
 
 import contextlib
 import itertools
@@ -12,7 +12,9 @@ from nmt import precision
 from nmt.errors import UserError
 
 import harness
+import plain_model
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_PATHS = [str(REPOSITORY / "test" / name) for name in ("unit", "simulation")]
@@ -21,9 +23,6 @@ MULTI30K = REPOSITORY.parent / "shared" / "data" / "multi30k"
 needs_multi30k = pytest.mark.skipif(
     not (MULTI30K / "train.de").exists(), reason="Multi30k is not beside this checkout (../shared/data/multi30k)"
 )
-
-FORMER_INITIALISATIONS = getattr(train_8p, "FORMER_INITIALISATIONS", {})  # names of --init in older logs
-
 
 SMALL = ["--emb-dim", "8", "--hid-dim", "12", "--device", "cpu"]  # a model that trains in no time
 
@@ -54,7 +53,7 @@ def flags_of_recipe(name: str, arguments: str = "", **values: object) -> dict[st
 
 def with_todays_names(flags: dict[str, str]) -> dict[str, str]:
     """The flags of a log by the names of today."""
-    return flags | {"init": FORMER_INITIALISATIONS.get(flags["init"], flags["init"])}
+    return flags | {"init": train_8p.FORMER_INITIALISATIONS.get(flags["init"], flags["init"])}
 
 
 def pytest_collection_finish(session):
@@ -157,14 +156,57 @@ def same_corpus(one, two):
     return content(one) == content(two)
 
 
-def refused(call, kind, *words):
-    """Asserts that `call()` raises a UserError of `kind` whose message has all `words`; returns the message."""
+@pytest.fixture
+def seeded():
+    """Draws by torch and by Python's own generator are the same in each test."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def model(seeded):
+    """`plain_model.small_model`."""
+    return plain_model.small_model()
+
+
+@pytest.fixture
+def pairs(seeded):
+    """`plain_model.small_pairs`."""
+    return plain_model.small_pairs()
+
+
+def refused(kind, function, *args, says=(), **options):
+    """Asserts that `function(*args, **options)` raises a UserError.
+
+    Args:
+        kind: the error's.
+        says: a text that the message has, or several.
+
+    Returns:
+        The message.
+    """
     with pytest.raises(UserError) as caught:
-        call()
-    assert caught.value.kind == kind
-    for word in words:
-        assert word in str(caught.value)
-    return str(caught.value)
+        function(*args, **options)
+    message = str(caught.value)
+    assert message.startswith(f"error[{kind}]: ")
+    assert "\n" not in message
+    for text in [says] if isinstance(says, str) else says:
+        assert text in message
+    return message
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """The environment of a process that no launcher has started."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def torchrun(no_launcher, monkeypatch):
+    """The environment that torchrun gives the second of two processes."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture

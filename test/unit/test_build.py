@@ -38,7 +38,7 @@ def test_pair_with_an_empty_side_is_dropped_and_counted(tmp_path, load):
 def test_nothing_usable_is_refused(folder, load, content):
     for lang in ("de", "en"):
         (folder / f"train.{lang}").write_bytes(content)
-    refused(lambda: load(folder), "data", "0 usable pairs", "train.de", "train.en")
+    refused("data", load, folder, says=["0 usable pairs", "train.de", "train.en"])
 
 
 def test_corpus_does_not_depend_on_the_number_of_processes(tmp_path, load, monkeypatch):

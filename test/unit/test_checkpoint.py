@@ -39,10 +39,6 @@ def saved(tmp_path):
     return path
 
 
-def refusal(path) -> str:
-    return refused(lambda: checkpoint.load(path), "checkpoint", str(path))
-
-
 def test_what_is_loaded_is_what_was_saved(saved):
     loaded, original = checkpoint.load(saved), make()
     for field in ("sizes", "src_vocab", "trg_vocab", "flags", "scores", "about"):
@@ -66,10 +62,7 @@ def test_a_save_that_fails_keeps_the_old_checkpoint_and_says_so(saved, monkeypat
 
     before = saved.read_bytes()
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(UserError) as caught:
-        checkpoint.save(saved, make(seed=1))
-    assert caught.value.exit_code == 5
-    assert "No space left" in str(caught.value)
+    refused("io", checkpoint.save, saved, make(seed=1), says="No space left")
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
@@ -78,7 +71,7 @@ def test_a_truncated_checkpoint_is_refused(saved):
     content = saved.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
-        message = refusal(saved)
+        message = refused("checkpoint", checkpoint.load, saved, says=str(saved))
         assert length == 1 or message.startswith("error[checkpoint]: incomplete, or no checkpoint at all; ")
 
 
@@ -109,23 +102,24 @@ def test_every_flipped_bit_of_the_weights_is_refused(saved):
         flipped = bytearray(content)
         flipped[start + offset] ^= 1
         saved.write_bytes(flipped)
-        assert "sha256" in refusal(saved) or "read" in refusal(saved)
+        message = refused("checkpoint", checkpoint.load, saved, says=str(saved))
+        assert "sha256" in message or "read" in message
 
 
 def test_a_text_file_is_no_checkpoint(tmp_path):
     path = tmp_path / "text"
     path.write_text("hello")
-    refusal(path)
+    refused("checkpoint", checkpoint.load, path, says=str(path))
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert "no such file" in refusal(tmp_path / "absent")
+    refused("checkpoint", checkpoint.load, tmp_path / "absent", says=["no such file", f"{tmp_path}/absent"])
 
 
 def test_a_file_that_one_may_not_read_is_refused(saved, as_nobody):
     saved.chmod(0)
     with as_nobody():
-        assert "cannot be read: Permission denied" in refusal(saved)
+        refused("checkpoint", checkpoint.load, saved, says=["cannot be read: Permission denied", str(saved)])
 
 
 class Harmful:
@@ -142,7 +136,7 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path):
     torch.load(path, weights_only=False)
     assert touched.exists(), "the fault must be real"
     touched.unlink()
-    assert "nothing of it was run" in refusal(path)
+    refused("checkpoint", checkpoint.load, path, says=["nothing of it was run", str(path)])
     assert not touched.exists()
 
 
@@ -166,7 +160,7 @@ def test_the_flags_of_an_originals_checkpoint_are_those_of_the_recipe_that_train
 @pytest.mark.parametrize("content", [[1.0], {"state_dict": 3}, {"a": torch.zeros(1), "b": "text"}])
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "other")
-    assert "holds no state dict" in refusal(tmp_path / "other")
+    refused("checkpoint", checkpoint.load, tmp_path / "other", says=["holds no state dict", f"{tmp_path}/other"])
 
 
 def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_better(saved):
@@ -185,18 +179,14 @@ def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_bett
     ]
 
 
-def refusal_to_claim(path) -> str:
-    return refused(lambda: checkpoint.claimed(path).__enter__(), "io")
-
-
 def test_an_unwritable_place_is_refused_before_training(tmp_path):
-    assert "cannot write into" in refusal_to_claim(tmp_path / "no" / "folder" / "model")
+    refused("io", checkpoint.claimed(tmp_path / "no" / "folder" / "model").__enter__, says="cannot write into")
     for folder in (tmp_path, Path(), Path("/"), Path("..")):
-        assert "a folder, not a file" in refusal_to_claim(folder)
+        refused("io", checkpoint.claimed(folder).__enter__, says="a folder, not a file")
     os.mkfifo(tmp_path / "pipe")
-    assert "a device or a pipe" in refusal_to_claim(tmp_path / "pipe")
+    refused("io", checkpoint.claimed(tmp_path / "pipe").__enter__, says="a device or a pipe")
     (tmp_path / ".model.lock").mkdir()
-    assert "cannot lock" in refusal_to_claim(tmp_path / "model")
+    refused("io", checkpoint.claimed(tmp_path / "model").__enter__, says="cannot lock")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.lock", "pipe"]
 
 
@@ -204,7 +194,7 @@ def test_a_place_that_one_may_not_look_into_is_refused(tmp_path, as_nobody):
     folder = tmp_path / "closed"
     folder.mkdir(mode=0)
     with as_nobody():
-        assert "cannot write into" in refusal_to_claim(folder / "model")
+        refused("io", checkpoint.claimed(folder / "model").__enter__, says="cannot write into")
 
 
 def test_a_file_that_only_its_owner_may_replace_is_refused(saved, monkeypatch):
@@ -212,7 +202,7 @@ def test_a_file_that_only_its_owner_may_replace_is_refused(saved, monkeypatch):
     with checkpoint.claimed(saved):
         pass
     monkeypatch.setattr(os, "geteuid", lambda: saved.stat().st_uid + 1)
-    assert "another user's file" in refusal_to_claim(saved)
+    refused("io", checkpoint.claimed(saved).__enter__, says="another user's file")
     with checkpoint.claimed(saved.with_name("new")):
         pass
 
@@ -232,7 +222,7 @@ def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(storage.fcntl, "flock", unsupported)
-    assert f"cannot lock: {os.strerror(errno.ENOLCK)}" in refusal_to_claim(tmp_path / "model")
+    refused("io", checkpoint.claimed(tmp_path / "model").__enter__, says=f"cannot lock: {os.strerror(errno.ENOLCK)}")
 
 
 def test_a_run_that_ends_while_another_takes_the_lock_leaves_it_one_that_counts(tmp_path, monkeypatch):
@@ -245,14 +235,14 @@ def test_a_run_that_ends_while_another_takes_the_lock_leaves_it_one_that_counts(
 
     monkeypatch.setattr(storage.fcntl, "flock", late)
     with checkpoint.claimed(path):
-        assert f"in use by pid {os.getpid()}" in refusal_to_claim(path)
+        refused("io", checkpoint.claimed(path).__enter__, says=f"in use by pid {os.getpid()}")
 
 
 def test_what_a_link_leads_to_is_written_and_the_link_stays(saved):
     link = saved.parent / "link"
     link.symlink_to(saved.name)
     with checkpoint.claimed(link):
-        assert "in use" in refusal_to_claim(saved)
+        refused("io", checkpoint.claimed(saved).__enter__, says="in use")
         checkpoint.set_aside(link)
         checkpoint.save(link, make(seed=1))
     assert link.is_symlink()
@@ -264,12 +254,9 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(saved):
 def test_a_second_run_with_the_same_checkpoint_is_refused(tmp_path):
     path = tmp_path / "model"
     with checkpoint.claimed(path):
-        with pytest.raises(UserError) as caught:
-            checkpoint.claimed(path).__enter__()
+        refused("io", checkpoint.claimed(path).__enter__, says=f"in use by pid {os.getpid()}")
         with checkpoint.claimed(tmp_path / "another"):
             pass
-    assert caught.value.exit_code == 5
-    assert f"in use by pid {os.getpid()}" in str(caught.value)
     with checkpoint.claimed(path):
         pass
     assert list(tmp_path.iterdir()) == []

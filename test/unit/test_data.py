@@ -43,7 +43,7 @@ def test_id_outside_the_vocabulary_is_refused_before_a_device_gets_it(folder, lo
     ids[1] = wrong
     split = dataclasses.replace(corpus.val, **{language: dataclasses.replace(side, ids=ids)})
     assert len(corpus.trg_vocab) == 8
-    refused(dataclasses.replace(corpus, val=split).check_ids, "data", f"token id {wrong}", "val")
+    refused("data", dataclasses.replace(corpus, val=split).check_ids, says=[f"token id {wrong}", "val"])
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_words_of_a_split_are_those_of_its_ids(spaced):
 
 
 def test_one_language_twice_is_refused(folder, load):
-    refused(lambda: load(folder, trg_lang="de"), "usage", "both languages are de", "--src-lang, --trg-lang")
+    refused("usage", load, folder, says=["both languages are de", "--src-lang, --trg-lang"], trg_lang="de")
 
 
 def no_download(*args, **options):
@@ -82,8 +82,8 @@ def no_download(*args, **options):
 def test_a_file_or_a_mistyped_path_is_refused_and_nothing_is_made(tmp_path, load, monkeypatch):
     monkeypatch.setattr(data.download, "download_multi30k", no_download)
     (tmp_path / "file").write_text("")
-    refused(lambda: load(tmp_path / "file"), "data", "not a folder")
-    refused(lambda: load(tmp_path / "typo" / "deep"), "data", "no such folder")
+    refused("data", load, tmp_path / "file", says="not a folder")
+    refused("data", load, tmp_path / "typo" / "deep", says="no such folder")
     assert not (tmp_path / "typo").exists()
 
 
@@ -91,7 +91,7 @@ def test_another_corpus_in_the_folder_is_not_mistaken_for_nothing(tmp_path, load
     monkeypatch.setattr(data.download, "download_multi30k", no_download)
     (tmp_path / "learn.fr").write_text("un\n")
     (tmp_path / "learn.en").write_text("one\n")
-    refused(lambda: load(tmp_path), "data", "--train-name", f"{tmp_path}/train.de")
+    refused("data", load, tmp_path, says=["--train-name", f"{tmp_path}/train.de"])
 
 
 @pytest.mark.parametrize("closed", ["", "corpus"])
@@ -100,7 +100,7 @@ def test_a_folder_that_one_may_not_look_into_is_an_io_error(tmp_path, load, clos
     folder = write_corpus(tmp_path / "above" / "corpus")
     (folder.parent / closed).chmod(0)
     with as_nobody():
-        refused(lambda: load(folder), "io", "cannot read: Permission denied", str(folder), "--data-dir")
+        refused("io", load, folder, says=["cannot read: Permission denied", str(folder), "--data-dir"])
     (folder.parent / closed).chmod(0o700)
 
 

@@ -13,11 +13,6 @@ import pytest
 import torch
 from conftest import REPOSITORY, refused
 
-
-def refusal(function, *args) -> str:
-    return refused(lambda: function(*args), "usage")
-
-
 # ---------------------------------------------------------------- what this machine has
 
 
@@ -33,14 +28,14 @@ def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
 
 def test_an_absent_npu_is_refused_with_the_imports_own_reason(monkeypatch):
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
-    message = refusal(devices.choose_device_type, "npu")
+    message = refused("usage", devices.choose_device_type, "npu")
     assert "libhccl.so" in message
     assert "try --device cpu" in message
 
 
 def test_an_absent_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "try --device cpu" in refusal(devices.choose_device_type, "cuda")
+    assert "try --device cpu" in refused("usage", devices.choose_device_type, "cuda")
 
 
 def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
@@ -54,7 +49,7 @@ def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_pat
 def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
     monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
-    said = refusal(devices.check_indices, "npu", [3, 4], "--npu")
+    said = refused("usage", devices.check_indices, "npu", [3, 4], "--npu")
     assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
 
 

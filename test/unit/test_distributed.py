@@ -26,24 +26,10 @@ from harness import SIMULATION, ensure_built, environment
 PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
 DEADLINE = 120
 
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
 
 # ---------------------------------------------------------------- from the flags to the ranks
-
-
-def refusal(function, *args, **options) -> str:
-    return refused(lambda: function(*args, **options), "usage")
-
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def torchrun(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def test_each_argument_of_a_plan_is_a_flag_with_the_same_default():
@@ -54,16 +40,16 @@ def test_each_argument_of_a_plan_is_a_flag_with_the_same_default():
 
 
 @pytest.mark.parametrize("named", [{"device": "npu"}, {"npu": 0}])
-def test_an_absent_npu_is_refused_with_the_imports_own_reason(monkeypatch, named):
+def test_each_flag_that_asks_for_an_npu_is_refused_where_there_is_none(monkeypatch, named):
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
-    message = refusal(plan, **named)
+    message = refused("usage", plan, **named)
     assert "libhccl.so" in message
     assert "try --device cpu" in message
 
 
-def test_an_absent_gpu_is_refused(monkeypatch):
+def test_the_flag_gpu_is_refused_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "try --device cpu" in refusal(plan, gpu=0)
+    assert "try --device cpu" in refused("usage", plan, gpu=0)
 
 
 @pytest.mark.parametrize(
@@ -71,20 +57,20 @@ def test_an_absent_gpu_is_refused(monkeypatch):
     [{"multiprocessing_distributed": True, "device_list": [0, 99]}, {"device_list": [99]}, {"bleu_npu": 99}],
 )
 def test_a_device_that_is_not_there_is_refused(flags):
-    assert "99" in refusal(plan, device="cpu", **flags)
+    assert "99" in refused("usage", plan, device="cpu", **flags)
 
 
-def test_an_index_beyond_the_visible_npus_is_refused_with_how_they_are_counted(monkeypatch):
+def test_the_flag_npu_is_named_where_its_index_is_beyond_the_visible_npus(monkeypatch):
     monkeypatch.setattr(devices, "npu_count", lambda: (4, ""))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,6,7")
-    said = refusal(plan, npu=4)
+    said = refused("usage", plan, npu=4, says=["no npu 4 here", "--npu"])
     assert "0 to 3, counted among those that are visible (ASCEND_RT_VISIBLE_DEVICES is '4,5,6,7')" in said
 
 
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "nccl"), ("npu", "gloo"), ("cuda", "hccl")])
 def test_a_backend_of_another_device_is_refused(monkeypatch, device, backend):
     monkeypatch.setattr(devices, "device_count", lambda device_type: 8)
-    assert f"{backend} does not work on {device}" in refusal(plan, device=device, dist_backend=backend)
+    assert f"{backend} does not work on {device}" in refused("usage", plan, device=device, dist_backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -104,17 +90,17 @@ def test_what_scores_is_the_first_device_of_the_run(monkeypatch, flags, index):
 
 
 def test_one_device_for_several_processes_is_refused(torchrun):
-    assert "--gpu" in refusal(plan, gpu=0)
+    assert "--gpu" in refused("usage", plan, gpu=0)
 
 
 def test_flags_that_name_different_devices_are_refused():
-    refusal(plan, npu=0, gpu=0)
-    refusal(plan, npu=0, device="cpu")
+    refused("usage", plan, npu=0, gpu=0)
+    refused("usage", plan, npu=0, device="cpu")
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused():
     flags = {"device": "cpu", "multiprocessing_distributed": True, "device_list": [0, 1, 2], "batch_size": 64}
-    message = refusal(plan, **flags)
+    message = refused("usage", plan, **flags)
     assert "64" in message
     assert "3" in message
 
@@ -165,12 +151,12 @@ def test_torchrun_decides_rank_and_size(torchrun):
 
 
 def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
-    assert "2 processes" in refusal(plan, device="cpu", device_list=[0, 1, 2])
+    assert "2 processes" in refused("usage", plan, device="cpu", device_list=[0, 1, 2])
 
 
 @pytest.mark.parametrize(("world_size", "rank"), [(0, 0), (-2, 0), (2, 2), (2, -2)])
 def test_nodes_that_cannot_be_are_refused(world_size, rank):
-    refusal(plan, device="cpu", world_size=world_size, rank=rank, dist_url="tcp://10.0.0.1:29500")
+    refused("usage", plan, device="cpu", world_size=world_size, rank=rank, dist_url="tcp://10.0.0.1:29500")
 
 
 def test_ranks_count_on_over_the_nodes():
@@ -197,11 +183,11 @@ def test_the_meeting_point_is_from_the_url_else_the_environment_else_a_free_port
 
 @pytest.mark.parametrize("url", ["http://a:1", "tcp://a", "tcp://:1", "tcp://a:b", "tcp://a:70000"])
 def test_a_faulty_dist_url_is_refused(url):
-    refusal(plan, device="cpu", dist_url=url)
+    refused("usage", plan, device="cpu", dist_url=url)
 
 
 def test_several_nodes_without_a_port_are_refused():
-    refusal(plan, device="cpu", world_size=2, rank=0)
+    refused("usage", plan, device="cpu", world_size=2, rank=0)
 
 
 # ---------------------------------------------------------------- one rank among all

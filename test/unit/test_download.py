@@ -144,7 +144,7 @@ def fetch(folder, base, log=lambda line: None, **flags):
 
 def fetch_refused(folder, base, *words, **flags):
     """Asserts that the download ends with an io error that says `words`, and leaves nothing; returns the message."""
-    message = refused(lambda: fetch(folder, base, **flags), "io", *words)
+    message = refused("io", fetch, folder, base, says=words, **flags)
     assert list(folder.iterdir()) == []
     return message
 
@@ -192,7 +192,7 @@ def test_load_downloads_nothing_beside_a_users_own_data(tmp_path, start, monkeyp
     folder.mkdir()
     if not flags:
         (folder / "val.de.gz").write_bytes(b"one of the six")
-    refused(lambda: data.load(folder, cache_dir=tmp_path / "cache", log=print, **flags), "data")
+    refused("data", data.load, folder, cache_dir=tmp_path / "cache", log=print, **flags)
     assert server.paths == []
 
 
@@ -239,7 +239,7 @@ def test_every_failure_is_listed(tmp_path, start):
 
 def test_words_of_a_server_cannot_write_to_the_terminal(tmp_path, start):
     lines = []
-    refused(lambda: fetch(tmp_path, start(all=bell_and_404).url, log=lines.append), "io")
+    refused("io", fetch, tmp_path, start(all=bell_and_404).url, log=lines.append)
     assert "\\x1b[31m\\x07" in lines[-1]
     assert lines[-1].isprintable()
 
@@ -377,7 +377,7 @@ def test_two_downloads_into_one_folder_fetch_once(tmp_path, start):
 
 
 def test_failed_download_leaves_no_folder_that_it_made(tmp_path):
-    refused(lambda: fetch(tmp_path / "new", "http://127.0.0.1:9"), "io")
+    refused("io", fetch, tmp_path / "new", "http://127.0.0.1:9")
     assert not (tmp_path / "new").exists()
 
 
@@ -397,11 +397,11 @@ def test_full_disk_keeps_nothing(tmp_path, start, monkeypatch):
 
 def test_folder_that_is_a_file_is_told(tmp_path, start):
     (tmp_path / "file").write_text("")
-    refused(lambda: fetch(tmp_path / "file", start().url), "io", "cannot be stored")
+    refused("io", fetch, tmp_path / "file", start().url, says="cannot be stored")
 
 
 def test_other_files_in_the_target_are_left_alone(tmp_path, start):
     (tmp_path / "multi30k").mkdir()
     (tmp_path / "multi30k" / "notes.txt").write_text("mine")
-    refused(lambda: fetch(tmp_path, start().url), "io", "has no multi30k/ of its own")
+    refused("io", fetch, tmp_path, start().url, says="has no multi30k/ of its own")
     assert contents(tmp_path) == {"notes.txt": b"mine"}

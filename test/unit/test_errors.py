@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nmt import errors
+
 import pytest
 from conftest import REPOSITORY, SMALL
+
+
+def test_the_exit_codes_are_those_that_the_manual_promises():
+    assert errors.EXIT_CODES == {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+
 
 INTERRUPTED_IMPORT = """
 import os, signal

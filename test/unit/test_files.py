@@ -30,7 +30,7 @@ def test_files_are_all_of_one_folder(tmp_path):
     found = files.find_files(tmp_path, ("de", "en"), files.SPLITS)
     assert {path.parent for pair in found for path in pair} == {tmp_path}
     (tmp_path / "train.de").unlink()
-    refused(lambda: files.find_files(tmp_path, ("de", "en"), files.SPLITS), "data", "multi30k/val.en", "train.de")
+    refused("data", files.find_files, tmp_path, ("de", "en"), files.SPLITS, says=["multi30k/val.en", "train.de"])
 
 
 def test_plain_file_goes_before_a_compressed_one(tmp_path):
@@ -58,7 +58,7 @@ def test_other_languages_and_names_are_read(tmp_path, load):
 
 def test_missing_file_is_refused_with_the_paths_tried(folder, load):
     (folder / "test.en").unlink()
-    message = refused(lambda: load(folder), "data", f"{folder}/test.en")
+    message = refused("data", load, folder, says=f"{folder}/test.en")
     assert f"{folder}/test2016.en" in message
     assert "train" not in message.partition(";")[0], "those are there"
     assert f"{folder}/test.en.gz" in message
@@ -124,7 +124,7 @@ def test_truncated_or_empty_gz_is_refused(folder, load, keep):
     packed = gzip.compress((folder / "train.de").read_bytes())
     (folder / "train.de").unlink()
     (folder / "train.de.gz").write_bytes(packed[:keep])
-    refused(lambda: load(folder), "data", "not a whole gzip file", "train.de.gz")
+    refused("data", load, folder, says=["not a whole gzip file", "train.de.gz"])
 
 
 @pytest.mark.parametrize(
@@ -139,17 +139,17 @@ def test_truncated_or_empty_gz_is_refused(folder, load, keep):
 def test_corrupt_gz_is_refused(folder, load, packed):
     (folder / "val.en").unlink()
     (folder / "val.en.gz").write_bytes(packed)
-    refused(lambda: load(folder), "data", "not a whole gzip file", "val.en.gz")
+    refused("data", load, folder, says=["not a whole gzip file", "val.en.gz"])
 
 
 def test_different_line_counts_are_refused_with_both_counts(folder, load):
     (folder / "train.en").write_text("\n".join(EN[:3]) + "\n")
-    refused(lambda: load(folder), "data", "4 lines and 3 lines", "train.de", "train.en")
+    refused("data", load, folder, says=["4 lines and 3 lines", "train.de", "train.en"])
 
 
 def test_invalid_utf8_is_refused_with_file_line_and_byte(folder, load):
     (folder / "train.en").write_bytes("Größe\nA \xff\n".encode()[:-3] + b"\xff\xfe\nc\nd\n")
-    message = refused(lambda: load(folder), "data", "byte 3 of line 2, 0xff, is not UTF-8", "train.en:2")
+    message = refused("data", load, folder, says=["byte 3 of line 2, 0xff, is not UTF-8", "train.en:2"])
     assert "exit" not in message
     assert UserError("data", "", "", "").exit_code == 3
 
@@ -157,7 +157,7 @@ def test_invalid_utf8_is_refused_with_file_line_and_byte(folder, load):
 @pytest.mark.parametrize("name", ["train.de", "train.en"])
 def test_utf16_is_refused_as_no_utf8_and_not_for_its_count_of_lines(folder, load, name):
     (folder / name).write_text((folder / name).read_text(), encoding="utf-16")  # a last line that does not end
-    refused(lambda: load(folder), "data", "not UTF-8", f"{name}:1", "convert the file")
+    refused("data", load, folder, says=["not UTF-8", f"{name}:1", "convert the file"])
 
 
 @pytest.mark.parametrize("fault", ["UTF-8", "NUL", "more lines", "fewer lines"])
@@ -174,13 +174,13 @@ def test_fault_far_behind_the_first_chunk_is_told_with_its_place(tmp_path, load,
     (folder / "train.en").write_bytes(b"".join(lines))
     place = {"UTF-8": "byte 3 of line 30, 0xff", "NUL": "byte 3 of line 30, 0x00"}
     words = place.get(fault) or f"40 lines and {len(lines)} lines"
-    refused(lambda: load(folder), "data", words, "train.en")
+    refused("data", load, folder, says=[words, "train.en"])
     assert list((tmp_path / "cache").iterdir()) == [], "no half of a cache"
 
 
 def test_nul_byte_is_refused_with_its_line(folder, load):
     (folder / "train.en").write_bytes(b"a\nb\nc\0d\ne\n")
-    refused(lambda: load(folder), "data", "byte 2 of line 3, 0x00, is a NUL", "train.en:3")
+    refused("data", load, folder, says=["byte 2 of line 3, 0x00, is a NUL", "train.en:3"])
 
 
 def test_file_that_changes_while_it_is_read_is_refused(folder, load, monkeypatch):
@@ -191,14 +191,14 @@ def test_file_that_changes_while_it_is_read_is_refused(folder, load, monkeypatch
         return pair_chunks(paths, digests)
 
     monkeypatch.setattr(files, "pair_chunks", changed)
-    refused(lambda: load(folder), "data", "the file changed while it was read", "train.en")
+    refused("data", load, folder, says=["the file changed while it was read", "train.en"])
 
 
 def test_unreadable_file_is_an_io_error(folder, load):
     if os.geteuid() == 0:
         pytest.skip("root reads everything")
     (folder / "val.de").chmod(0)
-    refused(lambda: load(folder), "io", "cannot read", "val.de")
+    refused("io", load, folder, says=["cannot read", "val.de"])
 
 
 def test_read_error_names_the_file_that_it_is_of(folder, monkeypatch):
@@ -216,4 +216,4 @@ def test_read_error_names_the_file_that_it_is_of(folder, monkeypatch):
             yield Failing() if path == paths[0] else file
 
     monkeypatch.setattr(files, "_opened", opened)
-    refused(lambda: list(files.pair_chunks(paths, ("", ""))), "io", "Input/output error", "train.de")
+    refused("io", list, files.pair_chunks(paths, ("", "")), says=["Input/output error", "train.de"])

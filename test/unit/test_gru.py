@@ -6,7 +6,6 @@ import random
 import gru
 from nmt import kernels, search
 
-import plain_model
 import pytest
 import torch
 from plain_model import (
@@ -28,21 +27,7 @@ from plain_model import (
     plain_loss_sum,
 )
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-    random.seed(0)
-
-
-@pytest.fixture
-def model():
-    return plain_model.small_model()
-
-
-@pytest.fixture
-def pairs():
-    return plain_model.small_pairs()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])

@@ -3,26 +3,12 @@
 import gru
 from nmt import kernels
 
-import plain_model
 import pytest
 import torch
 from plain_model import EMB, HID, LOGITS_ROW, PAD, SRC_VOCAB, TRG_VOCAB, gradients, make_batch
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def model():
-    return plain_model.small_model()
-
-
-@pytest.fixture
-def pairs():
-    return plain_model.small_pairs()
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):

@@ -10,7 +10,7 @@ from nmt import launch
 from nmt.errors import UserError
 
 import pytest
-from conftest import REPOSITORY, TEST_PATHS
+from conftest import REPOSITORY, TEST_PATHS, refused
 
 DEADLINE = 120
 
@@ -39,10 +39,7 @@ def die(index: int, how: str) -> None:
     ],
 )
 def test_a_rank_that_fails_ends_the_run_with_its_reason(how, kind, message):
-    with pytest.raises(UserError) as caught:
-        launch.launch(die, 2, (how,))
-    assert caught.value.kind == kind
-    assert message in str(caught.value)
+    refused(kind, launch.launch, die, 2, (how,), says=message)
 
 
 def fail_after_the_others(index: int) -> None:
@@ -53,9 +50,7 @@ def fail_after_the_others(index: int) -> None:
 
 
 def test_a_failure_after_the_other_ranks_have_finished_is_not_laid_to_them():
-    with pytest.raises(UserError) as caught:
-        launch.launch(fail_after_the_others, 2, ())
-    assert str(caught.value) == "error[io]: what; where; todo"
+    assert refused("io", launch.launch, fail_after_the_others, 2, ()) == "error[io]: what; where; todo"
 
 
 def lose_the_output(index: int, number: int) -> None:
@@ -86,8 +81,7 @@ def fail_for_a_reason(index: int) -> None:
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_debug_shows_the_traceback_of_a_ranks_error(capfd, debug):
-    with pytest.raises(UserError):
-        launch.launch(fail_for_a_reason, 1, (), debug)
+    refused("data", launch.launch, fail_for_a_reason, 1, (), debug)
     assert ("ValueError: the cause" in capfd.readouterr().err) == debug
 
 
@@ -103,12 +97,8 @@ def test_a_rank_says_what_its_outputs_encoding_lacks(capfd, monkeypatch):
 
 def test_a_port_that_is_taken_is_an_error_of_the_distributed_kind():
     store = launch.host_store("127.0.0.1", 0, 1)
-    with pytest.raises(UserError) as caught:
-        launch.host_store("127.0.0.1", store.port, 1)
-    assert caught.value.exit_code == 6
+    refused("distributed", launch.host_store, "127.0.0.1", store.port, 1)
 
 
 def test_an_absent_master_is_an_error_within_the_timeout():
-    with pytest.raises(UserError) as caught:
-        launch.join_store("127.0.0.1", 1, 2.0)
-    assert caught.value.exit_code == 6
+    refused("distributed", launch.join_store, "127.0.0.1", 1, 2.0)

@@ -134,10 +134,6 @@ def saved_with(**changes) -> checkpoint.Checkpoint:
     return dataclasses.replace(checkpoint.Checkpoint(state, {}, words[:6], words, about=about), **changes)
 
 
-def refusal(function, *arguments) -> str:
-    return refused(lambda: function(*arguments), "checkpoint")
-
-
 def test_a_restored_model_has_the_checkpoints_weights_and_translates():
     saved = saved_with()
     model = scoring.restore(saved, "model.pth.tar")
@@ -148,9 +144,9 @@ def test_a_restored_model_has_the_checkpoints_weights_and_translates():
 def test_weights_of_another_model_are_refused_with_the_first_that_does_not_fit():
     state = saved_with().state_dict
     odd = saved_with(state_dict=state | {"decoder.fc_out.bias": torch.zeros(3)})
-    assert "decoder.fc_out.bias" in refusal(scoring.restore, odd, "odd")
+    assert "decoder.fc_out.bias" in refused("checkpoint", scoring.restore, odd, "odd")
     linear = saved_with(state_dict=torch.nn.Linear(2, 2).state_dict())
-    assert "no state dict of this model" in refusal(scoring.restore, linear, "other")
+    assert "no state dict of this model" in refused("checkpoint", scoring.restore, linear, "other")
 
 
 def corpus_of(src: list[str], trg: list[str], langs=("de", "en")) -> data.Corpus:
@@ -168,11 +164,11 @@ def test_a_checkpoint_has_its_own_vocabularies_or_takes_the_datas_where_they_fit
     without = saved_with(src_vocab=None, trg_vocab=None)
     assert scoring.vocabularies(without, model, corpus, "model") == (corpus.src_vocab, corpus.trg_vocab)
     other = corpus_of(["x"], ["x", "y", "z"])
-    assert "trained with [6, 7] types, this data has [5, 7]" in refusal(
-        scoring.vocabularies, without, model, other, "model"
+    assert "trained with [6, 7] types, this data has [5, 7]" in refused(
+        "checkpoint", scoring.vocabularies, without, model, other, "model"
     )
     french = corpus_of(["x", "y"], ["x", "y", "z"], langs=("fr", "en"))
-    assert "give --src-lang de" in refusal(scoring.vocabularies, saved, model, french, "model")
+    assert "give --src-lang de" in refused("checkpoint", scoring.vocabularies, saved, model, french, "model")
 
 
 def test_pairs_are_encoded_anew_only_where_the_vocabularies_differ(split):

@@ -88,7 +88,7 @@ def test_language_without_a_tokenizer_is_a_usage_error(lang):
         pytest.importorskip("spacy")
         if any(Path(path, "sudachipy").exists() for path in sys.path):
             pytest.skip("this machine has the Japanese tokenizer")
-    refused(lambda: tokens.tokenise(["a"], lang), "usage", f"no tokenizer for '{lang}'", "--src-lang")
+    refused("usage", tokens.tokenise, ["a"], lang, says=[f"no tokenizer for '{lang}'", "--src-lang"])
 
 
 def test_tokenizer_that_has_seen_too_many_words_starts_anew(monkeypatch):
@@ -173,7 +173,7 @@ def test_killed_tokenising_process_is_an_error_and_leaves_none(monkeypatch):
 def test_error_in_a_tokenising_process_reaches_the_caller(monkeypatch):
     server = watch_server(monkeypatch)
     with tokens.tokenising(("de", "qq"), 2) as results:
-        refused(lambda: list(results(chunks(DE))), "usage", "no tokenizer for 'qq'")
+        refused("usage", list, results(chunks(DE)), says="no tokenizer for 'qq'")
     assert_group_is_gone(server[0])
 
 

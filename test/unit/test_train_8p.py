@@ -14,28 +14,14 @@ import train_8p
 from bench import logs
 from nmt import checkpoint, devices, distributed, precision
 from nmt.distributed import World
-from nmt.errors import UserError, run_main
+from nmt.errors import run_main
 from nmt.search import beam_search
 
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL, choose_precision, parse, refused, step_lines, write_corpus
 
-
-def refusal(function, *args) -> str:
-    return refused(lambda: function(*args), "usage")
-
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def torchrun(monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
 def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corpus):
@@ -52,7 +38,7 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
 def test_the_gpus_that_are_asked_for_bfloat16_are_those_that_will_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (7, 5)][index])
     settings = parse("--amp", "--amp-dtype", "bfloat16")
-    assert "GPU 1 has no bfloat16" in refusal(choose_precision, settings, "cuda", [1])
+    assert "GPU 1 has no bfloat16" in refused("usage", choose_precision, settings, "cuda", [1])
     assert choose_precision(settings, "cuda", [0]).dtype == torch.bfloat16
 
 
@@ -91,9 +77,7 @@ def test_the_modelzoo_recipe_is_the_published_one():
 
 
 def test_a_recipes_batch_that_cannot_be_shared_out_is_refused():
-    with pytest.raises(UserError) as caught:
-        resolved(29000, "--recipe", "modelzoo", local_size=3)
-    assert caught.value.exit_code == 2
+    refused("usage", resolved, 29000, "--recipe", "modelzoo", local_size=3)
 
 
 @pytest.mark.parametrize(
