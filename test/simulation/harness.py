@@ -1,4 +1,4 @@
-"""For tests that run something on the simulated NPU of `npu_sim`: always in a process of its own.
+"""For tests that run something on the simulated NPU of `npu_sim`. Each runs it in a process of its own.
 
 PyTorch takes one such device a process and never gives it back. So `npu_sim` is on the path of subprocesses only.
 """
@@ -29,14 +29,32 @@ def environment(**extra: str) -> dict[str, str]:
     return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
+def run(*command: object, cwd: Path | None = None, deadline: float = 180, **extra: str) -> subprocess.CompletedProcess:
+    """Runs a command with the simulated NPU to its end.
+
+    Args:
+        command: the program and its arguments, as texts, paths or numbers.
+        cwd: its folder.
+        deadline: seconds after which it is killed.
+        extra: more variables, as for `environment`.
+
+    Raises:
+        subprocess.TimeoutExpired: the deadline has passed.
+    """
+    words = [str(word) for word in command]
+    return subprocess.run(
+        words, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=deadline, check=False
+    )
+
+
 def start_building() -> None:
-    """Compiles the simulation in the background, if that was not done yet; `ensure_built` waits for it and reports."""
+    """Starts the compiler in the background, once. `ensure_built` waits for it."""
     if shutil.which("g++"):
         subprocess.Popen([sys.executable, BUILD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def ensure_built() -> None:
-    """Compiles the simulation if that was not done yet, half a minute; skips the test where there is no g++."""
+    """Compiles the simulation if that was not done yet. It takes half a minute. Without g++ the test is skipped."""
     if shutil.which("g++") is None:
         pytest.skip("the simulated NPU needs g++")
     spec = importlib.util.spec_from_file_location("npu_sim_build", BUILD)

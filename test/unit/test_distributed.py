@@ -21,7 +21,7 @@ from nmt.distributed import World, meeting_point, plan
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL, TEST_PATHS, choose_precision, parse, refused, write_corpus
-from harness import SIMULATION, ensure_built, environment
+from harness import SIMULATION, ensure_built, run
 
 PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
 DEADLINE = 120
@@ -332,8 +332,8 @@ if __name__ == "__main__":
     paths = os.pathsep.join(map(str, [SIMULATION, REPOSITORY, *TEST_PATHS]))
 
     def train(processes: str) -> None:
-        command = [sys.executable, folder / "program.py", corpus, folder, processes]
-        subprocess.run(command, env=environment(PYTHONPATH=paths), check=True, timeout=DEADLINE)
+        done = run(sys.executable, folder / "program.py", corpus, folder, processes, PYTHONPATH=paths)
+        assert done.returncode == 0, done.stderr
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(train, ("1", "2")))

@@ -1,4 +1,4 @@
-"""The program on the simulated NPU (npu_sim/README.md): the code that runs on Ascend, run; in processes of its own.
+"""The program on the simulated NPU (npu_sim/README.md), in processes of its own: the code that runs on Ascend, run.
 
 It proves the path: placing, precision, collectives. It proves no kernel, no speed, and none of HCCL's own behaviour.
 """
@@ -18,7 +18,7 @@ from bench import logs
 
 import pytest
 from conftest import REPOSITORY, write_corpus
-from harness import SIMULATION, ensure_built, environment
+from harness import SIMULATION, ensure_built, environment, run
 
 DEADLINE = 180
 ON_NPU = "--emb-dim 16 --hid-dim 24 --device npu -b 16 --print-freq 1".split()
@@ -32,12 +32,6 @@ def simulation():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     return write_corpus(tmp_path_factory.mktemp("npu") / "corpus", 64)
-
-
-def run(*command: object, cwd, deadline: float = DEADLINE, **extra: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=deadline
-    )
 
 
 def train(*flags: object, cwd, program=REPOSITORY / "train_8p.py", **extra: str) -> subprocess.CompletedProcess:
@@ -60,9 +54,9 @@ def spawned(corpus, tmp_path_factory):
 def test_two_npus_train_in_float16_with_masters_and_a_static_scale(spawned):
     _, out = spawned
     assert " torch_npu=2.13.0" in out
-    assert re.search(
-        r"^run: device=npu processes=2 .* precision=float16/O2 amp_backend=native loss_scale=32.0 ", out, re.M
-    )
+    facts = logs.parse(out).facts
+    said = {name: facts[name] for name in ("device", "processes", "precision", "amp_backend", "loss_scale")}
+    assert list(said.values()) == ["npu", "2", "float16/O2", "native", "32.0"]
     losses = [
         float(line["loss"]) for line in logs.STEP.finditer(out) if (line["device"], line["index"]) == ("npu", "4")
     ]
@@ -77,7 +71,7 @@ def test_the_log_says_how_the_ranks_meet_and_how_long_hccl_waits(spawned):
 
 def test_a_checkpoint_of_an_npu_is_scored_on_a_cpu(spawned, corpus):
     folder, out = spawned
-    bleu = re.search(r"^BLEU score = (.*)$", out, re.MULTILINE).group(1)
+    bleu = logs.parse(out).final["BLEU score"]
     program = [sys.executable, REPOSITORY / "train_8p.py", "--device", "cpu", "--data-dir", corpus]
     done = subprocess.run(
         [*program, "--evaluate", "seq2seq-gru-model.pth.tar"],
@@ -86,7 +80,8 @@ def test_a_checkpoint_of_an_npu_is_scored_on_a_cpu(spawned, corpus):
         text=True,
         timeout=DEADLINE,
     )
-    assert f"BLEU score = {bleu}\n" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert logs.parse(done.stdout).final["BLEU score"] == bleu
 
 
 def test_under_torchrun_each_process_takes_its_device_of_the_list(corpus, tmp_path):
@@ -99,32 +94,18 @@ def test_under_torchrun_each_process_takes_its_device_of_the_list(corpus, tmp_pa
 
 
 def test_two_nodes_meet_at_the_first_ones_address(corpus, tmp_path):
-    meeting = f"--multiprocessing-distributed --world-size 2 --dist-url tcp://127.0.0.1:{free_port()}"
-    nodes = []
-    for rank in range(2):
-        flags = [
-            *ON_NPU,
-            *meeting.split(),
-            "--rank",
-            rank,
-            "--device-list",
-            rank,
-            "--data-dir",
-            corpus,
-            "--performance",
-        ]
-        command = list(map(str, [sys.executable, REPOSITORY / "train_8p.py", *flags]))
-        options = {"cwd": tmp_path, "env": environment(), "text": True, "stdout": subprocess.PIPE}
-        nodes.append(subprocess.Popen(command, stderr=subprocess.STDOUT, **options))
-    try:
-        outputs = [node.communicate(timeout=DEADLINE)[0] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    assert " processes=2 nodes=2 batch=32 " in outputs[0]
-    assert "* FPS@all " in outputs[0]
-    assert "FPS@all" not in outputs[1], "rank 0 alone writes the log"
+    meeting = f"--multiprocessing-distributed --world-size 2 --dist-url tcp://127.0.0.1:{free_port()}".split()
+
+    def node(rank: int) -> subprocess.CompletedProcess:
+        own = ("--rank", rank, "--device-list", rank)
+        return train(*meeting, *own, "--data-dir", corpus, "--performance", cwd=tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(node, range(2))
+    assert (first.returncode, second.returncode) == (0, 0), (first.stderr, second.stderr)
+    assert " processes=2 nodes=2 batch=32 " in first.stdout
+    assert logs.RATE.search(first.stdout)
+    assert "FPS@all" not in second.stdout + second.stderr, "rank 0 alone writes the log"
 
 
 def free_port() -> int:
@@ -173,8 +154,8 @@ def test_every_precision_trains_and_scores_on_an_npu(levels, name):
     out = outputs[name]
     assert "exit code 0" in out, err
     assert f" precision={name} " in out
-    assert "BLEU score = " in out
-    losses = [float(loss) for loss in re.findall(r"train loss (\S+) ", out)]
+    assert "BLEU score" in logs.parse(out).final
+    losses = [epoch.train_loss for epoch in logs.parse(out).epochs]
     assert len(losses) == 4
     assert losses[-1] < 0.9 * losses[0]
     assert "changed no weight" not in out or "dynamic" in name
@@ -367,17 +348,18 @@ def test_the_full_wrapper_trains_the_sample_on_eight_npus(tmp_path):
     flags = (f"--data_path={REPOSITORY / 'sample'}", "--epochs=2", "--device=npu")
     done = run("bash", wrapper, *flags, cwd=tmp_path, deadline=1800, **extra)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^run: device=npu processes=8 .* precision=float16/O2 .* loss_scale=32.0 ", done.stdout, re.M)
-    assert "Simulated NPU; 8 ranks by hccl" in done.stdout
-    results = re.findall(
-        r"^(?:Final Performance images/sec|Final Train Accuracy|E2E Training Duration sec) : (\S+)$", done.stdout, re.M
-    )
-    assert len(results) == 3
-    assert float(results[1]) > 1
+    found = logs.parse(done.stdout)
+    facts = [found.facts[name] for name in ("device", "processes", "precision", "loss_scale")]
+    assert facts == ["npu", "8", "float16/O2", "32.0"]
+    assert found.device.startswith("Simulated NPU; 8 ranks by hccl")
+    results = {"Final Performance images/sec", "Final Train Accuracy", "E2E Training Duration sec"}
+    assert results <= found.final.keys()
+    accuracy = float(found.final["Final Train Accuracy"])
+    assert accuracy > 1
     program = [sys.executable, REPOSITORY / "train_8p.py", "--device", "cpu"]
     scored = run(*program, "--evaluate", "seq2seq-gru-model.pth.tar", cwd=tmp_path, deadline=300)
-    bleu = float(re.search(r"^BLEU score = (.*)$", scored.stdout, re.MULTILINE).group(1))
-    assert bleu == pytest.approx(float(results[1]), abs=0.5)
+    bleu = float(logs.parse(scored.stdout).final["BLEU score"])
+    assert bleu == pytest.approx(accuracy, abs=0.5)
 
 
 @pytest.mark.slow
@@ -386,5 +368,6 @@ def test_the_performance_wrapper_measures_one_npu(tmp_path):
     extra = {"PYTHON": sys.executable, "ASCEND_DEVICE_ID": "91"}
     done = run("bash", wrapper, "--device=npu", "--batch_size=64", cwd=tmp_path, deadline=900, **extra)
     assert done.returncode == 0, done.stderr
-    assert "run: device=npu processes=1 " in done.stdout
-    assert re.search(r"^Final Performance images/sec : \d+\.\d\d$", done.stdout, re.MULTILINE)
+    found = logs.parse(done.stdout)
+    assert (found.facts["device"], found.facts["processes"]) == ("npu", "1")
+    assert re.fullmatch(r"\d+\.\d\d", found.final["Final Performance images/sec"])

@@ -1,6 +1,6 @@
 """The simulated NPU itself: that it does what it must do, and refuses what a real one refuses.
 
-The checks are functions in `npu_sim/checks`; each file runs in one process, or in two as ranks.
+The checks are functions in `npu_sim/checks`. Each file runs in one process, or in two as ranks.
 """
 
 import ast
@@ -10,13 +10,11 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import harness
 import pytest
 
 CHECKS = harness.SIMULATION / "checks"
-TIMEOUT = 120
 
 
 def checks(name: str, decorator: str) -> list[str]:
@@ -26,27 +24,15 @@ def checks(name: str, decorator: str) -> list[str]:
     return [f.name for f in functions if any(ast.unparse(d).partition("(")[0] == decorator for d in f.decorator_list)]
 
 
-def start(*arguments: str | Path, **extra: str) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=harness.environment(**extra), **pipes)
+def python(*arguments: object, **extra: str) -> subprocess.CompletedProcess:
+    """Runs Python with the simulated NPU."""
+    return harness.run(sys.executable, *arguments, **extra)
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    try:
-        return process.communicate(timeout=TIMEOUT)
-    finally:
-        process.kill()
-
-
-def results(process: subprocess.Popen) -> dict[str, str]:
-    stdout, stderr = finish(process)
-    assert process.returncode == 0, stderr
-    return json.loads(stdout.splitlines()[-1])  # the scaler prints, too
-
-
-def python(code: str, **extra: str) -> tuple[str, str]:
-    """What a process that runs `code` writes to standard output and standard error."""
-    return finish(start("-c", code, **extra))
+def results(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """The JSON of a process's last line."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])  # the scaler prints, too
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,18 +42,14 @@ def built():
 
 @pytest.fixture(scope="module")
 def operators(built):
-    return results(start(CHECKS / "operators.py"))
+    return results(python(CHECKS / "operators.py"))
 
 
 @pytest.fixture(scope="module")
 def ranks(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    processes = [start(CHECKS / "collectives.py", str(rank), str(folder)) for rank in range(2)]
-    try:
-        return [results(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with ThreadPoolExecutor(2) as pool:
+        return list(map(results, pool.map(lambda rank: python(CHECKS / "collectives.py", rank, folder), range(2))))
 
 
 @pytest.mark.parametrize("claim", checks("operators", "works"))
@@ -102,7 +84,7 @@ FAULTS = {
 def broken_torch():
     """By fault, what `import torch` writes to standard error."""
     with ThreadPoolExecutor(2) as pool:
-        said = pool.map(lambda fault: python("import torch", NPU_SIM_FAULT=fault)[1], FAULTS)
+        said = pool.map(lambda fault: python("-c", "import torch", NPU_SIM_FAULT=fault).stderr, FAULTS)
         return dict(zip(FAULTS, said, strict=True))
 
 
@@ -122,7 +104,7 @@ def broken_torch_npu():
                 said[fault] = f"{type(error).__name__}: {error}"
         print(json.dumps(said))
     """
-    return results(start("-c", code, *FAULTS, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    return results(python("-c", code, *FAULTS, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -152,8 +134,8 @@ def test_without_devices_only_their_use_fails():
             except RuntimeError as error:
                 print(error)
     """
-    stdout, stderr = python(code, NPU_SIM_DEVICES="0")
-    assert stdout.splitlines() == ["False 0 npu", *["No NPU devices are available"] * 2], stderr
+    done = python("-c", code, NPU_SIM_DEVICES="0")
+    assert done.stdout.splitlines() == ["False 0 npu", *["No NPU devices are available"] * 2], done.stderr
 
 
 def test_this_process_cannot_import_it():

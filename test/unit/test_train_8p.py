@@ -188,7 +188,8 @@ def test_the_log_has_the_lines_that_other_tools_read(trained):
     steps = [(int(epoch), int(step), int(count)) for epoch, step, count, _, _ in step_lines(out)]
     assert steps == [(0, 10, 16), (0, 16, 16), (1, 10, 16), (1, 16, 16)]
     assert [len(rate.partition(".")[2]) for rate in logs.RATE.findall(out)] == [3, 3]
-    assert len(re.findall(r"^BLEU score = \d+\.\d{4}$", out, re.MULTILINE)) == 1
+    (bleu,) = (score["value"] for score in logs.FINAL_SCORE.finditer(out) if score["name"] == "BLEU score")
+    assert re.fullmatch(r"\d+\.\d{4}", bleu)
     run_line = logs.RUN.search(out)["facts"]
     for fact in ("device=cpu", "processes=1", "batch=4", "batch_per_device=4", "recipe=tuned", "seed=1234", "torch="):
         assert fact in run_line
@@ -196,12 +197,8 @@ def test_the_log_has_the_lines_that_other_tools_read(trained):
 
 def test_each_epoch_shows_losses_perplexity_and_two_translations(trained):
     _, _, out = trained
-    lines = re.findall(r"^validation: .*$", out, re.MULTILINE)
-    assert len(lines) == 2
-    loss, perplexity = map(float, re.search(r"  loss (\S+) \(perplexity (\S+)\)", lines[0]).groups())
-    assert perplexity == pytest.approx(math.exp(loss), rel=1e-2)
-    assert "free-running loss" in lines[0]
-    assert "learning rate" in lines[0]
+    first, _ = logs.parse(out).epochs
+    assert first.perplexity == pytest.approx(math.exp(first.loss), rel=1e-2)
     for label in ("source", "reference", "model"):
         assert len(re.findall(rf"^  {label} ", out, re.MULTILINE)) == 4
 
@@ -221,8 +218,8 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
     path = folder / "seq2seq-gru-model.pth.tar"
     code, again, _ = run("--data-dir", str(corpus), "--evaluate", str(path), capsys=capsys)
     assert code == 0
-    assert re.search("^BLEU score = .*$", again, re.MULTILINE).group() in out
-    assert "sacreBLEU = " in again
+    assert logs.parse(again).final == logs.parse(out).final
+    assert {"BLEU score", "sacreBLEU"} <= logs.parse(again).final.keys()
 
 
 def scores_of(out):
@@ -233,14 +230,15 @@ def scores_of(out):
 def test_the_final_score_is_the_beams_beside_greedy(trained, capsys):
     folder, corpus, out = trained
     assert list(scores_of(out)) == ["greedy", "beam of 10"]
-    assert f"\nBLEU score = {scores_of(out)['beam of 10']}\n" in out
+    assert logs.parse(out).final["BLEU score"] == scores_of(out)["beam of 10"]
     assert "\nlength penalty of the beam: 1.2\n" in out
-    for line in (r"test loss \S+ \(perplexity \S+\)", r"test free-running loss .*", r"chrF = \S+ \(.*nc:6.*\)"):
+    assert logs.TEST_LOSS.search(out)
+    for line in (r"test free-running loss .*", r"chrF = \S+ \(.*nc:6.*\)"):
         assert re.search(f"^{line}$", out, re.MULTILINE)
     evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
     _, greedy, _ = run(*evaluate, "--beam-size", "1", capsys=capsys)
     assert scores_of(greedy) == {"greedy": scores_of(out)["greedy"]}
-    assert f"\nBLEU score = {scores_of(out)['greedy']}\n" in greedy
+    assert logs.parse(greedy).final["BLEU score"] == scores_of(out)["greedy"]
     _, wide, _ = run(*evaluate, "--beam-size", "3", "--length-penalty", "0", capsys=capsys)
     assert list(scores_of(wide)) == ["greedy", "beam of 3"]
 
@@ -292,7 +290,7 @@ def test_the_losses_of_the_score_have_the_padding_of_the_flag_and_else_of_the_tr
     _, again, _ = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), *flags, capsys=capsys)
     how = f"padded or cut to {fixed_length} tokens" if fixed_length else "without padding"
     assert f"\nlosses: {how}\n" in again
-    losses = [re.search(r"^test loss .*$", text, re.MULTILINE).group() for text in (out, again)]
+    losses = [logs.TEST_LOSS.search(text).group() for text in (out, again)]
     assert (losses[0] == losses[1]) == (fixed_length == 0)
 
 
@@ -328,6 +326,31 @@ def test_the_originals_checkpoint_is_scored_with_the_data_s_vocabulary_if_it_fit
     code, _, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "other"), capsys=capsys)
     assert code == 4
     assert "[99, 98]" in err
+    assert err.count("\n") == 1
+
+
+def contradicting_shapes() -> dict[str, torch.Tensor]:
+    """A state dict with this model's names, whose shapes contradict each other."""
+    state = gru.build(9, 8, emb_dim=2, hid_dim=4).state_dict()
+    return state | {"decoder.fc_out.weight": state["decoder.fc_out.weight"].T.clone()}
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        (torch.nn.Linear(2, 2).state_dict(), "no state dict of this model"),
+        (contradicting_shapes(), "decoder.fc_out.weight has shape [10, 8], expected [8, 10]"),
+    ],
+    ids=["another model", "contradicting shapes"],
+)
+def test_a_file_with_weights_that_do_not_fit_is_refused(tiny_corpus, tmp_path, capsys, state, reason):
+    path = tmp_path / "weights"
+    torch.save(state, path)
+    code, _, err = run("--data-dir", str(tiny_corpus), "--evaluate", str(path), capsys=capsys)
+    assert code == 4
+    assert err.startswith("error[checkpoint]: ")
+    assert reason in err
+    assert str(path) in err
     assert err.count("\n") == 1
 
 
@@ -411,8 +434,10 @@ OTHER = {
 
 
 def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys):
-    """None but the length penalty, which seldom changes a translation, leaves all losses and scores as they were; none
-    that is of the training's leaves the training's losses."""
+    """Each flag changes a loss or a score, except the length penalty, which seldom changes a translation.
+
+    Each flag of training changes the training losses.
+    """
 
     def figures(settings):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
