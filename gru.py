@@ -9,8 +9,14 @@ Source: Cho et al. 2014, "Learning Phrase Representations using RNN Encoder-Deco
 Ben Trevett's pytorch-seq2seq tutorial 2 and of farizrahman4u/seq2seq's `peek=True`.
 
 Tensors are time-first: token ids are [length, batch], vectors [length, batch, features]. A training batch has no
-padding: its steps stand one after the other, [rows, features]. `nmt/kernels.py` says how, and holds the GRU, the output
-layer's loss and dropout.
+padding. Its sentences stand longest first, and its steps one after the other, [rows, features]. The first sentences of
+a step are those that still go on, so a step never has more rows than the one before:
+
+    sentences: a a a      rows: a b c | a b | a
+               b b        rows_per_step = [3, 2, 1]
+               c
+
+`nmt/kernels.py` holds the GRU over such rows, the output layer's loss and dropout.
 
 The decoder's steps do not depend on its predictions while it reads the reference. Such a segment of steps is one GRU
 call, and the output layer is applied to all steps at once. Within a segment it is applied only where the argmax is read
@@ -265,20 +271,20 @@ class Seq2Seq(nn.Module):
                 context_logits = self.decoder.context_logits(context)
         rows = step_rows(rows_per_step)
         hidden = context
-        features: list[Tensor] = []
+        segment_features: list[Tensor] = []
         for first, after in segments:
             batch = rows_per_step[first]
             tokens = trg[rows[first].start : rows[after - 1].stop]
             if first:
                 with torch.no_grad():
-                    last_step = features[-1][-rows_per_step[first - 1] :]
+                    last_step = segment_features[-1][-rows_per_step[first - 1] :]
                     predicted = self.decoder.most_probable(last_step[:batch], context_logits[:batch])  # [batch]
                 tokens = torch.cat((predicted, tokens[batch:]))
             segment, hidden = self.decoder.decode_rows(
                 tokens, rows_per_step[first:after], hidden[:batch], context_gates
             )
-            features.append(segment)
-        return torch.cat(features)
+            segment_features.append(segment)
+        return torch.cat(segment_features)
 
     def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
         """Begins to decode. See `step`.

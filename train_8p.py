@@ -19,7 +19,8 @@ The score of a checkpoint on the test set:
 
     python3 train_8p.py --data-dir DIR --evaluate seq2seq-gru-model.pth.tar
 
-From top to bottom: the settings, `main`, `run`, `run_rank`, `train` with the loop, and their helpers.
+From top to bottom: the settings, `main`, `run`, `run_rank`, `train` with the loop and what belongs to it. At last comes
+what a run starts with: its data, its first weights, its settings.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from nmt import flags
-from nmt.errors import UserError, before_imports, printable, run_main
+from nmt.errors import UserError, prepare_imports, printable, run_main
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -55,9 +56,13 @@ PRECISION = "advanced: precision"
 RUN = "advanced: log and errors"
 
 
-def of_recipe(modelzoo: Any, tuned: Any, takes: Any, help: str, *, group: str = TRAINING, trains=True, also="") -> Any:
-    """A row whose value the recipe sets where the flag is left out: a column for each recipe."""
-    return flags.row(group, {"modelzoo": modelzoo, "tuned": tuned}, takes, help, trains=trains, also=also)
+FORMER_INITIALISATIONS = {"modelzoo": "normal", "tuned": "orthogonal"}  # in older commands, logs and checkpoints
+INITIALISATIONS = flags.Choices(("normal", "orthogonal"), FORMER_INITIALISATIONS)
+
+
+def of_recipe(modelzoo: Any, tuned: Any, takes: Any, help: str, *, group=TRAINING, trains=True, **about: Any) -> Any:
+    """A row whose value the recipe sets where the flag is left out: a column for each recipe. See `flags.row`."""
+    return flags.row(group, {"modelzoo": modelzoo, "tuned": tuned}, takes, help, trains=trains, **about)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class Settings:
     """All that a run can be told: each row is an attribute and its flag.
 
     `modelzoo` trains as the published figure was trained. `tuned` is the best that this architecture does in as many
-    epochs. docs/search.md says what each piece of it gives. Before `resolved`, what the recipe sets may be None.
+    epochs. docs/search.md says what each piece of it gives. `flags.row` says what a row holds.
+
+    As the flags give them, settings that the recipe or the device decides may be None, and `batch_size` is that of a
+    node. `resolved` fills them in, and makes `batch_size` that of all devices.
     """
 
     # fmt: off
@@ -80,7 +88,7 @@ class Settings:
         f"and fewer on a small corpus, so that an epoch has {ENOUGH_UPDATES} updates", group=COMMON, also="-b")
     lr: float = of_recipe(0.003, 0.003, flags.positive_float,
         "peak learning rate; tuned raises it with the root of a batch above 64, except with --performance",
-        group=COMMON, also="--learning-rate")
+        group=COMMON, also="--learning-rate", unit="RATE")
     amp: bool = flags.row(COMMON, False, None,
         "train in mixed precision, at --opt-level; otherwise in float32", trains=True)
     device: str = flags.row(COMMON, "auto", ("auto", "npu", "cuda", "cpu"),
@@ -88,7 +96,8 @@ class Settings:
     multiprocessing_distributed: bool = flags.row(COMMON, False, None,
         "start one process for each device of --device-list")
     performance: bool = flags.row(COMMON, False, None,
-        f"measure speed: an epoch of at least {PERFORMANCE_STEPS} steps, without scoring", trains=True)
+        f"measure speed: an epoch of at least {PERFORMANCE_STEPS} steps, without scoring; its batch is 1536 a device, "
+        "on a CPU 128 a process, unless --batch-size is given", trains=True)
     evaluate: str | None = flags.row(COMMON, None, "CKPT", "do not train: score this checkpoint on the test set")
     ckptpath: str = flags.row(COMMON, "./seq2seq-gru-model.pth.tar", "FILE", "the best checkpoint", trains=True)
     seed: int = flags.row(COMMON, 1234, flags.seed, "seed of weights, batches and dropout", trains=True)
@@ -114,27 +123,26 @@ class Settings:
     label_smoothing: float = of_recipe(0.0, 0.1, flags.fraction, "probability mass spread over the vocabulary")
     average: float = of_recipe(0.0, 0.2, flags.fraction,
         "validate and keep an average of the weights, mostly over this last part of the steps; 0: the last weights")
-    init: str = of_recipe("normal", "orthogonal", ("normal", "orthogonal", "modelzoo", "tuned"),
-        "how weights start; modelzoo and tuned are former names of normal and orthogonal")
+    init: str = of_recipe("normal", "orthogonal", INITIALISATIONS, "how weights start")
     update_bias: float = of_recipe(0.0, 1.0, flags.decimal,
         "added to the first biases of the update gates; above 0 a state is kept longer")
     embeddings: str = of_recipe("drawn", "cooccurrence", ("cooccurrence", "drawn"),
         "how word vectors start: drawn, or by how often two words share a training pair")
     fixed_length: int = of_recipe(46, 0, flags.zero_or_sentence_length,
-        "pad or cut to so many tokens; 0 pads nothing; with --evaluate for the losses alone", trains=False)
+        "pad or cut to so many tokens; 0 pads nothing; in a score it changes the losses, not BLEU", trains=False)
     batching: str = of_recipe("random", "like-length", ("like-length", "random"), "which pairs share a batch")
     last_batch: str = of_recipe("drop", "keep", ("keep", "drop"), "what becomes of an epoch's incomplete batch")
     best: str = of_recipe("loss", "bleu", ("bleu", "loss"),
         "the best epoch is that of greedy BLEU or free-running loss")
     beam_size: int = of_recipe(1, 10, flags.positive_int, "hypotheses in the beam of the final score", trains=False)
     length_penalty: float = of_recipe(1.0, 1.2, flags.power,
-        "a hypothesis's log probability is divided by its length to this power", trains=False)
+        "a hypothesis's log probability is divided by its length to this power", trains=False, unit="POWER")
 
     emb_dim: int = flags.row(MODEL, 256, flags.positive_int, "size of the embeddings", trains=True)
     hid_dim: int = flags.row(MODEL, 512, flags.positive_int, "size of the hidden states", trains=True)
 
-    npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the NPU of this index")
-    gpu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the GPU of this index")
+    npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the NPU of this index", unit="INDEX")
+    gpu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the GPU of this index", unit="INDEX")
     device_list: list[int] | None = flags.row(PROCESSES, None, flags.index_list,
         "indices such as 0,1,2,3: with --multiprocessing-distributed one process each, otherwise one process on the "
         "first; left out: all of this machine's devices, on a CPU 0,..,7")
@@ -148,14 +156,15 @@ class Settings:
     dist_backend: str | None = flags.row(PROCESSES, None, ("hccl", "nccl", "gloo"),
         "how the ranks talk; left out: the device's own backend")
     dist_timeout: float = flags.row(PROCESSES, 600.0, flags.positive_float,
-        "seconds that the ranks wait for each other when they meet, and in each collective")
+        "seconds that the ranks wait for each other when they meet, and in each collective", unit="SECONDS")
     bleu_npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int,
-        "index of the device that scores; left out: the first that --npu, --gpu or --device-list names, otherwise 0")
+        "index of the device that scores; left out: the first that --npu, --gpu or --device-list names, otherwise 0",
+        unit="INDEX")
 
     opt_level: str = flags.row(PRECISION, flags.Default("O2"), ("O0", "O1", "O2", "O3"),
         "level of mixed precision, as in apex", trains=True)
     loss_scale: float | str = flags.row(PRECISION, None, flags.loss_scale,
-        "a number or dynamic; left out: 32 for float16 in O1 and O2, otherwise 1", trains=True)
+        "a number or dynamic; left out: 32 for float16 in O1 and O2, otherwise 1", trains=True, unit="SCALE")
     amp_dtype: str = flags.row(PRECISION, flags.Default("auto"), ("auto", "float16", "bfloat16"),
         "the 16-bit format; auto: float16, on a CPU bfloat16 if it is faster there; an NPU has float16 alone",
         trains=True)
@@ -198,7 +207,7 @@ def build_parser() -> flags.StrictParser:
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
-before_imports()
+prepare_imports()
 
 import data
 import gru
@@ -279,7 +288,7 @@ def run_rank(world: World, settings: Settings, mixed: precision.Choice, corpus: 
     # All that takes time comes before the ranks meet: HCCL lets the first ones wait only so long.
     corpus = corpus or load_corpus(settings, verify=False, log=lambda line: None)
     if world.device_type != "cpu":
-        corpus.check_ids()
+        corpus.check_ids()  # such a device would not notice a wrong one
     model = first_model(settings, world, corpus)
     world.start()
     train(settings, mixed, world, corpus, model)
@@ -307,7 +316,7 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
     for line in description(settings, mixed, world, corpus):
         say(line)
     say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-    trainer = precision.make_trainer(mixed, model, device)
+    trainer = precision.make_trainer(mixed, model, device)  # Adam, in the chosen precision
     average = WeightAverage(trainer, settings.average)
     criterion = world.parallel(gru.TrainingLoss(trainer.working_model, settings.label_smoothing))
     loader, val_loader = (
@@ -344,7 +353,7 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
 
         # 4. The end of the epoch: its speed and, unless speed is all we want, validation and the best weights.
         pairs_per_second, train_loss = log.finish()
-        trainer.refresh_model()
+        trainer.refresh_model()  # the fp32 model takes over what was trained
         say(f"* FPS@all {pairs_per_second:.3f}")
         if skipped := trainer.skipped_steps():
             say(
@@ -352,7 +361,7 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
                 "If that goes on, lower --loss-scale or --lr, or give --loss-scale dynamic."
             )
         if not settings.performance:
-            average.catch_up(step)
+            average.catch_up(step)  # the average takes in the last steps
             rate = learning_rate(step - 1, total_steps, settings)
             validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
 
@@ -527,9 +536,6 @@ def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Se
     return model
 
 
-FORMER_INITIALISATIONS = {"modelzoo": "normal", "tuned": "orthogonal"}  # of --init's values
-
-
 def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: int) -> Settings:
     """The settings with nothing left open. The batch is that of all devices from here on.
 
@@ -553,7 +559,6 @@ def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: i
     # The few steps of a performance run are not there to learn, whatever its batch is.
     if settings.lr is None and settings.recipe == "tuned" and not settings.performance:
         values["lr"] = tuned_rate(values["batch_size"])
-    values["init"] = FORMER_INITIALISATIONS.get(values["init"], values["init"])
     values |= {"opt_level": mixed.level, "loss_scale": mixed.loss_scale}
     values |= {"amp_dtype": mixed.dtype_name, "amp_backend": mixed.backend}
     return replace(settings, **values)
@@ -622,13 +627,12 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     yield from map(printable, corpus.notes)
     if mixed.note:
         yield printable(f"note: {mixed.note}")
-    # Of float16 on other devices it is not known: the published run, on NPUs, learned.
-    few_digits = mixed.dtype is torch.bfloat16 or (mixed.dtype is torch.float16 and world.device_type == "cpu")
-    if settings.fixed_length and few_digits and not settings.performance:
+    # On NPUs it is not known: the published run learned.
+    learns = world.device_type == "npu" or (world.device_type == "cpu" and mixed.dtype is torch.float32)
+    if settings.fixed_length and not learns and not settings.performance:
         yield (
-            f"note: {mixed.dtype_name} has too few digits to carry a sentence through the padding of "
-            "--fixed-length, and the encoder may never learn to; float32 does: "
-            "without --amp, or --precision_mode=must_keep_origin_dtype"
+            f"note: with --fixed-length {settings.fixed_length} the encoder may never learn to carry a sentence "
+            "through the padding; of the runs without an NPU, only those in float32 on a CPU did (docs/results.md)"
         )
 
 

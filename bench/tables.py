@@ -515,19 +515,22 @@ def summary(root: str, chinese: bool = False) -> str:
     """README's four rows."""
     header = "run | on | BLEU, greedy | BLEU, beam of 10 | pairs/s | logs"
     names = ("published in 2021", "recipe `modelzoo`, with the published settings", "recipe `tuned`, the default")
-    where, seeds, missing = ("8 Ascend 910", "{} CPU cores", "{} CPU core"), ", three seeds", "not published"
+    where, seeds = ("8 Ascend 910", "{} CPU cores", "{} CPU core", "1 {}"), ", three seeds"
+    missing, comma = "not published", ", "
     if chinese:
-        header = "运行 | 设备 | BLEU，贪心 | BLEU，束宽 10 | pairs/s | 日志"
+        header = "运行 | 设备 | BLEU（贪心解码） | BLEU（束宽 10） | 句对/秒 | 日志"
         names = ("2021 年公布的结果", "预设 `modelzoo`，采用公布的设置", "预设 `tuned`，默认")
-        where, seeds, missing = ("8 卡昇腾 910", "CPU {} 核", "CPU {} 核"), "，三个种子", "未公布"
-    rows = [[names[0], f"{where[0]}, O2", "12.57", "", "13693", missing]]
+        where, seeds = ("8 卡昇腾 910", "CPU {} 核", "CPU {} 核", "1 张 {}"), "，三个种子"
+        missing, comma = "未公布", "，"
+    rows = [[names[0], f"{where[0]}{comma}O2", "12.57", "", "13693", missing]]
     of_tuned = (names[2] + seeds, where[2], RESULTS[4])
-    for name, place, row in ((names[1], where[1], RESULTS[0]), of_tuned, (names[2], "1 {}", ON_THE_H200[0])):
+    for name, place, row in ((names[1], where[1], RESULTS[0]), of_tuned, (names[2], where[3], ON_THE_H200[0])):
         runs = [read(path) for path in row.logs]
         on = device(runs[0]).removeprefix("1 ") if runs[0].facts["device"] != "cpu" else cores_of(runs[0])
         bleus = [mean_and_deviation(b for run in runs for b in run.bleus(kind)) for kind in ("greedy", "beam of 10")]
         rates = mean_and_deviation(run.rate for run in runs)
-        rows.append([name, f"{place.format(on)}, {precision(runs[0])}", *bleus, rates, links(row.logs, root)])
+        machine = f"{place.format(on)}, {precision(runs[0])}".replace(", ", comma)
+        rows.append([name, machine, *bleus, rates, links(row.logs, root).replace(", ", comma)])
     return table(header, rows)
 
 

@@ -58,7 +58,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def before_imports() -> None:
+def prepare_imports() -> None:
     """Ends the program with one line if a package is not installed, or at Ctrl-C during the imports.
 
     The imports take seconds, and `run_main` is not there yet to handle Ctrl-C.
@@ -79,8 +79,11 @@ def before_imports() -> None:
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        wanted = Path(__file__).resolve().parent.parent / "requirements.txt"
-        todo = f"run python3 -m pip install -r {wanted}, or use the Python that has them"
+        repository = Path(__file__).resolve().parent.parent
+        own = repository / ".venv" / "bin" / "python"
+        todo = f"run python3 -m pip install -r {repository / 'requirements.txt'}, or use the Python that has them"
+        if own.exists():
+            todo = f"run {own}, or {todo.removeprefix('run ')}"
         print(UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo), file=sys.stderr)
         sys.exit(EXIT_CODES["usage"])
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from nmt.errors import UserError
@@ -91,7 +92,28 @@ def hyphenated(arg: str) -> str:
 # ---------------------------------------------------------------- a table of settings and its flags
 
 
-def row(group: str, default: Any, takes: Any, help: str, *, also: str = "", trains: bool = False) -> Any:
+class Choices(tuple[str, ...]):
+    """Texts that a flag takes.
+
+    Args:
+        texts: the choices.
+        former: a former name of a choice, and the choice. It still works, and the help does not show it.
+    """
+
+    former: dict[str, str]
+
+    def __new__(cls, texts: Iterable[str], former: dict[str, str]) -> "Choices":
+        choices = super().__new__(cls, texts)
+        choices.former = former
+        return choices
+
+    def __call__(self, text: str) -> str:
+        return self.former.get(text, text)
+
+
+def row(
+    group: str, default: Any, takes: Any, help: str, *, unit: str = "", also: str = "", trains: bool = False
+) -> Any:
     """A row of a settings table: a field of a dataclass, and its flag.
 
     Args:
@@ -100,11 +122,13 @@ def row(group: str, default: Any, takes: Any, help: str, *, also: str = "", trai
         takes: how the flag's text is read: a function of this module, a tuple of choices, the name of a free text, or
             None for a flag without a value.
         help: what the flag does.
+        unit: names the value in the help.
         also: other spellings of the flag, with spaces between.
-        trains: whether training alone reads it.
+        trains: whether training alone reads it. Then it has no effect with --evaluate.
     """
     recipes = default if isinstance(default, dict) else None
-    about = {"group": group, "takes": takes, "help": help, "also": also.split(), "trains": trains, "recipes": recipes}
+    about = {"group": group, "takes": takes, "help": help, "unit": unit, "also": also.split()}
+    about |= {"trains": trains, "recipes": recipes}
     return dataclasses.field(default=None if recipes else default, metadata=about)
 
 
@@ -126,13 +150,11 @@ def parser_of(table: type, **options: Any) -> StrictParser:
         if takes is None:
             settings["action"] = "store_true"
         elif isinstance(takes, tuple):
-            settings["choices"] = takes
+            settings |= {"choices": takes, "type": takes if isinstance(takes, Choices) else None}
         elif isinstance(takes, str):
             settings["metavar"] = takes
         else:
-            annotation = str(row.type)
-            metavar = "LIST" if "list" in annotation else "N" if "int" in annotation else "X"
-            settings |= {"type": takes, "metavar": metavar}
+            settings |= {"type": takes, "metavar": about["unit"] or UNITS.get(takes, "N")}
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         short, long = ([name for name in about["also"] if (name[1] == "-") == is_long] for is_long in (False, True))
@@ -263,3 +285,7 @@ def index_list(text: str) -> list[int]:
     if len(set(indices)) < len(indices):
         raise argparse.ArgumentTypeError(f"{text!r} names a device twice")
     return indices
+
+
+# How the help names the values that these read. Where a row has no unit of its own, the others are "N".
+UNITS = {fraction: "P", part: "P", decimal: "X", positive_float: "X", non_negative_float: "X", index_list: "LIST"}

@@ -48,7 +48,7 @@ def test_the_recipes_are_as_they_are_described():
         for line in ENGLISH.splitlines()
         if line.startswith("| `--") and line.count(" | ") == 2
     ]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for flags, *cells in rows:
         names = [name.replace("-", "_") for name in re.findall(r"`--([\w-]+)`", flags)]
         for recipe, cell in zip(("tuned", "modelzoo"), cells, strict=True):
@@ -56,7 +56,7 @@ def test_the_recipes_are_as_they_are_described():
             values = [train_8p.RECIPES[recipe][name] for name in names]
             assert described == [value if isinstance(value, str) else f"{value:g}" for value in values], flags
     (batch,) = (cells[0] for flags, *cells in rows if "batch-size" in flags)
-    assert f"on several devices {train_8p.SHARED_BATCH}, " in batch
+    assert f"on several devices {train_8p.SHARED_BATCH} in total, " in batch
     assert f"under {train_8p.ENOUGH_UPDATES} updates" in batch
 
 
