@@ -11,7 +11,7 @@ import functools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import logs
@@ -129,61 +129,55 @@ BEAMS_OF_TUNED = "results/multi30k-beam-val-cpu.log"  # of its three checkpoints
 PENALTIES = ("results/multi30k-length-penalty-val-cpu.log", "results/search/d0-seed1234-beams.log")
 PENALTIES_SHOWN = ("0.8", "1.0", "1.2", "1.4", "1.6", "1.8", "2.0")
 
+
+def speeds(suffix: str) -> dict[str, Speed]:
+    """The rows that every machine has, by a short name. `suffix` is that of its logs: "" or "-xeon"."""
+
+    def training(name: str, port: str, flag: str) -> Speed:
+        ratio, share = f"training {flag} / plain", f"share of the limit, {flag}"
+        return Speed(name, f"training{suffix}", "plain", port, ratio, share)
+
+    def decoding(name: str, port: str) -> Speed:
+        ratio, share = f"decoding {port} / plain fp32", f"share of the limit, {port}"
+        return Speed(f"greedy decoding in {name}, sentences/s", f"decoding{suffix}", "plain fp32", port, ratio, share)
+
+    return {
+        "amp": training("training in bfloat16, pairs/s", "amp", "--amp"),
+        "fp32": training("training in float32, pairs/s", "fp32", "fp32"),
+        "amp 0.5": Speed(
+            "training in bfloat16 at teacher forcing 0.5, pairs/s; as a share of that at 1",
+            f"training{suffix}",
+            plain="plain",
+            port="amp 0.5|forcing 0.5 / 1.0, --amp",
+        ),
+        "decoding bf16": decoding("bfloat16", "bf16"),
+        "decoding fp32": decoding("float32", "fp32"),
+        "start": Speed(
+            "start to the first training step, data cached; cold cache, s", f"startup{suffix}", port="warm|cold"
+        ),
+        "torch": Speed("import of torch alone, s", f"startup{suffix}", port="import torch"),
+        "to BLEU": Speed(
+            "published BLEU (12.57) on the validation pairs, from nothing, s",
+            f"time_to_bleu{suffix}",
+            plain="the plain loop's ten epochs",
+            port="seconds to BLEU 12.57",
+            ratio="time to BLEU 12.57, plain / port",
+        ),
+        "BLEU": Speed("the first validation BLEU that reaches it", f"time_to_bleu{suffix}", port="BLEU"),
+    }
+
+
+EPYC, XEON = speeds(""), speeds("-xeon")
 SPEED = [  # on the EPYC
-    Speed(
-        "training in bfloat16, pairs/s",
-        "training",
-        plain="plain",
-        port="amp",
-        ratio="training --amp / plain",
-        share="share of the limit, --amp",
-    ),
-    Speed(
-        "training in float32, pairs/s",
-        "training",
-        plain="plain",
-        port="fp32",
-        ratio="training fp32 / plain",
-        share="share of the limit, fp32",
-    ),
-    Speed(
-        "training in bfloat16 at teacher forcing 0.5, pairs/s; as a share of that at 1",
-        "training",
-        plain="plain",
-        port="amp 0.5|forcing 0.5 / 1.0, --amp",
-    ),
+    *(EPYC[name] for name in ("amp", "fp32", "amp 0.5")),
     Speed("peak memory in bfloat16; in float32, MB", "training", plain="MB plain", port="MB amp|MB fp32"),
-    Speed(
-        "greedy decoding in bfloat16, sentences/s",
-        "decoding",
-        plain="plain fp32",
-        port="bf16",
-        ratio="decoding bf16 / plain fp32",
-        share="share of the limit, bf16",
-    ),
-    Speed(
-        "greedy decoding in float32, sentences/s",
-        "decoding",
-        plain="plain fp32",
-        port="fp32",
-        ratio="decoding fp32 / plain fp32",
-        share="share of the limit, fp32",
-    ),
+    *(EPYC[name] for name in ("decoding bf16", "decoding fp32")),
     Speed(
         "share of the plain loop's translations: in bfloat16; in float32",
         "decoding",
         port="equal to plain, bf16|equal to plain, fp32",
     ),
-    Speed("start to the first training step, data cached; cold cache, s", "startup", port="warm|cold"),
-    Speed("import of torch alone, s", "startup", port="import torch"),
-    Speed(
-        "published BLEU (12.57) on the validation pairs, from nothing, s",
-        "time_to_bleu",
-        plain="the plain loop's ten epochs",
-        port="seconds to BLEU 12.57",
-        ratio="time to BLEU 12.57, plain / port",
-    ),
-    Speed("the first validation BLEU that reaches it", "time_to_bleu", port="BLEU"),
+    *(EPYC[name] for name in ("start", "torch", "to BLEU", "BLEU")),
     Speed(
         "tokenising 1,000,000 generated pairs with one worker; with two, pairs/s; two / one",
         "tokenising",
@@ -196,55 +190,11 @@ SPEED = [  # on the EPYC
     ),
 ]
 ON_THE_XEON = [
-    Speed(
-        "training in float32, pairs/s",
-        "training-xeon",
-        plain="plain",
-        port="fp32",
-        ratio="training fp32 / plain",
-        share="share of the limit, fp32",
-    ),
-    Speed(
-        "training by `--amp`, which takes float32 there, pairs/s",
-        "training-xeon",
-        plain="plain",
-        port="amp",
-        ratio="training --amp / plain",
-        share="share of the limit, --amp",
-    ),
-    Speed(
-        "the same at teacher forcing 0.5, pairs/s; as a share of that at 1",
-        "training-xeon",
-        plain="plain",
-        port="amp 0.5|forcing 0.5 / 1.0, --amp",
-    ),
+    XEON["fp32"],
+    replace(XEON["amp"], name="training by `--amp`, which takes float32 there, pairs/s"),
+    replace(XEON["amp 0.5"], name="the same at teacher forcing 0.5, pairs/s; as a share of that at 1"),
     Speed("peak memory in float32, MB", "training-xeon", plain="MB plain", port="MB fp32"),
-    Speed(
-        "greedy decoding in float32, sentences/s",
-        "decoding-xeon",
-        plain="plain fp32",
-        port="fp32",
-        ratio="decoding fp32 / plain fp32",
-        share="share of the limit, fp32",
-    ),
-    Speed(
-        "greedy decoding in bfloat16, sentences/s",
-        "decoding-xeon",
-        plain="plain fp32",
-        port="bf16",
-        ratio="decoding bf16 / plain fp32",
-        share="share of the limit, bf16",
-    ),
-    Speed("start to the first training step, data cached; cold cache, s", "startup-xeon", port="warm|cold"),
-    Speed("import of torch alone, s", "startup-xeon", port="import torch"),
-    Speed(
-        "published BLEU (12.57) on the validation pairs, from nothing, s",
-        "time_to_bleu-xeon",
-        plain="the plain loop's ten epochs",
-        port="seconds to BLEU 12.57",
-        ratio="time to BLEU 12.57, plain / port",
-    ),
-    Speed("the first validation BLEU that reaches it", "time_to_bleu-xeon", port="BLEU"),
+    *(XEON[name] for name in ("decoding fp32", "decoding bf16", "start", "torch", "to BLEU", "BLEU")),
 ]
 
 

@@ -38,6 +38,12 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def mean(sums: Tensor) -> float:
+    """A loss for a target token. `sums` is [2]: the sum of the losses, and the number of target tokens."""
+    loss, tokens = sums
+    return float(loss / tokens)
+
+
 class EpochLog:
     """Times one epoch and prints its lines.
 
@@ -106,8 +112,7 @@ class EpochLog:
         self._totals += since_line
         self._data_time += self._data_time_since_line
         steps = self._step - self._line_step
-        loss = float(since_line[0] / since_line[1])
-        mean_loss = float(self._totals[0] / self._totals[1])
+        loss, mean_loss = mean(since_line), mean(self._totals)
         if self._bar is None:
             say(
                 f"[{self._world.device_type} id: {self._world.index} ] "
@@ -141,4 +146,4 @@ class EpochLog:
         rate = self._rate(self._now())
         if self._bar is not None:
             self._bar.close()
-        return rate, float(self._totals[0] / self._totals[1])
+        return rate, mean(self._totals)
