@@ -70,7 +70,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Run:
-    """What a log says about one run. What it does not say is empty or None.
+    """What a log says about one run. Empty or None stands for what the log does not say.
 
     Attributes:
         comments: the lines at its top that begin with `#`: the command, then commit, machine and company.

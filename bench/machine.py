@@ -95,8 +95,8 @@ def multiply_adds(src_len: float, steps: float, output_dim: int, emb_dim: int = 
     With E = emb_dim, H = hid_dim, V = output_dim, S source positions and T decoder steps:
 
         encoder        S x (E + H) x 3H             input and recurrent products of the three gates
-        decoder        T x (E + H) x 3H + H x 3H    [e_t ; h] at each step; the context's share once a sentence
-        output layer   T x (E + H) x V  + H x V     [e_t ; h_t] at each step; the context's share once a sentence
+        decoder        T x (E + H) x 3H + H x 3H    [e_t ; h] at each step, the context's share once a sentence
+        output layer   T x (E + H) x V  + H x V     [e_t ; h_t] at each step, the context's share once a sentence
 
     It is linear in S and T, so means over a corpus give the mean of its pairs.
 
@@ -121,8 +121,8 @@ def flops_per_pair(
 ) -> float:
     """FLOP that training on one of these pairs takes on average: six times its `multiply_adds`.
 
-    A multiply-add is two FLOP; the backward pass has two products, for the input's gradient and for the weight's,
-    where the forward pass has one: 2 x (1 + 2) = 6.
+    A multiply-add is two FLOP. For each product forward there are two backward: for the input's gradient and for the
+    weight's. So it is 2 x (1 + 2) = 6.
 
     Args:
         src_lengths, trg_lengths: [pairs] the sentences' lengths, `<sos>` and `<eos>` counted. A target of n tokens
@@ -158,7 +158,7 @@ def follow(command: list[str], cwd: Path | str = ROOT) -> Iterator[Line]:
     """Starts a command and yields its lines, stdout's and stderr's, as they come. Closing the iterator ends it.
 
     Raises:
-        SystemExit: the command failed; with its last lines.
+        SystemExit: the command failed. The message has its last lines.
     """
     start, peak_mb, texts = time.perf_counter(), 0.0, []
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "encoding": "utf-8"}

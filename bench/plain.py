@@ -2,10 +2,13 @@
 
     python -m bench.plain train --data-dir data --steps 8 --batch-size 512
 
-prints pairs a second and peak memory. Every sentence is padded to 46 positions and the encoder reads the padding; the
-decoder makes one `nn.GRU` call and one full output layer a step; the logits go into one zeroed (46, batch, vocabulary)
-buffer under one cross entropy; float32, Adam, dropout 0.5 on the embeddings, teacher forcing 0.5.
-Nothing here is shared with `gru.py`, but the names in the state dicts are the same.
+prints pairs a second and peak memory. Every sentence is padded to 46 positions, and the encoder reads the padding. The
+decoder makes one `nn.GRU` call and one full output layer a step. The logits go into one zeroed buffer, (46, batch,
+vocabulary), under one cross entropy. It computes in float32, with Adam, dropout 0.5 on the embeddings and teacher
+forcing 0.5. It shares nothing with `gru.py`, but has the same names in its state dict.
+
+This is the original's arithmetic: speed is compared with it. `test/unit/plain_model.py` instead has the formulas step
+by step, which `gru.py` must equal.
 """
 
 import argparse
@@ -25,7 +28,7 @@ MAX_LENGTH = 50  # most tokens of a translation
 
 
 class Encoder(nn.Module):
-    """Reads the source; its last state is the context."""
+    """Reads the source. Its last state is the context."""
 
     def __init__(self, input_dim: int, emb_dim: int, hid_dim: int, dropout: float):
         super().__init__()
@@ -93,7 +96,7 @@ class Seq2Seq(nn.Module):
 
 
 def mean_loss(logits: Tensor, trg: Tensor) -> Tensor:
-    """Cross entropy over all positions but the first and the padding; logits and trg as in `Seq2Seq.forward`."""
+    """Cross entropy over all positions except the first and the padding. Arguments as in `Seq2Seq.forward`."""
     criterion = nn.CrossEntropyLoss(ignore_index=data.PAD)
     return criterion(logits[1:].flatten(0, 1), trg[1:].flatten())
 

@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         name: the row's first cell.
-        logs: of its runs, which differ in the seed alone; paths from the repository's root.
+        logs: of its runs, which differ in the seed alone. The paths are from the repository's root.
         flags: what the runs had beside those of their recipe.
     """
 
@@ -203,18 +203,18 @@ ON_THE_XEON = [
 
 @functools.cache
 def text_of(path: str) -> str:
-    """A log's text; the path is from the repository's root."""
+    """A log's text. The path is from the repository's root."""
     return (ROOT / path).read_text(encoding="utf-8")
 
 
 @functools.cache
 def read(path: str) -> logs.Run:
-    """The one run of a log; the path is from the repository's root."""
+    """The one run of a log. The path is from the repository's root."""
     return logs.parse(text_of(path))
 
 
 def mean_and_deviation(values: Iterable[float]) -> str:
-    """Two digits after the point; of several values their mean and the standard deviation of a run.
+    """Two digits after the point. Of several values it is their mean and the standard deviation of a run.
 
     >>> mean_and_deviation([30.0, 31.0]), mean_and_deviation([30.004]), mean_and_deviation([103273.92])
     ('30.50 ± 0.71', '30.00', '103274')
@@ -271,7 +271,7 @@ def links(paths: Iterable[str], root: str) -> str:
 
 
 def table(header: str, rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; its header has `|` between the columns."""
+    """A table in Markdown. Its header has `|` between the columns."""
     names = header.split("|")
     lines = [names, ["---"] * len(names), *rows]
     assert all(len(line) == len(names) for line in lines), header
@@ -305,7 +305,7 @@ def run_table(rows: Iterable[Row], root: str) -> str:
 
 
 def published(root: str) -> str:
-    """What others published for this model; no log of theirs is here."""
+    """What others published for this model. No log of theirs is here."""
     tutorial = "https://github.com/bentrevett/pytorch-seq2seq"
     return table(
         "run | devices | precision | BLEU, greedy | perplexity | pairs/s",

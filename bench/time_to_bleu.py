@@ -30,7 +30,7 @@ def seconds_to_bleu(flags: list[str], bleu: float, whole: bool = False) -> dict[
         whole: whether the run goes on to its end.
 
     Returns:
-        "BLEU", the first that reached it, and "seconds" and "MB" until then; of a whole run also "best BLEU" and the
+        "BLEU", the first that reached it, and "seconds" and "MB" until then. A whole run also gives "best BLEU" and the
         seconds until that, "to best".
 
     Raises:

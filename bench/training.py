@@ -43,7 +43,7 @@ def figures(middle: dict[str, float], flops: float, device: str) -> list[tuple[s
     Args:
         middle: the medians that `main` measures.
         flops: FLOP of a pair, from `machine.flops_per_pair`.
-        device: "cpu" or "cuda"; the goals depend on it.
+        device: "cpu" or "cuda". The goals depend on it.
     """
     share = {name: middle[name] * flops / (middle[f"GFLOP/s {name}"] * 1e9) for name in ("amp", "fp32")}
     compared = [

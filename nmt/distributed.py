@@ -197,7 +197,7 @@ class Plan:
             debug: whether a rank shows the traceback of an expected error too.
 
         Raises:
-            UserError: see `launch.launch`; distributed, the port is taken.
+            UserError: as from `launch.launch`. Or distributed, the port is taken.
         """
         addr, port = self.meeting
         first = self.worlds[0]
@@ -341,8 +341,8 @@ def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, 
     Args:
         common: what all ranks share.
         indices: this node's devices, one a rank.
-        world_size: number of nodes; -1 means 1.
-        rank: this node; -1 means 0.
+        world_size: number of nodes, or -1 for 1.
+        rank: this node, or -1 for 0.
 
     Raises:
         UserError: usage, there is no such node.

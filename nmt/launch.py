@@ -32,7 +32,7 @@ def host_store(addr: str, port: int, nodes: int) -> dist.TCPStore:
 
     Args:
         addr: the address that the ranks connect to.
-        port: its port; 0 takes a free one.
+        port: its port, or 0 for a free one.
         nodes: with 1, only this machine can connect.
 
     Raises:

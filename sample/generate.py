@@ -4,11 +4,16 @@
     python3 sample/generate.py                          # the committed corpus: 4000/200/200 pairs, beside this file
     python3 sample/generate.py --pairs 1000000 --out big # a million training pairs, the same 200/200 held out
 
-The program is a small grammar that speaks German and English at once. From top to bottom: the lexicon (nouns with
-gender and plural, verbs with their principal parts, adjectives by the kind of thing they may describe, and what may
-sensibly be done by whom, to what, where); the inflection of a phrase; the order of a clause (verb second, verb last,
-prefixes that split off); the sentences; the files. A sentence is drawn as meaning first and then said twice, so that
-the translation is right by construction.
+The program is a small grammar that speaks German and English at once. From top to bottom:
+
+- the lexicon: nouns with gender and plural, verbs with their principal parts, adjectives by the kind of thing they may
+  describe, and what may sensibly be done by whom, to what, where
+- the inflection of a phrase
+- the order of a clause: verb second, verb last, prefixes that split off
+- the sentences
+- the files
+
+A sentence is drawn as meaning first and then said twice, so that the translation is right by construction.
 
 Everything is drawn with random.Random.random(), whose sequence is the same in every version of Python: the same seed
 gives the same bytes everywhere.
@@ -33,8 +38,10 @@ MAX_WORDS = 14  # of a sentence, in either language
 class Noun(NamedTuple):
     """A noun in both languages.
 
-    gender: m, f or n, and mw for the weak masculines (der Junge, den Jungen); plural: "-" where nothing is counted;
-    kind: the key of ADJECTIVES that may describe it.
+    Attributes:
+        gender: m, f or n, and mw for the weak masculines (der Junge, den Jungen).
+        plural: "-" where nothing is counted.
+        kind: the key of ADJECTIVES that may describe it.
     """
 
     de: str
@@ -294,7 +301,7 @@ wehen         weht          geweht        hat  blow        blows        blew    
 """)
 VERBS["sein"] = Verb("", "sind", "ist", "gewesen", "ist", "are", "is", "was", "-")
 
-MODALS = {  # German singular, plural; English singular, plural
+MODALS = {  # German singular and plural, English singular and plural
     "can": ("kann", "können", "can", "can"),
     "must": ("muss", "müssen", "must", "must"),
     "want": ("will", "wollen", "wants to", "want to"),
@@ -305,7 +312,8 @@ MODALS = {  # German singular, plural; English singular, plural
 class Place(NamedTuple):
     """A noun with its prepositions for being there and, where `to` is not empty, for going there.
 
-    in, an, auf, vor, hinter, unter and neben take the dative for a place and the accusative for a goal; zu the dative.
+    in, an, auf, vor, hinter, unter and neben take the dative for a place and the accusative for a goal. zu takes the
+    dative.
     """
 
     noun: Noun
@@ -377,7 +385,7 @@ def _group(words: str) -> tuple[Noun, ...]:
 CHILDREN = _group("Junge Mädchen Kind")
 ADULTS = _group("Mann Frau Lehrer Lehrerin Arzt Ärztin Bauer Nachbar Nachbarin Großmutter Großvater Student")
 PEOPLE = CHILDREN + ADULTS
-GENDERED = tuple(noun for noun in PEOPLE if noun.gender != "n")  # er and sie are he and she; es for a child is neither
+GENDERED = tuple(noun for noun in PEOPLE if noun.gender != "n")  # er and sie are he and she. es for a child is neither.
 PETS = _group("Hund Katze")
 ANIMALS = _group("Hund Katze Pferd Vogel Kuh Ente")
 GRAZERS = _group("Pferd Kuh Hund Katze Ente")
@@ -393,9 +401,16 @@ BELONGINGS = _group("Auto Fahrrad Boot Haus Tasche Koffer Ball Hund Katze Pferd 
 class Action(NamedTuple):
     """What may sensibly be done: by whom, to what, where.
 
-    flags: o: once, not every day; u: unwanted, no one wants to; w: work, which one must do; s: short, not a while;
-    p: needs its place; i: of things not known yet (ein, zwei); e: used up, so that every day there is another; c: of
-    clothes, each doer his own.
+    Attributes:
+        flags: letters:
+            o: once, not every day
+            u: unwanted, no one wants to
+            w: work, which one must do
+            s: short, not a while
+            p: needs its place
+            i: of things not known yet (ein, zwei)
+            e: used up, so that every day there is another
+            c: of clothes, each doer his own
     """
 
     verb: Verb
@@ -508,7 +523,7 @@ HABITS = tuple(a for a in DEEDS if "o" not in a.flags)
 ANIMAL_HABITS = tuple(a for a in ANIMAL_DEEDS if "o" not in a.flags)
 LASTING = tuple(a for a in HABITS if "s" not in a.flags)
 
-# German, English; in front they take the verb with them (Heute liest der Mann ...), but not in English.
+# German, English. In front they take the verb with them (Heute liest der Mann ...), but not in English.
 NOW = (("heute", "today"), ("jetzt", "now"))
 PAST = (
     ("gestern", "yesterday"),
@@ -626,7 +641,7 @@ def german_phrase(determiner: str, adjective: str, noun: Noun, plural: bool, cas
 
 @cache
 def english_phrase(determiner: str, adjective: str, noun: Noun, plural: bool) -> str:
-    """The same phrase in English; `determiner` is the English one, "a" for a and an.
+    """The same phrase in English. `determiner` is the English one, "a" for a and an.
 
     >>> english_phrase("a", "", NOUNS["Apfel"], False), english_phrase("a", "red", NOUNS["Apfel"], False)
     ('an apple', 'a red apple')
@@ -652,7 +667,7 @@ def german_place(preposition: str, phrase: str) -> str:
 
 
 class Phrase(NamedTuple):
-    """Something said in both languages; `gender` m, f, n or p as German grammar has it, `noun` what it is about."""
+    """Something said in both languages. `gender` is German grammar's m, f, n or p, `noun` is what it is about."""
 
     de: str
     en: str
@@ -714,8 +729,8 @@ def german_main(clause: Clause, front: str = "") -> str:
     """A main clause: the finite verb second, its prefix, participle or infinitive last.
 
     Args:
-        front: what stands first: "" the subject; "time" or "place" that, and the subject after the verb; "clause" a
-            clause said before this one, so that the verb follows at once.
+        front: what stands first. "" is the subject. "time" or "place" is that, and the subject follows the verb.
+            "clause" is a clause said before this one, so that the verb follows at once.
     """
     finite, last = _verb_parts(clause.verb, clause.tense, clause.subject.plural)
     first = {"": clause.subject.de, "clause": ""}.get(front)
@@ -763,7 +778,7 @@ def _english_rest(clause: Clause, time: bool = True) -> list[str]:
 
 
 def english_clause(clause: Clause, front: str = "", subject: bool = True) -> str:
-    """Subject, verb, objects, manner, place, time; `front` "time" puts the time first."""
+    """Subject, verb, objects, manner, place, time. `front` "time" puts the time first."""
     verb = english_verb(clause.verb, clause.tense, clause.subject.plural)
     who = clause.subject.en if subject else ""
     if front == "time":
@@ -835,7 +850,7 @@ def draw_subject(
     other: Phrase | None = None,
     dressed: bool = False,
 ) -> Phrase:
-    """A man, the two dogs, the neighbor's dog, a woman in a red dress if `dressed`; not the same sort as `other`."""
+    """A man, the two dogs, the neighbor's dog, a woman in a red dress if `dressed`. Not the same sort as `other`."""
     noun = _other(dice, nouns, other)
     plural = dice.random() < 0.25
     determiner = dice.pick(COUNTED) if plural else "der" if dice.random() < 0.6 else "ein"
@@ -901,7 +916,7 @@ def _place_phrase(place: Place, goal: bool, determiner: str, adjective: tuple[st
 
 
 def draw_place(dice: Dice, places: tuple[Place, ...], goal: bool = False) -> Phrase:
-    """In the garden; as a goal, into the garden."""
+    """In the garden, or as a goal, into the garden."""
     place = dice.pick(places)
     adjective = _adjective(dice, place.noun, 0.1)
     return _place_phrase(place, goal, "der" if goal or dice.random() < 0.85 else "ein", adjective)
@@ -965,7 +980,7 @@ def predicate(subject: Phrase, adjective: tuple[str, str], tense: str = "now") -
 
 
 def pronoun(phrase: Phrase) -> Phrase:
-    """What stands for the phrase the second time: er, sie, es; in English by sex, and it for an animal."""
+    """What stands for the phrase the second time: er, sie, es. In English it goes by sex, with it for an animal."""
     english = {"m": "he", "f": "she", "p": "they"}.get(phrase.gender)
     if phrase.noun in ANIMALS and not phrase.plural:
         english = "it"
@@ -1017,7 +1032,7 @@ def past_sentence(dice: Dice) -> tuple[str, str]:
 
 
 def habit_sentence(dice: Dice) -> tuple[str, str]:
-    """Jeden Tag räumt er das Zimmer auf: every day he cleans up the room; oft: often, before the English verb."""
+    """Jeden Tag räumt er das Zimmer auf: every day he cleans up the room. oft: often, before the verb in English."""
     return both(dice, draw_clause(dice, HABITS + ANIMAL_HABITS, "habit", places=0.5)._replace(time=dice.pick(HABIT)))
 
 
@@ -1029,7 +1044,7 @@ def modal_sentence(dice: Dice) -> tuple[str, str]:
 
 
 def liking_sentence(dice: Dice) -> tuple[str, str]:
-    """Das Kind isst gern Äpfel: the child likes to eat apples; what is an adverb in German is a verb in English."""
+    """Das Kind isst gern Äpfel: the child likes to eat apples. The German adverb is a verb in English."""
     action = dice.pick(PLEASURES)
     clause = draw_clause(dice, (action,), "gern", places=0.6)
     if action.objects:
@@ -1195,7 +1210,7 @@ RIDES = (
 
 
 def going_sentence(dice: Dice) -> tuple[str, str]:
-    """Er fährt mit dem Bus in die Stadt: he is going to the city by bus; die Katze rennt ins Haus."""
+    """Er fährt mit dem Bus in die Stadt: he is going to the city by bus. Or: die Katze rennt ins Haus."""
     tense, times = dice.pick((("now", NOW), ("past", PAST), ("habit", HABIT), ("want", SOON)))
     draw = dice.random()
     if draw < 0.7:
@@ -1250,7 +1265,7 @@ def giving_sentence(dice: Dice) -> tuple[str, str]:
 
 
 def owning_sentence(dice: Dice) -> tuple[str, str]:
-    """Das Auto gehört dem Nachbarn; der Hund des Nachbarn ist alt: the neighbor's dog is old."""
+    """Das Auto gehört dem Nachbarn. Or: der Hund des Nachbarn ist alt: the neighbor's dog is old."""
     noun, plural = dice.pick(BELONGINGS), dice.chance(0.2)
     draw = dice.random()
     if draw < 0.35:
@@ -1350,7 +1365,7 @@ def held_out_pairs(seed: int, count: int) -> list[tuple[str, str]]:
 
 
 def train_pairs(seed: int, count: int, held_out: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """`count` pairs, one at a time, none of whose sentences is held out; the grammar is large, so few occur twice."""
+    """`count` pairs, one at a time, none of whose sentences is held out. The grammar is large, so few occur twice."""
     dice, seen = Dice(seed + 1), {sentence for pair in held_out for sentence in pair}
     while count:
         german, english = draw_pair(dice)
@@ -1375,7 +1390,7 @@ def write_corpus(folder: Path, pairs: int = TRAIN_PAIRS, held_out: int = HELD_OU
     Args:
         pairs: training pairs.
         held_out: pairs of val, and of test.
-        seed: the same seed gives the same bytes; another, another corpus of the same language.
+        seed: the same seed gives the same bytes. Another gives another corpus of the same language.
     """
     folder.mkdir(parents=True, exist_ok=True)
     held = held_out_pairs(seed, 2 * held_out)

@@ -17,7 +17,7 @@ CACHE_FORMAT = 3  # raise it when the content of a cache changes, or the way in 
 
 
 def cache_key(digests: list[str], langs: tuple[str, str], min_freq: int) -> str:
-    """The name of a corpus in the cache: it stands for the texts, and for all that decides what is made of them.
+    """The name of a corpus in the cache. It changes with the texts and with every setting of tokenising.
 
     Args:
         digests: the `files.content_sha256` of the six files.
@@ -49,7 +49,7 @@ def build_corpus(
         and `notes` (lines for the log).
 
     Raises:
-        UserError: data, usage or io, as from reading and tokenising; data, if a split has no pairs.
+        UserError: data, usage or io, as from reading and tokenising. Or data, if a split has no pairs.
         Unwritable: as from `writer`.
     """
     vocabs, words, notes = [], {}, []
@@ -94,7 +94,7 @@ class _SideBuilder:
 
     Attributes:
         cut: how many sentences were cut.
-        words: the tokens of each sentence; None if they are not kept.
+        words: the tokens of each sentence, or None if they are not kept.
     """
 
     def __init__(self, writer: Writer, name: str, keeps_words: bool):

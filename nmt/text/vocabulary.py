@@ -64,7 +64,7 @@ def add_ends(ids: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarr
         lengths: [sentences] int64, in tokens.
 
     Returns:
-        [tokens + 2 * sentences] int32, the new ids; and [sentences + 1] int64, where each sentence begins in them.
+        The new ids, [tokens + 2 * sentences] int32. And where each sentence begins in them, [sentences + 1] int64.
 
     >>> add_ends(np.array([4, 5, 5], np.int32), np.array([2, 1]))
     (array([2, 4, 5, 3, 2, 5, 3], dtype=int32), array([0, 4, 7]))

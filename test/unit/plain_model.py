@@ -1,4 +1,8 @@
-"""The plain model: every step on its own, from the contract's formulas and nothing else. And small data for it."""
+"""The plain model: every step on its own, from the contract's formulas and nothing else. And small data for it.
+
+These are the formulas step by step, which `gru.py` must equal. `bench/plain.py` instead has the original's arithmetic,
+with which speed is compared.
+"""
 
 import random
 
@@ -71,7 +75,7 @@ def padded_batch(src, src_len, trg):
 
 
 def plain_cell(rnn, x, h):
-    """One GRU step; PyTorch stacks the gates r, z, n."""
+    """One GRU step. PyTorch stacks the gates r, z, n."""
     w_ir, w_iz, w_in = rnn.weight_ih_l0.chunk(3)
     w_hr, w_hz, w_hn = rnn.weight_hh_l0.chunk(3)
     b_ir, b_iz, b_in = rnn.bias_ih_l0.chunk(3)

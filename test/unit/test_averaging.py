@@ -101,7 +101,7 @@ def test_without_a_part_the_average_is_the_model_itself(model):
 
 
 def test_the_averages_gru_is_laid_out_for_cudnn(monkeypatch):
-    """A copy is not, and PyTorch warns of that on a GPU; on a CPU there is no sign of it but the call."""
+    """A copy is not, and PyTorch warns of that on a GPU. On a CPU the call is the only sign of it."""
     flattened = []
     model = gru.build(6, 7, emb_dim=3, hid_dim=4)
     monkeypatch.setattr(torch.nn.GRU, "flatten_parameters", lambda self: flattened.append(self))

@@ -24,7 +24,7 @@ def side(sentences):
 
 @pytest.fixture
 def split():
-    """40 pairs of a few words each; source word 6 and target word 7 occur in none."""
+    """40 pairs of a few words each. Source word 6 and target word 7 occur in none."""
     torch.manual_seed(0)
     src, trg = (
         [torch.randint(0, types, (int(length),)).tolist() for length in torch.randint(1, 6, (40,))] for types in (6, 7)
@@ -77,7 +77,7 @@ def test_a_repeated_word_counts_once(split):
 
 
 def test_the_vectors_are_the_factors_of_the_association(split):
-    """With as many features as there are words, their products are the association's, but for the rows' lengths."""
+    """With as many features as words, their products are the association. Only the rows' lengths differ."""
     types = SPECIALS + 8
     torch.manual_seed(0)
     src, trg = cooccurrence.embeddings(*split, types, types, 64)

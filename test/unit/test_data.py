@@ -301,7 +301,7 @@ INDICES = torch.tensor([3, 0, 7, 5])
 
 
 def draw_side(rng, longest):
-    """Sentences of 1 to `longest` words; no id occurs twice, so that each can be told from the others."""
+    """Sentences of 1 to `longest` words. No id occurs twice, so that each can be told from the others."""
     lengths = [rng.randint(1, longest) for _ in range(PAIRS)]
     ids, offsets, next_id = [], [0], 4
     for length in lengths:

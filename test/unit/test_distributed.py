@@ -23,7 +23,7 @@ import torch
 from conftest import REPOSITORY, SMALL, TEST_PATHS, choose_precision, parse, refused, write_corpus
 from harness import SIMULATION, ensure_built, run
 
-PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch; the third has one pair, so that the second rank has none
+PAIRS, BATCH, EPOCHS = 9, 4, 4  # three steps an epoch, and no pair of the third for the second rank
 DEADLINE = 120
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -441,7 +441,7 @@ def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
 
 
 def test_what_a_library_prints_comes_from_rank_0_alone(tiny_corpus, tmp_path):
-    """As apex and torch_npu do when a step overflows; the lines of two ranks on one pipe would break each other."""
+    """As apex and torch_npu do when a step overflows. The lines of two ranks on one pipe would break each other."""
     (tmp_path / "program.py").write_text(
         """
 import sys

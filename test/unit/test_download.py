@@ -25,7 +25,7 @@ VICTIM = "val.en.gz"  # the file that goes wrong where only one does
 
 
 class Server:
-    """Serves `BODIES`; `respond[name]`, a function of the request's handler, answers for one file, or for "*"."""
+    """Serves `BODIES`. `respond[name]`, a function of the request's handler, answers for one file, or for "*"."""
 
     def __init__(self):
         self.respond, self.paths, self.stop = {}, [], threading.Event()
@@ -68,7 +68,7 @@ def start():
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    """The table of files tells the tests' own sizes and sums; no proxy of this machine's is in the way."""
+    """The table of files tells the tests' own sizes and sums. No proxy of this machine's is in the way."""
     table = {
         name: (there, len(BODIES[f"{there}.gz"]), hashlib.sha256(BODIES[f"{there}.gz"]).hexdigest())
         for name, (there, _, _) in download.MULTI30K.items()
@@ -143,7 +143,7 @@ def fetch(folder, base, log=lambda line: None, **flags):
 
 
 def fetch_refused(folder, base, *words, **flags):
-    """Asserts that the download ends with an io error that says `words`, and leaves nothing; returns the message."""
+    """Asserts that the download ends with an io error that says `words`, and leaves nothing. Returns the message."""
     message = refused("io", fetch, folder, base, says=words, **flags)
     assert list(folder.iterdir()) == []
     return message

@@ -105,7 +105,7 @@ def test_by_the_devices_own_kernels_loss_and_every_gradient_are_the_same(model, 
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=1e-10)
 
 
-# Against the float64 loss and gradients at the published sizes; what the formulas lose is far below one percent.
+# Against the float64 loss and gradients at the published sizes. What the formulas lose is far below one percent.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_in_float32_and_bfloat16_loss_and_gradients_are_close_to_float64(dtype, tolerance):
     sizes = (300, 500)

@@ -33,7 +33,7 @@ def with_bfloat16(monkeypatch):
 
 @pytest.fixture
 def apex(monkeypatch):
-    """The fake apex on the path; its `amp`."""
+    """Puts the fake apex on the path and gives its `amp`."""
     monkeypatch.syspath_prepend(FAKE_APEX)
     yield precision.import_amp()[0]
     for name in [name for name in sys.modules if name.partition(".")[0] == "apex"]:

@@ -248,7 +248,7 @@ def test_beams_and_length_penalties_are_means_of_three_checkpoints():
 
 
 def rows_of_what_was_tried() -> list[list[str]]:
-    """The cells of the runs that have logs; those are in the last cell."""
+    """The cells of the runs that have logs. The last cell has the logs."""
     section = SEARCH.partition("## What was tried\n")[2].partition("\n## ")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if ".log)" in line]
 

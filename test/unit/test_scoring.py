@@ -18,7 +18,7 @@ VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "]
 
 
 def test_bleu_of_a_case_by_hand():
-    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples are right; no brevity penalty.
+    # 4 of 5 words, 3 of 4 pairs, 2 of 3 triples and 1 of 2 quadruples are right. There is no brevity penalty.
     scores = scoring.evaluate(["the dog runs fast now".split()], ["the dog runs fast here".split()])
     expected = 100 * (4 / 5 * 3 / 4 * 2 / 3 * 1 / 2) ** 0.25
     assert scores.bleu == pytest.approx(expected, rel=1e-6)
@@ -86,7 +86,7 @@ def test_more_ranks_than_sentences_share_the_work_all_the_same(model, split, mon
 
 
 def test_a_translation_does_not_depend_on_how_ended_sentences_are_dropped(split, model, monkeypatch):
-    """One by one on a CPU, by halves elsewhere; sources padded to a multiple."""
+    """One by one on a CPU. Elsewhere by halves, with sources padded to a multiple."""
     whole = scoring.translate(model, split.src, VOCAB, World())
     widths, pad = [], data.pad
     monkeypatch.setattr(data, "pad", lambda *args, **options: widths.append(options) or pad(*args, **options))

@@ -110,7 +110,7 @@ def test_tokens_do_not_depend_on_the_number_of_processes(monkeypatch):
     with tokens.tokenising(("de", "en"), 1) as results:
         alone = list(map(plain, results(chunks(lines))))
     assert sum(result[-1] for result in alone) == 4
-    monkeypatch.setattr(tokens, "tokenise_chunk", None)  # in this process; the others have their own
+    monkeypatch.setattr(tokens, "tokenise_chunk", None)  # in this process, the others have their own
     with tokens.tokenising(("de", "en"), 2) as results:
         assert list(map(plain, results(chunks(lines)))) == alone
         assert list(map(plain, results(chunks(lines[:4])))) == alone[:1] + list(map(plain, results(chunks(lines[3:4]))))
@@ -129,7 +129,7 @@ def watch_server(monkeypatch):
 
 
 def processes(*, parent=None, group=None):
-    """The processes that have this parent, or are of this group; one that has only not been waited for is none."""
+    """The processes that have this parent, or are of this group. One that has ended unwaited for is none."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -150,7 +150,7 @@ def children(pid, count=2):
 
 
 def assert_group_is_gone(server):
-    """The server has been waited for, and none of its group is left; a killed child may need a moment to go."""
+    """The server has been waited for, and none of its group is left. A killed child may need a moment to go."""
     assert server.poll() is not None
     deadline = time.monotonic() + 20
     while processes(group=server.pid) and time.monotonic() < deadline:

@@ -967,7 +967,7 @@ needs_program = pytest.mark.skipif(not (ROOT / "train_8p.py").exists(), reason="
 
 @pytest.fixture
 def real(tmp_path):
-    """Runs the real wrappers on a tiny corpus in a folder of its own; gives back the process and its result files."""
+    """Runs the real wrappers on a tiny corpus in a folder of its own. Gives back the process and its result files."""
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for split, count in (("train", 96), ("val", 8), ("test", 8)):

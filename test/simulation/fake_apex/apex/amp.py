@@ -49,7 +49,7 @@ def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=F
 
 @contextlib.contextmanager
 def scale_loss(loss, optimizer):
-    """The scaled loss; on leaving, the unscaled gradients are in the masters."""
+    """The scaled loss. On leaving, the unscaled gradients are in the masters."""
     calls.append("scale_loss")
     scale = scales[id(optimizer)]
     yield loss.float() * scale

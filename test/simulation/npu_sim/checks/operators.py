@@ -25,7 +25,7 @@ def same(npu: torch.Tensor, cpu: torch.Tensor) -> None:
 
 
 def same_training(model: nn.Module, run) -> None:
-    """`run(model, device)` gives a tensor; it and the gradients must be the CPU's."""
+    """`run(model, device)` gives a tensor. It and the gradients must be the CPU's."""
     twin = copy.deepcopy(model).to(DEVICE)
     cpu, npu = run(model, "cpu"), run(twin, DEVICE)
     same(npu, cpu)
@@ -35,7 +35,7 @@ def same_training(model: nn.Module, run) -> None:
         same(b.grad, a.grad)
 
 
-# ---------------------------------------------------------------- fork; before anything has used a device
+# ---------------------------------------------------------------- fork, before anything has used a device
 
 
 def in_fork(work) -> str:

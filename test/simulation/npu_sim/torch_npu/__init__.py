@@ -1,4 +1,4 @@
-"""A simulated torch_npu for the tests; see the README.md beside this package."""
+"""A simulated torch_npu for the tests. See the README.md beside this package."""
 
 from .start import autoload as _autoload  # before torch, which looks for it while it is imported
 

@@ -39,10 +39,10 @@ def target() -> Path:
 
 
 def ensure() -> Path:
-    """The extension's file, compiled now if it is not there; other processes wait for the one that compiles.
+    """The extension's file, compiled now if it is not there. Other processes wait for the one that compiles.
 
     Raises:
-        BuildError: there is no g++, or it fails; with its output.
+        BuildError: there is no g++, or it fails. The message has its output.
     """
     path = target()
     if path.exists():

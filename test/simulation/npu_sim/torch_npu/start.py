@@ -14,7 +14,7 @@ FAULTS = {
 
 
 def autoload() -> None:
-    """What `import torch` calls; importing the package to find it has done all there is to do."""
+    """`import torch` calls this. Nothing is left to do: to find it, torch has imported the package."""
 
 
 fault = os.environ.get("NPU_SIM_FAULT")
