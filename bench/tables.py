@@ -84,8 +84,9 @@ ON_THE_H200 = [
     Row("`modelzoo` by `--amp`", ("results/h200/modelzoo-amp.log",)),
 ]
 SAMPLE = [
-    Row("the first command of README", ("results/sample-train_full_1p-cpu.log",)),
-    Row("the same, bfloat16", ("results/sample-train_full_1p-bfloat16-cpu.log",)),
+    Row("the first command of README, Intel Xeon with AMX", ("results/sample-train_full_1p-amx-cpu.log",)),
+    Row("the same, AMD EPYC", ("results/sample-train_full_1p-bfloat16-cpu.log",)),
+    Row("the same, Intel Xeon without AMX", ("results/sample-train_full_1p-cpu.log",)),
 ]
 WITHOUT = [  # a piece of `tuned`
     Row("nothing: `tuned`", TUNED),

@@ -104,7 +104,7 @@ def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
 
 @LANGUAGES
 def test_the_quick_starts_result_stands_in_its_log(text):
-    log = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
+    log = (REPOSITORY / "results" / "sample-train_full_1p-amx-cpu.log").read_text(encoding="utf-8")
     assert flags_of_recipe("tuned", batch_size=32).items() <= with_todays_names(logs.parse(log).flags).items()
     shown = [line for line in code_lines(text) if line.startswith(("Final ", "E2E "))]
     assert len(shown) == 3
