@@ -1,7 +1,7 @@
 """How good a model is: its translations, their BLEU and chrF, and its losses on pairs that it has not seen."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,6 +131,10 @@ class Losses:
     forced: float
     free_running: float
 
+    @property
+    def are_finite(self) -> bool:
+        return math.isfinite(self.forced) and math.isfinite(self.free_running)
+
 
 @torch.no_grad()
 def losses(model: gru.Seq2Seq, loader: data.Loader, world: World) -> Losses:
@@ -170,18 +174,13 @@ class Validation:
 
     Attributes:
         losses: over all pairs.
-        bleu: on rank 0. Other ranks have nan.
-        examples: source, reference and translation of two pairs, each in one line.
+        bleu: on rank 0, if the losses are finite, otherwise nan.
+        examples: source, reference and translation of two pairs, each in one line. They are there with `bleu`.
     """
 
     losses: Losses
-    bleu: float
-    examples: list[tuple[str, str, str]]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether both losses are."""
-        return math.isfinite(self.losses.forced) and math.isfinite(self.losses.free_running)
+    bleu: float = math.nan
+    examples: Sequence[tuple[str, str, str]] = ()
 
     def lines(self, epoch: int, train_loss: float, rate: float) -> Iterator[str]:
         """The lines of the log, for rank 0.
@@ -216,15 +215,18 @@ def validate(model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, wo
     model.eval()
     split = loader.split
     found = losses(model, loader, world)
+    if not found.are_finite:
+        return Validation(found)  # such a model translates nothing
     translations = translate(model, split.src, vocab, world)
+    if not world.is_main:
+        return Validation(found)
     references = split.references
-    bleu = evaluate(translations, references).bleu if world.is_main else math.nan
     assert split.src_tokens is not None  # only train's are not kept
     examples = [
         (" ".join(split.src_tokens[index]), " ".join(references[index]), " ".join(translations[index]))
         for index in (0, len(split) // 2)
     ]
-    return Validation(found, bleu, examples)
+    return Validation(found, evaluate(translations, references).bleu, examples)
 
 
 # ---------------------------------------------------------------- a checkpoint on the test set

@@ -436,7 +436,7 @@ def validate(
     """
     found = scoring.validate(model, loader, corpus.trg_vocab, world)
     losses = found.losses
-    if not (math.isfinite(train_loss) and found.is_finite):
+    if not (math.isfinite(train_loss) and losses.are_finite):
         raise UserError(
             "diverged",
             f"the training loss is {train_loss}, the validation losses are {losses.forced} and {losses.free_running}",
@@ -523,11 +523,7 @@ def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Se
     """The model before its first step, on the CPU. Rank 0 alone computes the word vectors it starts with."""
     torch.manual_seed(settings.seed)
     src_types, trg_types = len(corpus.src_vocab), len(corpus.trg_vocab)
-    model = gru.build(
-        src_types,
-        trg_types,
-        **settings.named("emb_dim hid_dim dropout output_dropout"),
-    )
+    model = gru.build(src_types, trg_types, **settings.named("emb_dim hid_dim dropout output_dropout"))
     gru.INITIALISATIONS[settings.init](model)
     gru.raise_update_gates(model, settings.update_bias)
     if settings.embeddings == "cooccurrence" and world.is_main:

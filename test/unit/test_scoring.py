@@ -124,6 +124,26 @@ def test_the_mean_loss_is_over_target_positions_of_all_batches(model, split, mon
     assert getattr(losses, name) == pytest.approx(total / count, rel=1e-5)
 
 
+def test_a_validation_has_losses_on_all_ranks_and_bleu_and_examples_on_rank_0(model, split, monkeypatch):
+    loader = data.Loader(split, "cpu")
+    found = scoring.validate(model, loader, VOCAB, World())
+    translations = scoring.translate(model, split.src, VOCAB, World())
+    assert found.losses == scoring.losses(model, loader, World())
+    assert found.bleu == scoring.evaluate(translations, split.references).bleu
+    assert [example[2] for example in found.examples] == [" ".join(translations[index]) for index in (0, 1)]
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor)
+    other = scoring.validate(model, loader, VOCAB, World(rank=1, size=2))
+    assert math.isnan(other.bleu)
+    assert other.losses.are_finite
+
+
+def test_a_model_whose_losses_are_not_finite_translates_nothing(model, split, monkeypatch):
+    monkeypatch.setattr(scoring, "translate", lambda *_: pytest.fail("it was asked to translate"))
+    torch.nn.init.constant_(model.decoder.fc_out.bias, math.nan)
+    found = scoring.validate(model, data.Loader(split, "cpu"), VOCAB, World())
+    assert not found.losses.are_finite
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
