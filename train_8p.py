@@ -128,7 +128,7 @@ class Settings:
         "added to the first biases of the update gates; above 0 a state is kept longer")
     embeddings: str = of_recipe("drawn", "cooccurrence", ("cooccurrence", "drawn"),
         "how word vectors start: drawn, or by how often two words share a training pair")
-    fixed_length: int = of_recipe(46, 0, flags.zero_or_sentence_length,
+    fixed_length: int = of_recipe(0, 0, flags.zero_or_sentence_length,
         "pad or cut to so many tokens; 0 pads nothing; in a score it changes the losses, not BLEU", trains=False)
     batching: str = of_recipe("random", "like-length", ("like-length", "random"), "which pairs share a batch")
     last_batch: str = of_recipe("drop", "keep", ("keep", "drop"), "what becomes of an epoch's incomplete batch")

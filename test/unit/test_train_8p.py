@@ -63,7 +63,7 @@ def test_the_modelzoo_recipe_is_the_published_one():
     assert (settings.batch_size, settings.lr, settings.schedule) == (512, 0.003, "constant")
     assert (settings.teacher_forcing_ratio, settings.fixed_length, settings.clip, settings.loss_scale) == (
         0.5,
-        46,
+        0,
         0,
         32,
     )
@@ -599,15 +599,16 @@ def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
 @pytest.mark.parametrize(
     ("flags", "dtype", "device_type", "warned"),
     [
-        (["--recipe", "modelzoo"], torch.bfloat16, "cpu", True),
-        (["--recipe", "modelzoo"], torch.bfloat16, "cuda", True),
-        (["--recipe", "modelzoo"], torch.float16, "cpu", True),
-        (["--recipe", "modelzoo"], torch.float16, "cuda", True),
-        (["--recipe", "modelzoo"], torch.float32, "cuda", True),
-        (["--recipe", "modelzoo"], torch.float16, "npu", False),
-        (["--recipe", "modelzoo"], torch.float32, "cpu", False),
-        (["--recipe", "modelzoo", "--performance"], torch.bfloat16, "cpu", False),
+        (["--fixed-length", "46"], torch.bfloat16, "cpu", True),
+        (["--fixed-length", "46"], torch.bfloat16, "cuda", True),
+        (["--fixed-length", "46"], torch.float16, "cpu", True),
+        (["--fixed-length", "46"], torch.float16, "cuda", True),
+        (["--fixed-length", "46"], torch.float32, "cuda", True),
+        (["--fixed-length", "46"], torch.float16, "npu", False),
+        (["--fixed-length", "46"], torch.float32, "cpu", False),
+        (["--fixed-length", "46", "--performance"], torch.bfloat16, "cpu", False),
         (["--recipe", "tuned"], torch.bfloat16, "cpu", False),
+        (["--recipe", "modelzoo"], torch.bfloat16, "cpu", False),
     ],
 )
 def test_padding_that_is_read_is_warned_of_where_no_run_has_learned(
