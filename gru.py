@@ -87,7 +87,7 @@ class Encoder(nn.Module):
         """
         embedded = self.dropout(self.embedding(tokens))  # [rows, emb dim]
         context_gates = self.rnn.context_gates(rows_per_step[0])  # no context: the biases alone
-        outputs = self.rnn.run(embedded, rows_per_step, None, context_gates)  # [rows, hid dim]
+        outputs, _ = self.rnn.run(embedded, rows_per_step, None, context_gates)  # [rows, hid dim]
         return outputs.index_select(0, last)
 
 
@@ -141,9 +141,8 @@ class Decoder(nn.Module):
             hidden [rows_per_step[-1], hid dim] after the last step.
         """
         embedded = self.dropout(self.embedding(tokens))  # [rows, emb dim]
-        outputs = self.rnn.run(embedded, rows_per_step, hidden, context_gates)  # [rows, hid dim]
-        features = self.output_dropout(torch.cat((embedded, outputs), dim=1))
-        return features, outputs[len(outputs) - rows_per_step[-1] :]
+        outputs, last = self.rnn.run(embedded, rows_per_step, hidden, context_gates)  # [rows, hid dim]
+        return self.output_dropout(torch.cat((embedded, outputs), dim=1)), last
 
     def logits(self, features: Tensor, context: Tensor) -> Tensor:
         """Applies the output layer: W_o [e_t ; h_t ; context] + b_o.

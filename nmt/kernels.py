@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from nmt.products import mm, rounded, with_spare_rows
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -38,23 +40,31 @@ def step_rows(rows_per_step: list[int]) -> list[slice]:
     return [slice(start, end) for start, end in zip(ends, ends[1:], strict=False)]
 
 
-def step_blocks(rows_per_step: list[int], limit: int, *, alike: bool) -> Iterator[tuple[int, int]]:
+def blocks(rows: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Cuts `rows` rows into blocks of at most `limit`, each as (first row, row after the last).
+
+    >>> list(blocks(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    return ((first, min(first + limit, rows)) for first in range(0, rows, limit))
+
+
+def step_blocks(rows_per_step: list[int], limit: int) -> Iterator[tuple[int, int]]:
     """Cuts the steps into blocks of at most `limit` rows, or of one step.
 
     Args:
         rows_per_step: the steps' numbers of rows.
         limit: the most rows of a block.
-        alike: whether all steps of a block must have the same number of rows.
 
     Yields:
         (first step, step after the last), from 0.
 
-    >>> list(step_blocks([3, 3, 2, 1], 7, alike=True)), list(step_blocks([3, 3, 2, 1], 7, alike=False))
-    ([(0, 2), (2, 3), (3, 4)], [(0, 2), (2, 4)])
+    >>> list(step_blocks([3, 3, 2, 1], 7))
+    [(0, 2), (2, 4)]
     """
     first = rows = 0
     for step, batch in enumerate(rows_per_step):
-        if step > first and (rows + batch > limit or (alike and batch != rows_per_step[first])):
+        if step > first and rows + batch > limit:
             yield first, step
             first, rows = step, 0
         rows += batch
@@ -116,7 +126,9 @@ class GRU(nn.GRU):
             return bias.expand(batch, -1)
         return F.linear(context, self.weight_ih_l0[:, -context.shape[1] :], bias)
 
-    def run(self, inputs: Tensor, rows_per_step: list[int], hidden: Tensor | None, context_gates: Tensor) -> Tensor:
+    def run(
+        self, inputs: Tensor, rows_per_step: list[int], hidden: Tensor | None, context_gates: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Runs over the steps.
 
         Args:
@@ -126,7 +138,8 @@ class GRU(nn.GRU):
             context_gates: [at least rows_per_step[0], ...] from `context_gates`.
 
         Returns:
-            [rows, hid dim] the state after each step.
+            [rows, hid dim] the state after each step, and [rows_per_step[-1], hid dim] the last one. On a CPU the last
+            one has all its digits, also where products are in half precision: it may begin the next call.
 
         Raises:
             ValueError: the device's own kernels are used, and the steps differ in their numbers of rows.
@@ -136,15 +149,14 @@ class GRU(nn.GRU):
         if computes_steps(inputs.device):
             weight_ih = self.weight_ih_l0[:, : inputs.shape[1]]
             tensors = (inputs, context_gates, weight_ih, self.weight_hh_l0, self.bias_hh_l0[-self.hidden_size :])
-            hidden = hidden if hidden is None else as_autocast(hidden)[0]
             return GRUSteps.apply(*as_autocast(*tensors), hidden, rows_per_step)
         if batch != rows_per_step[-1]:
             raise ValueError(f"here all steps need the same number of rows, not {rows_per_step}")
         inputs = inputs.view(len(rows_per_step), batch, -1)
         if context_gates.shape[1]:
             inputs = torch.cat((inputs, context_gates.expand(len(rows_per_step), -1, -1)), dim=2)
-        outputs, _ = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
-        return outputs.flatten(0, 1)
+        outputs, last = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
+        return outputs.flatten(0, 1), last[0]
 
 
 class GRUSteps(torch.autograd.Function):
@@ -162,72 +174,116 @@ class GRUSteps(torch.autograd.Function):
         dr  = dn * g * r * (1 - r)
         dz  = dh' * (h - n) * z * (1 - z)
         dh  = dh' * z + W_hr' dr + W_hz' dz + W_hn' dg
+
+    In half precision the products are in half, and what is kept for the backward pass. All else is in float32: the
+    sums, the gates, the states from step to step, and their gradients. On a CPU that is quicker than half, too.
     """
+
+    BLOCK = 128  # rows of a step at a time: what belongs to them fits the processor's cache
 
     @staticmethod
     def forward(ctx, inputs, context_gates, weight_ih, weight_hh, bias_hn, hidden, rows_per_step):
         """See `GRU.run`. `weight_ih`, [3 * hid dim, input dim], is without the context's columns."""
-        size = weight_hh.shape[1]
-        gates = inputs.new_empty(len(inputs), 2 * size)  # r and z
-        new = inputs.new_empty(len(inputs), size)  # n
-        hidden_new = torch.empty_like(new)  # g
-        outputs = torch.empty_like(new)
-        steps = list(zip(step_rows(rows_per_step), rows_per_step, strict=True))
-        for rows, batch in steps:
-            gates[rows], new[rows] = context_gates[:batch, : 2 * size], context_gates[:batch, 2 * size :]
-        gates.addmm_(inputs, weight_ih[: 2 * size].T)
-        new.addmm_(inputs, weight_ih[2 * size :].T)
-        before = hidden
-        for rows, batch in steps:
-            if before is None:  # zeros: no product is needed
-                before = torch.zeros_like(outputs[rows])
-                hidden_new[rows] = bias_hn
-            else:
-                before = before[:batch]
-                gates[rows].addmm_(before, weight_hh[: 2 * size].T)
-                torch.addmm(bias_hn, before, weight_hh[2 * size :].T, out=hidden_new[rows])
-            r, z = gates[rows].sigmoid_().split(size, dim=1)
-            new[rows].addcmul_(r, hidden_new[rows]).tanh_()
-            before = torch.lerp(new[rows], before, z, out=outputs[rows])
-        ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, gates, new, hidden_new, outputs)
+        size, dtype, exact = weight_hh.shape[1], inputs.dtype, accumulate_dtype(inputs.dtype)
+        count, largest = len(inputs), rows_per_step[0]
+        block_rows = min(largest, GRUSteps.BLOCK)
+        spare = rounded(block_rows)  # a product may read so many rows too many; what it makes of them is not used
+        inputs = with_spare_rows(inputs, rounded(count))
+        gates = mm(inputs, weight_ih.T)  # [rows, 3 * hid dim] the inputs' part of the sums, later r, z and n
+        hidden_new = gates.new_empty(count, size)  # g
+        outputs = gates.new_empty(count + spare, size)
+        work = torch.empty(block_rows, 4 * size, dtype=exact) if dtype != exact else None
+        states = torch.empty(largest, size, dtype=exact)  # after the last step
+        context_gates, bias_hn = context_gates.to(exact), bias_hn.to(exact)
+        before = None  # [rows, hid dim] the states before a step, in the products' type
+        if hidden is not None:
+            states.copy_(hidden)
+            before = with_spare_rows(hidden.to(dtype), largest + spare)
+        for step, batch in zip(step_rows(rows_per_step), rows_per_step, strict=True):
+            for first, last in blocks(batch, GRUSteps.BLOCK):
+                rows, state = slice(step.start + first, step.start + last), states[first:last]
+                if work is None:
+                    block, g = gates[rows], hidden_new[rows]
+                else:
+                    block, g = work[: last - first].split((3 * size, size), dim=1)
+                    block.copy_(gates[rows])
+                block.add_(context_gates[first:last])
+                r, z, n = block.split(size, dim=1)
+                if before is None:  # zeros: no product is needed
+                    state.zero_()
+                    g.copy_(bias_hn)
+                else:
+                    sums = mm(before[first : first + rounded(last - first)], weight_hh.T)[: last - first]
+                    block[:, : 2 * size].add_(sums[:, : 2 * size])
+                    torch.add(sums[:, 2 * size :], bias_hn, out=g)
+                block[:, : 2 * size].sigmoid_()
+                n.addcmul_(r, g).tanh_()
+                torch.lerp(n, state, z, out=state)
+                if work is not None:
+                    gates[rows], hidden_new[rows] = block, g
+                outputs[rows] = state
+            before = outputs[step.start :]
+        ctx.save_for_backward(inputs, hidden, weight_ih, weight_hh, gates, hidden_new, outputs)
         ctx.rows_per_step = rows_per_step
-        return outputs
+        ctx.set_materialize_grads(False)
+        return outputs[:count], states[:batch]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_outputs):
-        inputs, hidden, weight_ih, weight_hh, gates, new, hidden_new, outputs = ctx.saved_tensors
-        rows_per_step, size = ctx.rows_per_step, weight_hh.shape[1]
+    def backward(ctx, d_outputs, d_last):
+        inputs, hidden, weight_ih, weight_hh, gates, hidden_new, outputs = ctx.saved_tensors
+        rows_per_step, size, dtype = ctx.rows_per_step, weight_hh.shape[1], inputs.dtype
+        exact, count, largest = accumulate_dtype(dtype), len(hidden_new), rows_per_step[0]
         steps = list(zip(step_rows(rows_per_step), rows_per_step, strict=True))
-        largest = rows_per_step[0]
-        before = torch.empty_like(outputs)  # the state before each step
+        block_rows = min(largest, GRUSteps.BLOCK)
+        before = inputs.new_empty(len(inputs), size)  # the state before each step
         before[:largest] = 0 if hidden is None else hidden
-        for (rows, batch), (rows_before, _) in zip(steps[1:], steps, strict=False):
-            before[rows] = outputs[rows_before][:batch]
-        d_sums = inputs.new_empty(len(inputs), 4 * size)  # n, r, z, g: the first three read inputs, the last three h
-        d_context_gates = torch.zeros(largest, 3 * size, dtype=accumulate_dtype(inputs.dtype))
-        d_hidden = inputs.new_zeros(largest, size)
-        for rows, batch in reversed(steps):
-            d_after = d_hidden[:batch].add_(d_outputs[rows])
-            r, z = gates[rows].split(size, dim=1)
-            d_n, d_r, d_z, d_g = d_sums[rows].split(size, dim=1)
-            d_kept = d_after * z
-            torch.ops.aten.tanh_backward.grad_input(d_after - d_kept, new[rows], grad_input=d_n)
-            torch.mul(d_n, hidden_new[rows], out=d_r)
-            torch.sub(before[rows], new[rows], out=d_z).mul_(d_after)
-            d_gates = d_sums[rows, size : 3 * size]
-            torch.ops.aten.sigmoid_backward.grad_input(d_gates, gates[rows], grad_input=d_gates)
-            torch.mul(d_n, r, out=d_g)
-            if rows.start > 0 or hidden is not None:
-                torch.addmm(d_kept, d_sums[rows, size:], weight_hh, out=d_hidden[:batch])
-            d_context_gates[:batch] += d_sums[rows, : 3 * size]
-        d_inputs = d_sums[:, : 3 * size] @ weight_ih.roll(size, 0)  # from r, z, n to n, r, z
-        d_weight_ih = (d_sums[:, : 3 * size].T @ inputs).roll(-size, 0)
+        for (step, batch), (earlier, _) in zip(steps[1:], steps, strict=False):
+            before[step] = outputs[earlier][:batch]
+        before[count:] = 0
+        # The gradients of the sums n, r, z and g: the first three belong to the inputs, the last three to the state.
+        d_sums = inputs.new_empty(len(inputs) + rounded(block_rows), 4 * size)
+        d_sums[count : len(inputs)] = 0
+        work = None if dtype == exact else torch.empty(block_rows, 8 * size, dtype=exact)
+        d_context_gates = torch.zeros(largest, 3 * size, dtype=exact)
+        d_states = torch.zeros(largest, size, dtype=exact)
+        if d_last is not None:
+            d_states[: rows_per_step[-1]] = d_last
+        for step, batch in reversed(steps):
+            for first, last in blocks(batch, GRUSteps.BLOCK):
+                rows = slice(step.start + first, step.start + last)
+                if work is None:
+                    d_block, block, g = d_sums[rows], gates[rows], hidden_new[rows]
+                else:
+                    d_block, block, g = work[: last - first].split((4 * size, 3 * size, size), dim=1)
+                    block.copy_(gates[rows])
+                    g.copy_(hidden_new[rows])
+                r, z, n = block.split(size, dim=1)
+                d_n, d_r, d_z, d_g = d_block.split(size, dim=1)
+                d_after = d_states[first:last]
+                if d_outputs is not None:
+                    d_after.add_(d_outputs[rows])
+                d_kept = d_after * z
+                torch.ops.aten.tanh_backward.grad_input(d_after - d_kept, n, grad_input=d_n)
+                torch.mul(d_n, g, out=d_r)
+                torch.sub(before[rows], n, out=d_z).mul_(d_after)
+                d_gates = d_block[:, size : 3 * size]
+                torch.ops.aten.sigmoid_backward.grad_input(d_gates, block[:, : 2 * size], grad_input=d_gates)
+                torch.mul(d_n, r, out=d_g)
+                d_context_gates[first:last] += d_block[:, : 3 * size]
+                if work is not None:
+                    d_sums[rows] = d_block
+                if step.start > 0 or hidden is not None:
+                    more = slice(rows.start, rows.start + rounded(last - first))
+                    torch.add(d_kept, mm(d_sums[more, size:], weight_hh)[: last - first], out=d_after)
+        d_bias_hn = d_sums[:count, 3 * size :].sum(0)
+        d_sums = d_sums[: len(inputs)]
+        d_inputs = mm(d_sums[:, : 3 * size], weight_ih.roll(size, 0))[:count]  # from r, z, n to n, r, z
+        d_weight_ih = mm(d_sums[:, : 3 * size].T, inputs).roll(-size, 0)
         later = slice(largest if hidden is None else 0, None)  # without the step that begins with zeros
-        d_weight_hh = d_sums[later, size:].T @ before[later]
-        d_bias_hn = d_sums[:, 3 * size :].sum(0)
-        d_context_gates = d_context_gates.roll(-size, 1).to(inputs.dtype)
-        d_hidden = None if hidden is None else d_hidden
+        d_weight_hh = mm(d_sums[later, size:].T, before[later])
+        d_context_gates = d_context_gates.roll(-size, 1).to(dtype)
+        d_hidden = None if hidden is None else d_states.to(hidden.dtype)
         return d_inputs, d_context_gates, d_weight_ih, d_weight_hh, d_bias_hn, d_hidden, None
 
 
@@ -276,7 +332,7 @@ class OutputLoss(torch.autograd.Function):
     """
 
     BLOCK = 96 * 2**20  # bytes of logits at a time: the peak of a step's memory
-    SOFTMAX_ROWS = 512  # rows of one softmax on a CPU, whose cache they fit
+    SOFTMAX_ROWS = 64  # rows of one softmax on a CPU: they fit a core's own cache
     SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
 
     @staticmethod
@@ -290,19 +346,23 @@ class OutputLoss(torch.autograd.Function):
         context_logits = context_logits.to(accumulate_dtype(features.dtype))
         d_context_logits = torch.zeros_like(context_logits)
         total = context_logits.new_zeros(())
-        d_features = torch.empty_like(features)
         d_weight = weight.new_empty(width, weight.shape[1])
         block_rows = OutputLoss.BLOCK // (width * features.element_size())
-        for first, last in step_blocks(rows_per_step, block_rows, alike=False):
-            rows = slice(sum(rows_per_step[:first]), sum(rows_per_step[:last]))
-            padded = features.new_empty(sum(rows_per_step[first:last]), width)
+        steps, step_ranges = step_rows(rows_per_step), list(step_blocks(rows_per_step, block_rows))
+        counts = [steps[last - 1].stop - steps[first].start for first, last in step_ranges]
+        spare = max(rounded(count) - count for count in counts)
+        d_features = features.new_empty(len(features) + spare, own)
+        for (first, last), count in zip(step_ranges, counts, strict=True):
+            rows = slice(steps[first].start, steps[last - 1].stop)
+            padded = features.new_empty(rounded(count), width)
             logits = padded[:, :vocabulary]
             # AMX's products read whole blocks of a row and multiply what is beyond the vocabulary by 0. It must not be
             # NaN there. In `d_weight` it stays undefined.
             padded[:, vocabulary:] = 0
-            torch.mm(features[rows], weight[:, :own].T, out=logits)
+            x = with_spare_rows(features[rows], len(padded))
+            mm(x, weight[:, :own].T, out=logits)
             total += OutputLoss.softmax(
-                logits,
+                logits[:count],
                 context_logits,
                 targets[rows],
                 rows_per_step[first:last],
@@ -312,16 +372,14 @@ class OutputLoss(torch.autograd.Function):
                 d_context_logits,
             )
             if with_gradients:  # `logits` are their gradient now
-                torch.mm(logits, weight[:, :own], out=d_features[rows])
-                if first:
-                    d_weight[:, :own].addmm_(padded.T, features[rows])
-                else:
-                    torch.mm(padded.T, features[rows], out=d_weight[:, :own])
+                padded[count:] = 0
+                mm(logits, weight[:, :own], out=d_features[rows.start : rows.start + len(padded)])
+                mm(padded.T, x, out=d_weight[:, :own], accumulate=first > 0)
         if with_gradients:
             d_context_logits = d_context_logits.to(features.dtype)
-            torch.mm(d_context_logits.T, context, out=d_weight[:vocabulary, own:])
-            d_context, d_bias = d_context_logits @ weight[:, own:], d_context_logits.sum(0)
-            ctx.save_for_backward(d_features, d_context, d_weight[:vocabulary], d_bias)
+            mm(d_context_logits.T, context, out=d_weight[:vocabulary, own:])
+            d_context, d_bias = mm(d_context_logits, weight[:, own:]), d_context_logits.sum(0)
+            ctx.gradients = (d_features[: len(features)], d_context, d_weight[:vocabulary], d_bias)
         return total
 
     @staticmethod
@@ -341,37 +399,37 @@ class OutputLoss(torch.autograd.Function):
         """
         loss = context_logits.new_zeros(())
         on_cpu = logits.device.type == "cpu"
-        limit = max(OutputLoss.SOFTMAX_ROWS, rows_per_step[0]) if on_cpu else len(logits)
+        limit = OutputLoss.SOFTMAX_ROWS if on_cpu else max(rows_per_step)
         # Half is too coarse for a log-sum-exp. All blocks share one buffer, so that it stays in the cache.
-        work = context_logits.new_empty(min(limit, len(logits)), logits.shape[1])
-        step_slices = step_rows(rows_per_step)
-        for first, last in step_blocks(rows_per_step, limit, alike=True):
-            batch = rows_per_step[first]
-            rows = slice(step_slices[first].start, step_slices[last - 1].stop)
-            by_step = (last - first, batch, -1)  # [steps, batch, vocabulary]
-            target = targets[rows].unsqueeze(1)  # [rows, 1], as all below
-            real = target != ignored
-            x = work[: len(target)].copy_(logits[rows])
-            x.view(by_step).add_(context_logits[:batch])
-            on_target = x.gather(1, target)
-            top = x.amax(1, keepdim=True)
-            mean = x.mean(1, keepdim=True) if smoothing else 0.0
-            x = torch.softmax(x, 1, out=x if on_cpu else None)
-            log_sum_exp = top - x.amax(1, keepdim=True).log()  # the largest probability is exp(top) / sum exp(logits)
-            losses = log_sum_exp - (1 - smoothing) * on_target - smoothing * mean
-            loss += torch.where(real, losses, 0).sum()
-            weight = real.to(x.dtype) * scale
-            x.mul_(weight).sub_(weight * (smoothing / x.shape[1]))  # far quicker than one addcmul
-            x.scatter_add_(1, target, weight * (smoothing - 1))
-            for d_step in x.view(by_step):
-                d_context_logits[:batch] += d_step
-            logits[rows].copy_(x)
+        work = context_logits.new_empty(min(limit, max(rows_per_step)), logits.shape[1])
+        for step, batch in zip(step_rows(rows_per_step), rows_per_step, strict=True):
+            for first, last in blocks(batch, limit):
+                rows = slice(step.start + first, step.start + last)
+                target = targets[rows].unsqueeze(1)  # [rows, 1], as all below
+                real = target != ignored
+                x = work[: last - first].copy_(logits[rows]).add_(context_logits[first:last])
+                x = torch.log_softmax(x, 1, out=x if on_cpu else None)
+                losses = (smoothing - 1) * x.gather(1, target)
+                if smoothing:
+                    losses -= smoothing * x.mean(1, keepdim=True)
+                loss += torch.where(real, losses, 0).sum()
+                weight = real.to(x.dtype) * scale
+                x.exp_().sub_(smoothing / x.shape[1])
+                x.scatter_add_(1, target, torch.full_like(losses, smoothing - 1))
+                if not on_cpu or scale != 1 or not real.all():
+                    x.mul_(weight)
+                d_context_logits[first:last] += x
+                logits[rows].copy_(x)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        return *(gradient * (d_loss / ctx.scale) for gradient in ctx.saved_tensors), None, None, None, None, None
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of this loss are gone: its backward pass has run already")
+        factor = d_loss / ctx.scale
+        return *(gradient.mul_(factor) for gradient in gradients), None, None, None, None, None
 
 
 # ---------------------------------------------------------------- dropout

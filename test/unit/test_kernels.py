@@ -1,7 +1,7 @@
 """The hand-written computations: their gradients, their memory, their precision. test_gru.py has the whole model."""
 
 import gru
-from nmt import kernels
+from nmt import kernels, products
 
 import pytest
 import torch
@@ -11,30 +11,40 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("seeded")
 
 
-def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch):
+@pytest.fixture
+def products_of_the_loss(monkeypatch):
+    """The results of the products that `OutputLoss` has made."""
+    results, apply = [], kernels.OutputLoss.apply
+
+    def recorded(*args):
+        with monkeypatch.context() as patch:
+            mm = kernels.mm
+            patch.setattr(kernels, "mm", lambda *args, **kwargs: results.append(mm(*args, **kwargs)) or results[-1])
+            return apply(*args)
+
+    monkeypatch.setattr(kernels.OutputLoss, "apply", recorded)
+    return results
+
+
+def test_no_more_logits_than_a_block_or_a_step_has_are_there_at_a_time(model, pairs, monkeypatch, products_of_the_loss):
     *_, batch = pairs
-    bound, sizes, mm = 10 * LOGITS_ROW, [], torch.mm
+    bound = products.FEWEST_ROWS * LOGITS_ROW
     assert max(batch.trg_rows_per_step) * LOGITS_ROW <= bound < len(batch.targets) * LOGITS_ROW
     monkeypatch.setattr(kernels.OutputLoss, "BLOCK", bound)
-    monkeypatch.setattr(
-        torch, "mm", lambda *args, out: sizes.append(out.untyped_storage().nbytes()) or mm(*args, out=out)
-    )
     with torch.no_grad():
         gru.TrainingLoss(model)(batch, 1.0)
-    assert max(sizes) <= bound
-    assert len(sizes) > 1
+    assert max(result.untyped_storage().nbytes() for result in products_of_the_loss) <= bound
+    assert len(products_of_the_loss) > 1
 
 
-def test_without_gradients_the_loss_is_the_same_and_their_products_are_left_out(model, pairs, monkeypatch):
+def test_without_gradients_the_loss_is_the_same_and_their_products_are_left_out(model, pairs, products_of_the_loss):
     *_, batch = pairs
     criterion = gru.TrainingLoss(model, 0.1)
-    products, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: products.append(args) or mm(*args, **kwargs))
     with torch.no_grad():
         loss = criterion(batch, 1.0)
-    assert len(products) == 1
+    assert len(products_of_the_loss) == 1
     assert loss == criterion(batch, 1.0)
-    assert len(products) > 2
+    assert len(products_of_the_loss) > 2
     assert not loss.requires_grad
 
 
@@ -130,7 +140,7 @@ def test_run_equals_nn_gru(counts):
     leaves = [tensor.double().requires_grad_() for tensor in (inputs, context, hidden)]
     leaves += rnn.parameters()
     weights = torch.randn(sum(counts), HID).double()
-    outputs = rnn.run(leaves[0], counts, leaves[2], rnn.context_gates(4, leaves[1]))
+    outputs, last = rnn.run(leaves[0], counts, leaves[2], rnn.context_gates(4, leaves[1]))
     actual = torch.autograd.grad((outputs * weights).sum(), leaves)
     rows = kernels.step_rows(counts)
     total = 0
