@@ -271,8 +271,7 @@ class NativeTrainer(Trainer[Model]):
             self._pairs = list(zip(model.parameters(), self.working_model.parameters(), strict=True))
         self._has_masters = choice.level == "O2"
         self._autocast = (device.type, choice.dtype) if choice.level == "O1" else None
-        self._static_scale = None if choice.loss_scale == "dynamic" else float(choice.loss_scale)
-        self._scaler = make_scaler(device, self._static_scale or DYNAMIC_START, enabled=choice.level != "O3")
+        self._update = make_update(choice, self.optimizer, device)
         self._steps = 0  # since the last call of `skipped_steps`
         self._updates = 0  # at that call
         self._in_vain = 0  # steps since the weights last changed, as far as those calls can tell
@@ -282,26 +281,22 @@ class NativeTrainer(Trainer[Model]):
         return torch.autocast(*self._autocast) if self._autocast else super().forward_context()
 
     def backward(self, loss: Tensor) -> None:
-        self._scaler.scale(loss).backward()
+        self._update.scaled(loss).backward()
 
+    @torch.no_grad()
     def step(self, lr: float, *, max_norm: float) -> None:
         self._set_learning_rate(lr)
         if self._has_masters:
-            for master, working in self._pairs:
-                assert working.grad is not None
-                master.grad = working.grad.float()
-                working.grad = None
-        self._scaler.unscale_(self.optimizer)
-        if max_norm > 0:
-            nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], max_norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update(self._static_scale)
+            for master, half in self._pairs:
+                assert half.grad is not None
+                master.grad = half.grad.float()
+                half.grad = None
+        self._update.step(self.optimizer, max_norm)
         self.optimizer.zero_grad()
         self._steps += 1
         if self._has_masters:
             masters, halves = zip(*self._pairs, strict=True)
-            with torch.no_grad():
-                torch._foreach_copy_(list(halves), list(masters))
+            torch._foreach_copy_(list(halves), list(masters))
 
     @torch.no_grad()
     def refresh_model(self) -> None:
@@ -315,7 +310,7 @@ class NativeTrainer(Trainer[Model]):
         steps, skipped = self._steps, self._steps - (updates - self._updates)
         self._steps, self._updates = 0, updates
         self._in_vain = self._in_vain + steps if skipped == steps else 0
-        is_static = self._static_scale is not None
+        is_static = self._update.is_static
         if (is_static and self._in_vain >= MAX_STEPS_IN_VAIN) or (not is_static and self.loss_scale < SMALLEST_SCALE):
             raise overflown(f"{skipped} of {steps} steps", self.loss_scale, f"after {updates} updates")
         return skipped
@@ -323,7 +318,75 @@ class NativeTrainer(Trainer[Model]):
     @property
     def loss_scale(self) -> float:
         """The scale of the next step. Waits for the device."""
+        return self._update.scale()
+
+
+class FusedUpdate:
+    """Scales the loss, unscales and clips the gradients and updates the weights, for a fused optimizer.
+
+    The norm of the gradients tells whether all are finite. The optimizer's kernel divides them by the scale and by what
+    clipping asks for, so no pass over them is made for either. Nothing waits for the device.
+
+    Args:
+        device: where the weights are.
+        scale: the loss scale. A dynamic one begins with it.
+        is_static: whether the scale stays.
+        checks: whether to look for gradients that are not finite.
+    """
+
+    def __init__(self, device: torch.device, scale: float, *, is_static: bool, checks: bool):
+        self.is_static, self._checks = is_static, checks
+        self._scale = torch.tensor(scale, device=device)
+        self._clean_steps = torch.zeros((), device=device)  # since the scale was last changed
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the scale."""
+        return loss * self._scale
+
+    def scale(self) -> float:
+        """The scale of the next step. Waits for the device."""
+        return self._scale.item()
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        """Updates the weights, unless a gradient is not finite and that is looked for. See `Trainer.step`."""
+        if not self._checks and max_norm == 0:
+            optimizer.step()
+            return
+        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(torch.stack(norms))  # of the scaled gradients
+        divisor = self._scale
+        if max_norm > 0:
+            divisor = divisor * ((norm / self._scale + 1e-6) / max_norm).clamp(min=1)
+        overflows = ~norm.isfinite() if self._checks else torch.zeros_like(norm)
+        optimizer.grad_scale, optimizer.found_inf = divisor, overflows.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        if not self.is_static:
+            self._clean_steps = torch.where(overflows, 0, self._clean_steps + 1)
+            grows = self._clean_steps == GROWTH_INTERVAL
+            self._scale = self._scale * torch.where(overflows, 0.5, torch.where(grows, 2.0, 1.0))
+            self._clean_steps = torch.where(grows, 0, self._clean_steps)
+
+
+class ScalerUpdate:
+    """The same for any optimizer, by the device's own loss scaler."""
+
+    def __init__(self, scaler: torch.amp.GradScaler, scale: float, *, is_static: bool):
+        self.is_static = is_static
+        self._scaler, self._static_scale = scaler, scale if is_static else None
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return self._scaler.scale(loss)
+
+    def scale(self) -> float:
         return self._scaler.get_scale()
+
+    def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+        self._scaler.unscale_(optimizer)
+        if max_norm > 0:
+            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], max_norm)
+        self._scaler.step(optimizer)
+        self._scaler.update(self._static_scale)
 
 
 class ApexTrainer(Trainer[Model]):
@@ -389,16 +452,22 @@ def make_trainer(choice: Choice, model: Model, device: torch.device) -> Trainer[
     return {"native": NativeTrainer, "apex": ApexTrainer}[choice.backend](choice, model, device)
 
 
-def make_scaler(device: torch.device, scale: float, *, enabled: bool = True) -> torch.amp.GradScaler:
-    """Makes the device's own loss scaler, on an NPU torch_npu's.
+def make_update(choice: Choice, optimizer: torch.optim.Optimizer, device: torch.device) -> FusedUpdate | ScalerUpdate:
+    """Makes what updates the weights: `FusedUpdate` for a fused optimizer, otherwise the device's loss scaler.
 
-    The float16 of the 910A saturates instead of becoming infinite. torch_npu's scaler sees that too, in the backward
-    pass alone: it looks from `scale` on.
+    On an NPU the scaler is torch_npu's. The float16 of the 910A saturates instead of becoming infinite. torch_npu's
+    scaler sees that too, in the backward pass alone: it looks from `scaled` on.
     """
+    is_static, checks = choice.loss_scale != "dynamic", choice.level != "O3"
+    scale = float(choice.loss_scale) if is_static else DYNAMIC_START
+    if optimizer.defaults.get("fused"):
+        return FusedUpdate(device, scale, is_static=is_static, checks=checks)
+    options = {"init_scale": scale, "growth_interval": GROWTH_INTERVAL, "enabled": checks}
     if device.type == "npu":
-        scaler = torch.npu.amp.GradScaler  # type: ignore[attr-defined]  # torch_npu adds torch.npu
-        return scaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
-    return torch.amp.GradScaler(device.type, init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=enabled)
+        scaler = torch.npu.amp.GradScaler(**options)  # type: ignore[attr-defined]  # torch_npu adds torch.npu
+    else:
+        scaler = torch.amp.GradScaler(device.type, **options)
+    return ScalerUpdate(scaler, scale, is_static=is_static)
 
 
 def epsilon(choice: Choice) -> float:
