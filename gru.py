@@ -32,6 +32,7 @@ import random
 from typing import TYPE_CHECKING, NamedTuple
 
 from nmt.kernels import GRU, Dropout, output_loss, step_rows
+from nmt.products import linear
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +171,7 @@ class Decoder(nn.Module):
         Returns:
             [rows, output dim] logits.
         """
-        logits = F.linear(features, self.fc_out.weight[:, : features.shape[1]])
+        logits = linear(features, self.fc_out.weight[:, : features.shape[1]])
         by_sentence = logits.view(len(context_logits), -1, logits.shape[1])  # [sentences, rows of one, output dim]
         by_sentence += context_logits.unsqueeze(1)
         return logits

@@ -22,6 +22,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nmt import products
+
+import numpy
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,21 +68,36 @@ def _first(path: str, pattern: str) -> str:
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu", repetitions: int = 7) -> float:
-    """FLOP/s of a (4096x1280)·(1280x5893) product: the median of `repetitions`, after a warm-up."""
+    """The machine's rate of products in FLOP/s: that of the fastest library at hand, see `product_rates`."""
+    return max(product_rates(dtype, device, repetitions).values())
+
+
+def product_rates(dtype: torch.dtype, device: torch.device | str = "cpu", repetitions: int = 7) -> dict[str, float]:
+    """FLOP/s of a (4096x1280)·(1280x5893) product by each library: the median of `repetitions`, after a warm-up."""
     rows, inner, columns = PRODUCT
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(inner, columns, device=device).to(dtype)
     out = torch.empty(rows, columns, device=device, dtype=dtype)  # a fresh one would cost page faults each time
+    libraries: dict[str, Callable[[], object]] = {"torch.mm": lambda: torch.mm(left, right, out=out)}
+    if dtype == torch.float32 and torch.device(device).type == "cpu":
+        arrays = left.numpy(), right.numpy(), out.numpy()
+        libraries["numpy"] = lambda: numpy.matmul(arrays[0], arrays[1], out=arrays[2])
+        if products.onednn_answers():
+            libraries["oneDNN"] = lambda: products.by_onednn(left, right)
 
-    def seconds(count: int) -> float:
+    def seconds(multiply: Callable[[], object], count: int) -> float:
         start = clock(device)
         for _ in range(count):
-            torch.mm(left, right, out=out)
+            multiply()
         return (clock(device) - start) / count
 
-    seconds(1)
-    count = math.ceil(ENOUGH_SECONDS / seconds(1))
-    return 2 * rows * inner * columns / statistics.median(seconds(count) for _ in range(repetitions))
+    rates = {}
+    for name, multiply in libraries.items():
+        seconds(multiply, 1)
+        count = math.ceil(ENOUGH_SECONDS / seconds(multiply, 1))
+        middle = statistics.median(seconds(multiply, count) for _ in range(repetitions))
+        rates[name] = 2 * rows * inner * columns / middle
+    return rates
 
 
 def clock(device: torch.device | str) -> float:
@@ -266,4 +284,5 @@ if __name__ == "__main__":
     place = "cuda" if torch.cuda.is_available() else "cpu"
     print(describe(place))
     for each in (torch.float32, torch.bfloat16):
-        print(f"products in {each}: {matmul_rate(each, place) / 1e9:.0f} GFLOP/s")
+        rates = {name: f"{rate / 1e9:.0f}" for name, rate in product_rates(each, place).items()}
+        print(f"products in {each}, GFLOP/s: {', '.join(f'{name} {rate}' for name, rate in rates.items())}")

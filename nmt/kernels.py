@@ -15,9 +15,11 @@ padding's rows, which have no loss, and read the context at each step.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from nmt.errors import UserError, first_line
 from nmt.products import mm, rounded, with_spare_rows
 
 import torch
@@ -320,6 +322,14 @@ def output_loss(
     return OutputLoss.apply(*tensors, targets, rows_per_step, label_smoothing, ignored, torch.is_grad_enabled())
 
 
+def aligned(weight: Tensor, rows: int) -> Tensor:
+    """Columns of a weight matrix, with rows of zeros behind them: [rows, columns], without gaps.
+
+    Products with odd numbers of rows, or with gaps, are slow: on a GPU five times, measured with 5893 rows on an H200.
+    """
+    return with_spare_rows(weight, rows) if len(weight) < rows else weight.contiguous()
+
+
 class OutputLoss(torch.autograd.Function):
     """The output layer and the cross entropy, summed over the rows. All logits are never in memory at once.
 
@@ -333,18 +343,18 @@ class OutputLoss(torch.autograd.Function):
 
     BLOCK = 96 * 2**20  # bytes of logits at a time: the peak of a step's memory
     SOFTMAX_ROWS = 64  # rows of one softmax on a CPU: they fit a core's own cache
+    COMPILED = False  # whether `torch.compile` makes the softmax: fewer passes over a GPU's memory
     SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
 
     @staticmethod
     def forward(ctx, features, context, weight, bias, targets, rows_per_step, smoothing, ignored, with_gradients):
         """See `output_loss`."""
         vocabulary, own = len(weight), features.shape[1]
-        # Rows of whole cache lines: products of a matrix with odd rows take up to half as long again.
-        width = math.ceil(vocabulary / 64) * 64
+        width = math.ceil(vocabulary / 64) * 64  # rows of whole cache lines, and of what a GPU multiplies at a time
+        weight_own, weight_context = aligned(weight[:, :own], width), aligned(weight[:, own:], width)
         ctx.scale = 2.0 ** -(len(features) // OutputLoss.SAFE_ROWS).bit_length()
-        context_logits = torch.addmm(bias, context, weight[:, own:].T)  # [batch, vocabulary]
-        context_logits = context_logits.to(accumulate_dtype(features.dtype))
-        d_context_logits = torch.zeros_like(context_logits)
+        context_logits = mm(context, weight_context.T)[:, :vocabulary].to(accumulate_dtype(features.dtype)).add_(bias)
+        d_context_logits = torch.zeros(len(context), width, dtype=context_logits.dtype, device=context.device)
         total = context_logits.new_zeros(())
         d_weight = weight.new_empty(width, weight.shape[1])
         block_rows = OutputLoss.BLOCK // (width * features.element_size())
@@ -354,31 +364,26 @@ class OutputLoss(torch.autograd.Function):
         d_features = features.new_empty(len(features) + spare, own)
         for (first, last), count in zip(step_ranges, counts, strict=True):
             rows = slice(steps[first].start, steps[last - 1].stop)
-            padded = features.new_empty(rounded(count), width)
-            logits = padded[:, :vocabulary]
-            # AMX's products read whole blocks of a row and multiply what is beyond the vocabulary by 0. It must not be
-            # NaN there. In `d_weight` it stays undefined.
-            padded[:, vocabulary:] = 0
-            x = with_spare_rows(features[rows], len(padded))
-            mm(x, weight[:, :own].T, out=logits)
+            x = with_spare_rows(features[rows], rounded(count))
+            logits = mm(x, weight_own.T)  # [rows, width]
             total += OutputLoss.softmax(
-                logits[:count],
+                logits[:count, :vocabulary],
                 context_logits,
                 targets[rows],
                 rows_per_step[first:last],
                 smoothing,
                 ignored,
                 ctx.scale,
-                d_context_logits,
+                d_context_logits[:, :vocabulary],
             )
-            if with_gradients:  # `logits` are their gradient now
-                padded[count:] = 0
-                mm(logits, weight[:, :own], out=d_features[rows.start : rows.start + len(padded)])
-                mm(padded.T, x, out=d_weight[:, :own], accumulate=first > 0)
+            if with_gradients:  # `logits` are their gradient now; the rows and columns that nobody needs are 0
+                mm(logits, weight_own, out=d_features[rows.start : rows.start + len(x)])
+                mm(logits.T, x, out=d_weight[:, :own], accumulate=first > 0)
         if with_gradients:
+            d_bias = d_context_logits[:, :vocabulary].sum(0).to(bias.dtype)
             d_context_logits = d_context_logits.to(features.dtype)
-            mm(d_context_logits.T, context, out=d_weight[:vocabulary, own:])
-            d_context, d_bias = mm(d_context_logits, weight[:, own:]), d_context_logits.sum(0)
+            mm(d_context_logits.T, context, out=d_weight[:, own:])
+            d_context = mm(d_context_logits, weight_context)
             ctx.gradients = (d_features[: len(features)], d_context, d_weight[:vocabulary], d_bias)
         return total
 
@@ -398,28 +403,28 @@ class OutputLoss(torch.autograd.Function):
                 added to it.
         """
         loss = context_logits.new_zeros(())
+        steps, batch = step_rows(rows_per_step), rows_per_step[0]
         on_cpu = logits.device.type == "cpu"
-        limit = OutputLoss.SOFTMAX_ROWS if on_cpu else max(rows_per_step)
-        # Half is too coarse for a log-sum-exp. All blocks share one buffer, so that it stays in the cache.
-        work = context_logits.new_empty(min(limit, max(rows_per_step)), logits.shape[1])
-        for step, batch in zip(step_rows(rows_per_step), rows_per_step, strict=True):
-            for first, last in blocks(batch, limit):
-                rows = slice(step.start + first, step.start + last)
-                target = targets[rows].unsqueeze(1)  # [rows, 1], as all below
-                real = target != ignored
-                x = work[: last - first].copy_(logits[rows]).add_(context_logits[first:last])
-                x = torch.log_softmax(x, 1, out=x if on_cpu else None)
-                losses = (smoothing - 1) * x.gather(1, target)
-                if smoothing:
-                    losses -= smoothing * x.mean(1, keepdim=True)
-                loss += torch.where(real, losses, 0).sum()
-                weight = real.to(x.dtype) * scale
-                x.exp_().sub_(smoothing / x.shape[1])
-                x.scatter_add_(1, target, torch.full_like(losses, smoothing - 1))
-                if not on_cpu or scale != 1 or not real.all():
-                    x.mul_(weight)
-                d_context_logits[first:last] += x
-                logits[rows].copy_(x)
+        limit = OutputLoss.SOFTMAX_ROWS if on_cpu and not OutputLoss.COMPILED else batch
+        if limit == batch == rows_per_step[-1]:
+            parts = [(slice(0, len(logits)), slice(0, batch))]  # rows, sentences: all steps at once
+        else:
+            parts = [
+                (slice(step.start + first, step.start + last), slice(first, last))
+                for step in steps
+                for first, last in blocks(step.stop - step.start, limit)
+            ]
+        # All parts share one buffer, so that it stays in the cache. Half is too coarse for a log-sum-exp.
+        largest = parts[0][0].stop
+        work = None if OutputLoss.COMPILED else context_logits.new_empty(largest, logits.shape[1])
+        for rows, sentences in parts:
+            part = logits[rows], context_logits[sentences], targets[rows], smoothing, ignored, scale
+            if work is not None:
+                loss += softmax_in_place(*part, work[: rows.stop - rows.start], d_context_logits[sentences])
+            else:
+                part_loss, logits[rows], d_context = compiled_softmax()(*part)
+                loss += part_loss
+                d_context_logits[sentences] += d_context
         return loss
 
     @staticmethod
@@ -430,6 +435,84 @@ class OutputLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of this loss are gone: its backward pass has run already")
         factor = d_loss / ctx.scale
         return *(gradient.mul_(factor) for gradient in gradients), None, None, None, None, None
+
+
+def softmax_in_place(
+    logits: Tensor,
+    context_logits: Tensor,
+    targets: Tensor,
+    smoothing: float,
+    ignored: int,
+    scale: float,
+    work: Tensor,
+    d_context_logits: Tensor,
+) -> Tensor:
+    """The loss of the rows of steps that have equally many, summed. Its gradients times `scale` are written.
+
+    Args:
+        logits: [steps * batch, vocabulary] without the context's part. Become their gradient.
+        context_logits: [batch, vocabulary] the context's part.
+        targets, smoothing, ignored: as in `output_loss`.
+        work: [steps * batch, vocabulary] of the type of `context_logits`.
+        d_context_logits: [batch, vocabulary] their gradient is added to it.
+    """
+    by_step = (-1, *context_logits.shape)
+    target = targets.unsqueeze(1)  # [rows, 1], as `real` and `losses`
+    real = target != ignored
+    x = work.copy_(logits)
+    x.view(by_step).add_(context_logits)
+    x = torch.log_softmax(x, 1, out=x if logits.device.type == "cpu" else None)
+    losses = (smoothing - 1) * x.gather(1, target)
+    if smoothing:
+        losses -= smoothing * x.mean(1, keepdim=True)
+    x.exp_().sub_(smoothing / x.shape[1])
+    x.scatter_add_(1, target, torch.full_like(losses, smoothing - 1))
+    if scale != 1 or logits.device.type != "cpu" or not real.all():  # elsewhere the last question would wait
+        x.mul_(real * scale)
+    for d_step in x.view(by_step):
+        d_context_logits += d_step
+    logits.copy_(x)
+    return torch.where(real, losses, 0).sum()
+
+
+def softmax_and_gradient(
+    logits: Tensor, context_logits: Tensor, targets: Tensor, smoothing: float, ignored: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same as `softmax_in_place`, as a function without effects. `torch.compile` makes a few kernels of it.
+
+    Returns:
+        The loss, the gradient of `logits` in their type, and that of `context_logits`.
+    """
+    batch, vocabulary = context_logits.shape
+    x = (logits.view(-1, batch, vocabulary) + context_logits).view(-1, vocabulary)  # in the finer type
+    log_p = torch.log_softmax(x, 1)
+    target = targets.unsqueeze(1)  # [rows, 1]
+    real = target != ignored
+    losses = (smoothing - 1) * log_p.gather(1, target) - smoothing * log_p.mean(1, keepdim=True)
+    on_target = (torch.arange(vocabulary, device=logits.device) == target).to(x.dtype)
+    d = (log_p.exp() - smoothing / vocabulary - (1 - smoothing) * on_target) * (real.to(x.dtype) * scale)
+    return torch.where(real, losses, 0).sum(), d.to(logits.dtype), d.view(-1, batch, vocabulary).sum(0)
+
+
+@functools.cache
+def compiled_softmax() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`softmax_and_gradient`, compiled at its first call."""
+    return torch.compile(softmax_and_gradient, dynamic=True)
+
+
+def compile_softmax(device: torch.device) -> None:
+    """Has `OutputLoss` use `compiled_softmax` in this process from now on, and tries it.
+
+    Raises:
+        UserError: usage, it cannot be compiled here.
+    """
+    logits, targets = torch.zeros(4, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)
+    try:
+        compiled_softmax()(logits, logits[:2], targets, 0.1, 1, 1.0)
+    except Exception as error:  # a compiler fails in its own ways
+        todo = "install g++, and triton for a GPU, or leave the flag out"
+        raise UserError("usage", f"the loss cannot be compiled: {first_line(error)}", "--compile-loss", todo) from error
+    OutputLoss.COMPILED = True
 
 
 # ---------------------------------------------------------------- dropout

@@ -1,8 +1,10 @@
 """Matrix products on a CPU: by the fastest library that is installed, in shapes that it knows already.
 
-`torch.mm` takes oneDNN for half precision and MKL for float32. Both are fast on Intel's processors. On AMD's, MKL
-computes half of what the processor can: 173 GFLOP/s where numpy's OpenBLAS had 475, measured on two cores of a Zen 4.
-So float32 products there are numpy's, if numpy has OpenBLAS.
+`torch.mm` takes oneDNN for half precision and MKL for float32. On Intel's processors both are fast. On AMD's, MKL
+computes half of what the processor can: on two cores of a Zen 4 173 GFLOP/s, where oneDNN had 344 to 373. So float32
+products there are oneDNN's, by operators of PyTorch that are not public. Where one is missing, or gives something else
+than `torch.mm`, `torch.mm` does everything. numpy's OpenBLAS is faster still by itself. But it has threads of its own,
+and PyTorch's wait on the same cores: together they are several times slower.
 
 oneDNN compiles a kernel for each shape that it has not met, which takes several times as long as the product itself. A
 batch's number of rows differs from step to step. `rounded` makes few numbers of them.
@@ -12,11 +14,15 @@ import functools
 import math
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 FEWEST_ROWS = 16  # of an AMX tile
+MOST_ROWS = 4096  # of a product of oneDNN's: more would be more shapes, and no quicker
+ENOUGH_ROWS = 256  # with so many a product is worth a copy of its second matrix
+HALF = (torch.bfloat16, torch.float16)
+NO_INTEL = ("AuthenticAMD", "HygonGenuine")  # vendors of x86 processors that MKL was not written for
 
 
 def rounded(rows: int) -> int:
@@ -48,30 +54,59 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate: bool = Fa
         out: [rows, columns] where the result goes. Left out: a new tensor.
         accumulate: adds the product to `out`.
     """
-    if not (a.dtype == torch.float32 and a.device.type == "cpu" and float32_by_numpy()):
-        if accumulate:
-            return out.addmm_(a, b)
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if out is None:
-        out = a.new_empty(len(a), b.shape[1])
-    a, b = a.detach().numpy(), b.detach().numpy()
+    on_cpu = a.device.type == "cpu"
+    special = on_cpu and a.dtype == torch.float32 and float32_by_onednn() and (is_dense(b) or len(a) >= ENOUGH_ROWS)
+    limit = MOST_ROWS if special or (on_cpu and a.dtype in HALF) else len(a)
+    if out is None and len(a) <= limit:
+        return by_onednn(a, b) if special else torch.mm(a, b)
     if accumulate:
-        return out.add_(torch.from_numpy(numpy.matmul(a, b)))
-    numpy.matmul(a, b, out=out.numpy())
+        assert out is not None
+        return out.add_(by_onednn(a, b)) if special else out.addmm_(a, b)
+    out = a.new_empty(len(a), b.shape[1]) if out is None else out
+    for first in range(0, len(a), limit):
+        rows = slice(first, first + limit)
+        if special:
+            out[rows] = by_onednn(a[rows], b)
+        else:
+            torch.mm(a[rows], b, out=out[rows])
     return out
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` [rows, inner] times the transpose of `weight` [columns, inner], as `F.linear`."""
+    return F.linear(x, weight) if torch.is_grad_enabled() else mm(x, weight.T)
+
+
+def is_dense(matrix: Tensor) -> bool:
+    """Whether the rows, or the columns, of a matrix follow each other without a gap."""
+    return matrix.is_contiguous() or matrix.T.is_contiguous()
+
+
+def by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.mm` by oneDNN, of two matrices with neither rows nor columns of length 1."""
+    if a.stride(0) == 1:  # the rows' gradients times what the rows were: the gradient of a weight
+        grad, x = a.T.contiguous().to_mkldnn(), b.contiguous().to_mkldnn()
+        return torch.ops.aten.mkldnn_linear_backward_weights(grad, x, b, False)[0]
+    weight = b.T if is_dense(b) else b.T.contiguous()  # for what has gaps oneDNN has a reference loop, which is slow
+    return torch.ops.mkldnn._linear_pointwise(a.contiguous(), weight, None, "none", [], "")
+
+
 @functools.cache
-def float32_by_numpy(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether numpy multiplies float32 matrices faster than PyTorch: on an AMD processor, by OpenBLAS."""
+def float32_by_onednn(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether oneDNN multiplies float32 matrices faster than `torch.mm`, and can be asked to."""
     try:
-        is_amd = "AuthenticAMD" in cpuinfo.read_text(encoding="utf-8", errors="replace")
+        words = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return is_amd and "openblas" in blas_of_numpy()
+    return any(vendor in words for vendor in NO_INTEL) and onednn_answers()
 
 
-def blas_of_numpy() -> str:
-    """The name of the library that numpy multiplies with, or an empty string if numpy does not say."""
-    config = numpy.show_config(mode="dicts")
-    return str(config.get("Build Dependencies", {}).get("blas", {}).get("name", "")).lower() if config else ""
+def onednn_answers() -> bool:
+    """Whether the operators exist, and give what `torch.mm` gives."""
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4)
+    try:
+        return all(
+            torch.equal(by_onednn(x, y), x @ y) for x in (a, a.T.contiguous().T) for y in (b, b.T.contiguous().T)
+        )
+    except (AttributeError, RuntimeError, TypeError):
+        return False

@@ -47,10 +47,11 @@ def test_logits_equal_the_plain_model(model, pairs, ratio, with_lengths):
 
 @pytest.fixture(params=["one block", "small blocks"])
 def blocks(request, monkeypatch):
-    """The logits' blocks: larger than the batch, and of one step or two."""
+    """The blocks: larger than the batch; or logits of one step or two, and parts of a step everywhere else."""
     if request.param == "small blocks":
         monkeypatch.setattr(kernels.OutputLoss, "BLOCK", 10 * LOGITS_ROW)
-        monkeypatch.setattr(kernels.OutputLoss, "SOFTMAX_ROWS", 8)
+        monkeypatch.setattr(kernels.OutputLoss, "SOFTMAX_ROWS", 2)
+        monkeypatch.setattr(kernels.GRUSteps, "BLOCK", 3)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

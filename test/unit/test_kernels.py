@@ -5,6 +5,7 @@ from nmt import kernels, products
 
 import pytest
 import torch
+from conftest import refused
 from plain_model import EMB, HID, LOGITS_ROW, PAD, SRC_VOCAB, TRG_VOCAB, gradients, make_batch
 from torch import nn
 
@@ -42,9 +43,9 @@ def test_without_gradients_the_loss_is_the_same_and_their_products_are_left_out(
     criterion = gru.TrainingLoss(model, 0.1)
     with torch.no_grad():
         loss = criterion(batch, 1.0)
-    assert len(products_of_the_loss) == 1
+    assert len(products_of_the_loss) == 2, "the context's logits and all others"
     assert loss == criterion(batch, 1.0)
-    assert len(products_of_the_loss) > 2
+    assert len(products_of_the_loss) == 2 + 6
     assert not loss.requires_grad
 
 
@@ -152,6 +153,82 @@ def test_run_equals_nn_gru(counts):
         total = total + (expected.squeeze(1) * weights[own]).sum()
     for gradient, expected in zip(actual, torch.autograd.grad(total, leaves), strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+
+
+def test_batches_of_other_sizes_have_products_of_the_same_shapes(monkeypatch):
+    """oneDNN compiles a kernel for each shape, which takes longer than the product."""
+    model = gru.build(SRC_VOCAB, TRG_VOCAB, emb_dim=32, hid_dim=32).bfloat16()
+    shapes, mm = set(), kernels.mm
+
+    def recorded(a, b, *args, **kwargs):
+        shapes.add((*a.shape, b.shape[1]))
+        return mm(a, b, *args, **kwargs)
+
+    monkeypatch.setattr(kernels, "mm", recorded)
+    lengths = torch.full((20,), 9)
+    counts = []
+    for shorter in range(6):
+        lengths[:shorter] = 9 - shorter  # the last steps have fewer rows
+        src, trg = (torch.randint(4, size, (9, 20)) for size in (SRC_VOCAB, TRG_VOCAB))
+        gru.TrainingLoss(model)(make_batch(src, lengths, trg), 1.0).backward()
+        counts.append(len(shapes))
+    assert counts[-1] <= counts[0] + 8, "two more numbers of rows, where a multiple of sixteen is passed"
+
+
+def constant_gates(dtype, update_bias):
+    """A GRU of one value whose steps move the state towards tanh(1), by the same part each time."""
+    rnn = kernels.GRU(1, 1)
+    with torch.no_grad():
+        for parameter in rnn.parameters():
+            parameter.zero_()
+        rnn.bias_ih_l0[1:] = torch.tensor([update_bias, 1.0])  # r, z, n
+    return rnn.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_states_have_all_their_digits_in_half_precision_too(dtype):
+    """Each step goes a thousandth of the way, less than half resolves. The second call begins where the first ends."""
+    steps, rnn = [1] * 250, constant_gates(dtype, 6.9)
+    inputs, start = torch.zeros(250, 1).to(dtype), torch.full((1, 1), 0.5)
+    _, middle = rnn.run(inputs, steps, start, rnn.context_gates(1))
+    outputs, last = rnn.run(inputs, steps, middle, rnn.context_gates(1))
+    assert (outputs.dtype, last.dtype) == (dtype, torch.float32)
+    kept = rnn.bias_ih_l0[1].float().sigmoid() ** 500
+    torch.testing.assert_close(
+        last.item(), (kept * 0.5 + (1 - kept) * torch.tensor(1.0).tanh()).item(), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradients_of_states_add_up_in_half_precision_too(dtype):
+    """A state that is kept as it is has the gradients of all steps. bfloat16 cannot count beyond 256."""
+    rnn, start = constant_gates(dtype, 100.0), torch.full((1, 1), 0.5, requires_grad=True)
+    outputs, _ = rnn.run(torch.zeros(2000, 1).to(dtype), [1] * 2000, start, rnn.context_gates(1))
+    (gradient,) = torch.autograd.grad(outputs.float().sum() / 3, start)
+    assert gradient.item() == pytest.approx(2000 / 3, rel=3e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_softmax_for_torch_compile_is_that_of_the_loss(dtype):
+    """With padding among the targets, and a scale. As it is here, and not compiled: a slow test compiles it."""
+    exact = kernels.accumulate_dtype(dtype)
+    logits, context_logits, targets = torch.randn(15, 70).to(dtype), torch.randn(5, 70).to(exact), torch.arange(15)
+    rest = (0.1, PAD, 0.5)
+    loss, d_logits, d_context = kernels.softmax_and_gradient(logits, context_logits, targets, *rest)
+    expected, expected_d_context = logits.clone(), torch.zeros_like(context_logits)
+    expected_loss = kernels.OutputLoss.softmax(expected, context_logits, targets, [5] * 3, *rest, expected_d_context)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(d_logits, expected)
+    torch.testing.assert_close(d_context, expected_d_context)
+
+
+def test_a_loss_that_cannot_be_compiled_is_told(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(kernels, "compiled_softmax", lambda: broken)
+    refused("usage", kernels.compile_softmax, torch.device("cpu"), says=["--compile-loss", "no compiler", "g++"])
+    assert not kernels.OutputLoss.COMPILED
 
 
 def test_dropout_drops_with_its_probability_and_keeps_the_mean():

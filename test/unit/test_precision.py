@@ -285,10 +285,12 @@ def test_the_clipped_gradients_are_the_unscaled_ones(model, level):
 
 @pytest.mark.parametrize("scale", [32.0, "dynamic"])
 @pytest.mark.parametrize("level", ["O0", "O1", "O2"])
-def test_a_step_whose_gradients_overflow_changes_no_weight_and_is_counted(model, level, scale):
+@pytest.mark.parametrize("pairs", [5, 1], ids=["nan", "inf"])
+def test_a_step_whose_gradients_overflow_changes_no_weight_and_is_counted(model, level, scale, pairs):
+    """Infinite gradients of several pairs add up to NaN, those of one stay infinite."""
     trainer = start(model, level, scale=scale)
     before = model.weight.detach().clone()
-    one_step(trainer, torch.randn(5, 4), factor=float("inf"), max_norm=1.0)
+    one_step(trainer, torch.randn(pairs, 4), factor=float("inf"), max_norm=1.0)
     assert torch.equal(model.weight, before)
     one_step(trainer, torch.randn(5, 4), max_norm=1.0)
     assert not torch.equal(model.weight, before), "the next step is an ordinary one"

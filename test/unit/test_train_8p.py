@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -647,3 +648,15 @@ def test_the_help_needs_no_package_and_has_common_flags_first_and_examples():
     assert sorted(parts, key=done.stdout.index) == parts
     for field in dataclasses.fields(train_8p.Settings):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_loss_is_the_same_loss(tiny_corpus, tmp_path):
+    def losses(*flags):
+        command = [sys.executable, REPOSITORY / "train_8p.py", "--data-dir", tiny_corpus, "--performance", "-p", "1"]
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return [float(step[3]) for step in step_lines(done.stdout)]
+
+    assert losses("--compile-loss") == pytest.approx(losses(), rel=1e-3)
