@@ -181,7 +181,7 @@ class GRUSteps(torch.autograd.Function):
     sums, the gates, the states from step to step, and their gradients. On a CPU that is quicker than half, too.
     """
 
-    BLOCK = 128  # rows of a step at a time: what belongs to them fits the processor's cache
+    BLOCK = 256  # rows of a step at a time: what belongs to them fits the processor's cache
 
     @staticmethod
     def forward(ctx, inputs, context_gates, weight_ih, weight_hh, bias_hn, hidden, rows_per_step):

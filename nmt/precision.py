@@ -20,6 +20,7 @@ it gets the first weights, and is validated and saved. O2 and O3 add a half copy
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 from collections.abc import Iterable, Sequence
@@ -462,11 +463,11 @@ def make_update(choice: Choice, optimizer: torch.optim.Optimizer, device: torch.
     scale = float(choice.loss_scale) if is_static else DYNAMIC_START
     if optimizer.defaults.get("fused"):
         return FusedUpdate(device, scale, is_static=is_static, checks=checks)
-    options = {"init_scale": scale, "growth_interval": GROWTH_INTERVAL, "enabled": checks}
     if device.type == "npu":
-        scaler = torch.npu.amp.GradScaler(**options)  # type: ignore[attr-defined]  # torch_npu adds torch.npu
+        make_scaler = torch.npu.amp.GradScaler  # type: ignore[attr-defined]  # torch_npu adds torch.npu
     else:
-        scaler = torch.amp.GradScaler(device.type, **options)
+        make_scaler = functools.partial(torch.amp.GradScaler, device.type)
+    scaler = make_scaler(init_scale=scale, growth_interval=GROWTH_INTERVAL, enabled=checks)
     return ScalerUpdate(scaler, scale, is_static=is_static)
 
 
