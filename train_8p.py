@@ -69,8 +69,9 @@ def of_recipe(modelzoo: Any, tuned: Any, takes: Any, help: str, *, group=TRAININ
 class Settings:
     """All that a run can be told: each row is an attribute and its flag.
 
-    `modelzoo` trains as the published figure was trained. `tuned` is the best that this architecture does in as many
-    epochs. docs/search.md says what each piece of it gives. `flags.row` says what a row holds.
+    `modelzoo` has the published settings. Unlike the original, it ends a source at its `<eos>`. docs/results.md says
+    what to expect of it. `tuned` is the best that this architecture does in as many epochs. docs/search.md says what
+    each piece of it gives. `flags.row` says what a row holds.
 
     As the flags give them, settings that the recipe or the device decides may be None, and `batch_size` is that of a
     node. `resolved` fills them in, and makes `batch_size` that of all devices.
@@ -129,7 +130,8 @@ class Settings:
     embeddings: str = of_recipe("drawn", "cooccurrence", ("cooccurrence", "drawn"),
         "how word vectors start: drawn, or by how often two words share a training pair")
     fixed_length: int = of_recipe(0, 0, flags.zero_or_sentence_length,
-        "pad or cut to so many tokens; 0 pads nothing; in a score it changes the losses, not BLEU", trains=False)
+        "pad or cut to so many tokens, and read the padding, as the original did with 46; 0: a sentence ends at its "
+        "<eos>; in a score it changes the losses, not BLEU", trains=False)
     batching: str = of_recipe("random", "like-length", ("like-length", "random"), "which pairs share a batch")
     last_batch: str = of_recipe("drop", "keep", ("keep", "drop"), "what becomes of an epoch's incomplete batch")
     best: str = of_recipe("loss", "bleu", ("bleu", "loss"),

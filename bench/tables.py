@@ -69,19 +69,25 @@ def of_seeds(name: str, seeds: Sequence[int] = SEEDS) -> tuple[str, ...]:
 TUNED = tuple(f"results/multi30k-tuned-seed{seed}-cpu.log" for seed in SEEDS)
 
 RESULTS = [
-    Row("`modelzoo`", ("results/multi30k-modelzoo-float32-cpu.log",)),
-    Row("`modelzoo`, seed 2", ("results/multi30k-modelzoo-float32-seed2-cpu.log",)),
-    Row("`modelzoo` in float16", ("results/multi30k-modelzoo-float16-cpu.log",)),
-    Row("`modelzoo` in bfloat16", ("results/multi30k-modelzoo-bfloat16-cpu.log",)),
     Row("`tuned`, three seeds", TUNED),
     Row("`tuned` by `--amp`", ("results/multi30k-tuned-bfloat16-cpu.log",)),
     Row("`tuned` on eight devices", ("results/multi30k-tuned-8p-cpu.log",)),
     Row("`tuned`, speed alone, batch 128", ("results/multi30k-train_performance_1p-cpu.log",)),
 ]
+EXPECTED = [  # of `modelzoo`, each row by its precision
+    Row("`modelzoo` in float32", of_seeds("modelzoo/float32", SEEDS[:1])),
+    Row("`modelzoo` in bfloat16, O1", of_seeds("modelzoo/bfloat16-O1", SEEDS[:1])),
+]
+PADDED = [
+    Row("`modelzoo` in float32", ("results/multi30k-modelzoo-float32-cpu.log",), "--fixed-length 46"),
+    Row("`modelzoo` in float32, seed 2", ("results/multi30k-modelzoo-float32-seed2-cpu.log",), "--fixed-length 46"),
+    Row("`modelzoo` in float16, O2", ("results/multi30k-modelzoo-float16-cpu.log",), "--fixed-length 46"),
+    Row("`modelzoo` in bfloat16, O2", ("results/multi30k-modelzoo-bfloat16-cpu.log",), "--fixed-length 46"),
+]
 ON_THE_H200 = [
     Row("`tuned` by `--amp`", ("results/h200/tuned-amp.log",)),
-    Row("`modelzoo`", ("results/h200/modelzoo-fp32.log",)),
-    Row("`modelzoo` by `--amp`", ("results/h200/modelzoo-amp.log",)),
+    Row("`modelzoo`, padding read", ("results/h200/modelzoo-fp32.log",), "--fixed-length 46"),
+    Row("`modelzoo` by `--amp`, padding read", ("results/h200/modelzoo-amp.log",), "--fixed-length 46"),
 ]
 SAMPLE = [
     Row("the first command of README, Intel Xeon with AMX", ("results/sample-train_full_1p-amx-cpu.log",)),
@@ -261,6 +267,11 @@ def precision(run: logs.Run) -> str:
     return run.facts["precision"].replace("/", ", ").removesuffix(", O0")
 
 
+def bleu_of_test(run: logs.Run) -> float:
+    """Greedy, of the test pairs."""
+    return float(run.bleus("greedy")[0])
+
+
 def links(paths: Iterable[str], root: str) -> str:
     """A link to each log, named by the seed of its run.
 
@@ -319,8 +330,25 @@ def published(root: str) -> str:
     )
 
 
+def expected_of_modelzoo(root: str) -> str:
+    """What an acceptance test compares with: the test pairs' scores of `modelzoo` by its precision."""
+    rows = []
+    for row in EXPECTED:
+        runs = [read(path) for path in row.logs]
+        name, _, _, bleu, _, *others = run_row(row, root)
+        lowest = min(bleu_of_test(run) for run in runs)
+        rows.append([name, bleu, f"{lowest:.2f}", str(len(runs)), *others])
+    return table("run | BLEU, greedy | lowest | runs | chrF | perplexity | pairs/s | time | logs", rows)
+
+
+def commands_of_modelzoo(root: str) -> str:
+    """The command of each row's first run."""
+    lines = [read(row.logs[0]).comments[0] for row in EXPECTED]
+    return "\n".join("    " + line.replace("../shared/data/multi30k", "data") for line in lines)
+
+
 def scores_of_modelzoo(root: str) -> str:
-    """`modelzoo`'s second seed with and without padding, and with a beam."""
+    """The scores of one run that read the padding, with and without padding, and with a beam."""
     path = "results/multi30k-scores-cpu.log"
     rows = [
         [
@@ -335,15 +363,14 @@ def scores_of_modelzoo(root: str) -> str:
 
 
 def beginnings_of_modelzoo(root: str) -> str:
-    """The greedy BLEU of the validation pairs while `modelzoo` learns, or does not."""
+    """Greedy BLEU of the validation pairs while `modelzoo` reads the padding, and at last of the test pairs."""
     ended = (1, 2, 4, 6, 8, 9, 10)
-    paths = [row.logs[0] for row in (*RESULTS, *ON_THE_H200) if row.name.startswith("`modelzoo`")]
     rows = []
-    for path in paths:
+    for path in (path for row in (*PADDED, *ON_THE_H200) if row.flags for path in row.logs):
         run = read(path)
         bleus = [f"{run.epochs[number - 1].bleu:.2f}" for number in ended]
-        rows.append([device(run), precision(run), *bleus, links([path], root)])
-    return table(f"epochs done: | | {' | '.join(map(str, ended))} | log", rows)
+        rows.append([device(run), precision(run), *bleus, f"{bleu_of_test(run):.2f}", links([path], root)])
+    return table(f"epochs done: | | {' | '.join(map(str, ended))} | test2016 | log", rows)
 
 
 def processes_and_batch(root: str) -> str:
@@ -466,20 +493,21 @@ def summary(root: str, chinese: bool = False) -> str:
     """README's four rows."""
     header = "run | on | BLEU, greedy | BLEU, beam of 10 | pairs/s | logs"
     names = ("published in 2021", "recipe `modelzoo`, with the published settings", "recipe `tuned`, the default")
-    where, seeds = ("8 Ascend 910", "{} CPU cores", "{} CPU core", "1 {}"), ", three seeds"
+    where, seeds = ("8 Ascend 910", "{} CPU core", "1 {}"), {2: ", two seeds", 3: ", three seeds"}
     missing, comma = "not published", ", "
     if chinese:
         header = "运行 | 设备 | BLEU（贪心解码） | BLEU（束宽 10） | 句对/秒 | 日志"
         names = ("2021 年公布的结果", "预设 `modelzoo`，采用公布的设置", "预设 `tuned`，默认")
-        where, seeds = ("8 卡昇腾 910", "CPU {} 核", "CPU {} 核", "1 张 {}"), "，三个种子"
+        where, seeds = ("8 卡昇腾 910", "CPU {} 核", "1 张 {}"), {2: "，两个种子", 3: "，三个种子"}
         missing, comma = "未公布", "，"
     rows = [[names[0], f"{where[0]}{comma}O2", "12.57", "", "13693", missing]]
-    of_tuned = (names[2] + seeds, where[2], RESULTS[4])
-    for name, place, row in ((names[1], where[1], RESULTS[0]), of_tuned, (names[2], where[3], ON_THE_H200[0])):
+    shown = ((names[1], where[1], EXPECTED[0]), (names[2], where[1], RESULTS[0]), (names[2], where[2], ON_THE_H200[0]))
+    for name, place, row in shown:
         runs = [read(path) for path in row.logs]
         on = device(runs[0]).removeprefix("1 ") if runs[0].facts["device"] != "cpu" else cores_of(runs[0])
         bleus = [mean_and_deviation(b for run in runs for b in run.bleus(kind)) for kind in ("greedy", "beam of 10")]
         rates = mean_and_deviation(run.rate for run in runs)
+        name += seeds.get(len(runs), "")
         machine = f"{place.format(on)}, {precision(runs[0])}".replace(", ", comma)
         rows.append([name, machine, *bleus, rates, links(row.logs, root).replace(", ", comma)])
     return table(header, rows)
@@ -492,6 +520,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "results": lambda root: run_table(RESULTS, root),
     "h200": lambda root: run_table(ON_THE_H200, root),
     "h200-speed": speed_on_the_h200,
+    "modelzoo": expected_of_modelzoo,
+    "modelzoo-commands": commands_of_modelzoo,
     "modelzoo-scores": scores_of_modelzoo,
     "modelzoo-epochs": beginnings_of_modelzoo,
     "processes": processes_and_batch,

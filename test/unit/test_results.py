@@ -1,6 +1,7 @@
 """docs/: the tables are what the logs give, the logs are those of such runs, and the prose says what they say."""
 
 import doctest
+import math
 import re
 import statistics
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import REPOSITORY, flags_of_recipe, with_todays_names
 RESULTS = (REPOSITORY / "docs" / "results.md").read_text(encoding="utf-8")
 SEARCH = (REPOSITORY / "docs" / "search.md").read_text(encoding="utf-8")
 LOGS = sorted(path for folder in ("results", "bench/results") for path in (REPOSITORY / folder).rglob("*.log"))
-RUN_ROWS = [*tables.RESULTS, *tables.ON_THE_H200]
+RUN_ROWS = [*tables.RESULTS, *tables.EXPECTED, *tables.PADDED, *tables.ON_THE_H200]
 
 
 def ids(row: tables.Row) -> str:
@@ -77,12 +78,12 @@ def test_the_rows_of_full_runs_have_the_logs_of_such_runs(row):
         others: dict[str, object] = {"batch_size": 128, "epochs": 1} if run.flags["performance"] == "True" else {}
         if processes > 1:
             others = {"batch_size": train_8p.SHARED_BATCH, "lr": train_8p.tuned_rate(train_8p.SHARED_BATCH)}
-        assert flags_of_recipe(recipe_of(row), **others).items() <= with_todays_names(run.flags).items()
+        assert flags_of_recipe(recipe_of(row), row.flags, **others).items() <= with_todays_names(run.flags).items()
         assert [epoch.number for epoch in run.epochs] == ([] if others.get("epochs") else list(range(10)))
         if "Final Performance images/sec" in run.final:
             assert f"{run.rate:.2f}" == run.final["Final Performance images/sec"]
-        for half in ("float16", "bfloat16"):
-            assert f"in {half}" not in row.name or run.facts["precision"].startswith(half)
+        if " in " in row.name:
+            assert row.name.partition(" in ")[2].removesuffix(", seed 2") == tables.precision(run)
     assert len({run.flags["seed"] for run in runs}) == len(runs)
     assert "seed 2" not in row.name or runs[0].flags["seed"] == "2"
 
@@ -95,11 +96,16 @@ def commands_of(section: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("section", "rows"),
-    [("Multi30k on a CPU", tables.RESULTS), ("One NVIDIA H200", tables.ON_THE_H200)],
-    ids=["cpu", "h200"],
+    [
+        ("Multi30k on a CPU", tables.RESULTS),
+        ("What to expect of modelzoo", [*tables.EXPECTED, *tables.PADDED]),
+        ("One NVIDIA H200", tables.ON_THE_H200),
+    ],
+    ids=["cpu", "modelzoo", "h200"],
 )
 def test_the_commands_are_those_of_the_rows_in_their_order(section, rows):
-    runs = [tables.read(path) for row in rows for path in row.logs]
+    """Of a row of `modelzoo`, the command of the first seed."""
+    runs = [tables.read(path) for row in rows for path in (row.logs[:1] if row in tables.EXPECTED else row.logs)]
     commands = commands_of(section)
     if rows is tables.ON_THE_H200:
         measured, commands = commands[len(runs) :], commands[: len(runs)]
@@ -110,8 +116,10 @@ def test_the_commands_are_those_of_the_rows_in_their_order(section, rows):
         assert run.facts["seed"] == (re.findall(r"--seed (\d+)", command) or ["1234"])[0]
         assert (run.flags["performance"] == "True") == ("performance" in command)
         assert (run.facts["processes"] == "8") == ("_8p.sh" in command)
+        assert (run.flags["fixed_length"] == "46") == ("--fixed-length 46" in command)
         in_half = "--amp" in command or ("test/" in command and "must_keep_origin_dtype" not in command)
-        assert run.facts["precision"].endswith("/O2") == in_half
+        level = (re.findall(r"--opt-level (O\d)", command) or ["O2"])[0] if in_half else "O0"
+        assert run.facts["precision"].endswith(f"/{level}")
         for dtype in re.findall(r"--amp-dtype (\w+)", command):
             assert run.facts["precision"].startswith(dtype)
 
@@ -122,6 +130,16 @@ def test_sacrebleu_of_the_same_tokens_is_the_bleu_except_where_almost_no_four_wo
         run = tables.read(path)
         sacrebleu, bleu = (float(run.final[name]) for name in ("sacreBLEU", "BLEU score"))
         assert sacrebleu == bleu or max(sacrebleu, bleu) < 0.1
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_what_to_expect_of_modelzoo_is_what_its_runs_reached(name):
+    """Otherwise its BLEU, or the one below which a device is suspected, is to be written anew. So is the Chinese."""
+    bleus = [tables.bleu_of_test(tables.read(path)) for row in tables.EXPECTED for path in row.logs]
+    lowest, highest = math.floor(min(bleus)), math.ceil(max(bleus))
+    text = " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+    assert re.findall(r"[Bb]elow (\d+), look for a fault", text) == [str(lowest - 1)]
+    assert name != "README.md" or re.findall(r"Expect (\d+) to (\d+) BLEU", text) == [(str(lowest), str(highest))]
 
 
 def test_sacrebleu_is_the_bleu_greedy_and_with_the_beam():
