@@ -353,9 +353,8 @@ class FusedUpdate:
         if not self._checks and max_norm == 0:
             optimizer.step()
             return
-        gradients = [parameter.grad for parameter in optimizer.param_groups[0]["params"]]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        norm = torch.linalg.vector_norm(torch.stack(norms))  # of the scaled gradients
+        gradients = [parameter.grad.float() for parameter in optimizer.param_groups[0]["params"]]
+        norm = nn.utils.get_total_norm(gradients)  # of the scaled gradients
         divisor = self._scale
         if max_norm > 0:
             divisor = divisor * ((norm / self._scale + 1e-6) / max_norm).clamp(min=1)

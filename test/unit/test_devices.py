@@ -130,3 +130,17 @@ def test_freed_memory_is_kept_and_used_again():
         gained[keep] = float(done.stdout)
     assert gained[False] < 75  # given back to the system
     assert 150 < gained[True] < 750  # kept, and not taken anew by each repetition
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "100000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_wait_with_less_patience_unless_the_user_says_how(given, expected):
+    """With a subprocess, because PyTorch's threads read the variable when they start."""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = "import nmt, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env | given, cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == f"{expected}\n"
