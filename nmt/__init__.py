@@ -7,8 +7,8 @@ import os
 
 # PyTorch would load torch_npu by itself, and fail where torch_npu is installed without CANN. `nmt.devices` loads it.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-# A thread that has done its part of an operation waits for the others, and spins meanwhile. On cores that other programs
-# use too, it keeps those others from running. With a third of libgomp's usual patience two threads there train more than
-# twice as fast, and on free cores 1% slower. Without any patience they are a third slower on free cores.
+# A thread that has done its part of an operation waits for the others, and spins meanwhile. On cores that other
+# programs use too, it keeps those others from running. With a third of libgomp's usual patience two threads there train
+# more than twice as fast, and on free cores 1% slower. Without any they are a third slower on free cores.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
