@@ -11,7 +11,19 @@ from unittest.mock import MagicMock
 
 import data
 import gru
-from bench import curves, decoding, large_corpus, logs, machine, plain, startup, time_to_bleu, tokenising, training
+from bench import (
+    against,
+    curves,
+    decoding,
+    large_corpus,
+    logs,
+    machine,
+    plain,
+    startup,
+    time_to_bleu,
+    tokenising,
+    training,
+)
 from nmt import search
 
 import pytest
@@ -121,6 +133,31 @@ def test_the_figures_of_training_by_hand():
     assert on_gpu[0] == ("training --amp, pairs/s", 400.0, ">= 150000")
 
 
+def test_the_figures_against_another_checkout_by_hand():
+    middle = {"float32 64": 150.0, "float32 64 other": 100.0, "amp 64": 800.0, "amp 64 other": 400.0}
+    middle |= {"GFLOP/s float32": 150.0, "GFLOP/s amp": 600.0}
+    assert dict(against.figures(middle, flops=0.6e9, batches=[64])) == pytest.approx(
+        {
+            "training float32, batch 64, this / other": 1.5,
+            "share of the limit, float32, batch 64": 0.6,
+            "training amp, batch 64, this / other": 2.0,
+            "share of the limit, amp, batch 64": 0.8,
+        }
+    )
+
+
+def test_the_product_rate_is_that_of_the_fastest_library(monkeypatch):
+    monkeypatch.setattr(machine, "product_rates", lambda *args: {"slow": 1.0, "fast": 3.0, "middle": 2.0})
+    assert machine.matmul_rate(torch.float32) == 3.0
+
+
+def test_float32_products_are_measured_by_each_library(monkeypatch):
+    monkeypatch.setattr(machine, "PRODUCT", (32, 16, 8))
+    monkeypatch.setattr(machine, "ENOUGH_SECONDS", 1e-6)
+    assert {"torch.mm", "numpy", "oneDNN"} == machine.product_rates(torch.float32, repetitions=1).keys()
+    assert {"torch.mm"} == machine.product_rates(torch.bfloat16, repetitions=1).keys()
+
+
 # ---------------------------------------------------------------- processes
 
 
@@ -167,6 +204,16 @@ def test_training_runs(tiny_corpus, no_products, capsys):
     training.main(["--data-dir", str(tiny_corpus), "--batch-size", "8", "--plain-steps", "1", "--repetitions", "1"])
     values = figures(capsys.readouterr().out)
     assert len(values) == 7 and all(value > 0 for value in values.values())
+
+
+def test_against_runs(tiny_corpus, no_products, capsys):
+    where = ["--other", str(REPOSITORY), "--data-dir", str(tiny_corpus), "--repetitions", "1"]
+    small = ["--", "--hid-dim", "8", "--emb-dim", "8"]
+    against.main([*where, "--batch-sizes", "8", *small])
+    values = figures(capsys.readouterr().out)
+    assert len(values) == 4 and all(value > 0 for value in values.values())
+    against.main([*where, "--whole", *small, "--epochs", "1"])
+    assert figures(capsys.readouterr().out)["ten epochs, this / other"] > 0
 
 
 def test_decoding_runs_and_all_agree_in_float32(tiny_corpus, no_products, capsys):
