@@ -32,7 +32,7 @@ import random
 from typing import TYPE_CHECKING, NamedTuple
 
 from nmt.kernels import GRU, Dropout, output_loss, step_rows
-from nmt.products import linear
+from nmt.products import linear, prefers_dense
 
 import torch
 from torch import Tensor, nn
@@ -161,24 +161,30 @@ class Decoder(nn.Module):
         """The context's part of the logits, and the bias: [batch, output dim] for a context of [batch, hid dim]."""
         return F.linear(context, self.fc_out.weight[:, -context.shape[1] :], self.fc_out.bias)
 
-    def sum_logits(self, features: Tensor, context_logits: Tensor) -> Tensor:
+    def own_weight(self) -> Tensor:
+        """The columns of W_o for [e_t ; h_t], for `sum_logits`: [output dim, emb dim + hid dim]."""
+        weight = self.fc_out.weight[:, : -self.rnn.hidden_size]
+        return weight.contiguous() if prefers_dense(weight) else weight
+
+    def sum_logits(self, features: Tensor, context_logits: Tensor, own_weight: Tensor) -> Tensor:
         """The same as `logits`, where the context's part is at hand.
 
         Args:
             features: [rows, emb dim + hid dim] from `decode_rows`. A sentence's rows stand together, equally many each.
             context_logits: [sentences, output dim] from `context_logits`.
+            own_weight: from `own_weight`.
 
         Returns:
             [rows, output dim] logits.
         """
-        logits = linear(features, self.fc_out.weight[:, : features.shape[1]])
+        logits = linear(features, own_weight)
         by_sentence = logits.view(len(context_logits), -1, logits.shape[1])  # [sentences, rows of one, output dim]
         by_sentence += context_logits.unsqueeze(1)
         return logits
 
-    def most_probable(self, features: Tensor, context_logits: Tensor) -> Tensor:
+    def most_probable(self, features: Tensor, context_logits: Tensor, own_weight: Tensor) -> Tensor:
         """The most probable tokens: [rows] ids, of the logits that `sum_logits` gives."""
-        return self.sum_logits(features, context_logits).argmax(dim=1)
+        return self.sum_logits(features, context_logits, own_weight).argmax(dim=1)
 
 
 class Memory(NamedTuple):
@@ -187,14 +193,20 @@ class Memory(NamedTuple):
     Attributes:
         context_gates: [sentences, ...] from the decoder's `rnn.context_gates`.
         context_logits: [sentences, output dim] from `Decoder.context_logits`.
+        own_weight: from `Decoder.own_weight`, the same for all sentences.
     """
 
     context_gates: Tensor
     context_logits: Tensor
+    own_weight: Tensor
 
     def select(self, rows: Tensor) -> Memory:
         """The memory of these sentences: [selected] int64 row numbers."""
-        return Memory(*(part.index_select(0, rows) for part in self))
+        context_gates, context_logits = (
+            self.context_gates.index_select(0, rows),
+            self.context_logits.index_select(0, rows),
+        )
+        return Memory(context_gates, context_logits, self.own_weight)
 
 
 class Seq2Seq(nn.Module):
@@ -268,7 +280,7 @@ class Seq2Seq(nn.Module):
         segments = forced_segments(forced)
         if len(segments) > 1:
             with torch.no_grad():
-                context_logits = self.decoder.context_logits(context)
+                context_logits, own_weight = self.decoder.context_logits(context), self.decoder.own_weight()
         rows = step_rows(rows_per_step)
         hidden = context
         segment_features: list[Tensor] = []
@@ -278,7 +290,9 @@ class Seq2Seq(nn.Module):
             if first:
                 with torch.no_grad():
                     last_step = segment_features[-1][-rows_per_step[first - 1] :]
-                    predicted = self.decoder.most_probable(last_step[:batch], context_logits[:batch])  # [batch]
+                    predicted = self.decoder.most_probable(
+                        last_step[:batch], context_logits[:batch], own_weight
+                    )  # [batch]
                 tokens = torch.cat((predicted, tokens[batch:]))
             segment, hidden = self.decoder.decode_rows(
                 tokens, rows_per_step[first:after], hidden[:batch], context_gates
@@ -298,7 +312,7 @@ class Seq2Seq(nn.Module):
         """
         context = self.encoder(src, src_len)[0]  # [batch, hid dim]
         context_gates = self.decoder.rnn.context_gates(len(context), context)
-        return Memory(context_gates, self.decoder.context_logits(context)), context
+        return Memory(context_gates, self.decoder.context_logits(context), self.decoder.own_weight()), context
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Decodes one step. A sentence may have several rows, one for each hypothesis. They stand together.
@@ -314,7 +328,7 @@ class Seq2Seq(nn.Module):
         sentences, rows = len(memory.context_gates), len(prev_token)
         context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
         features, hidden = self.decoder.decode_rows(prev_token, [rows], hidden, context_gates)
-        return self.decoder.sum_logits(features, memory.context_logits), hidden
+        return self.decoder.sum_logits(features, memory.context_logits, memory.own_weight), hidden
 
 
 def forced_segments(forced: list[bool]) -> list[tuple[int, int]]:

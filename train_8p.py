@@ -296,8 +296,8 @@ def run_rank(world: World, settings: Settings, mixed: precision.Choice, corpus: 
         corpus.check_ids()  # such a device would not notice a wrong one
     model = first_model(settings, world, corpus)
     world.start()
-    if settings.compile_loss:
-        kernels.compile_softmax(world.device)
+    if settings.compile_loss:  # it needs the device
+        kernels.compile_softmax(world.device, mixed.dtype)
     train(settings, mixed, world, corpus, model)
     world.stop()
 

@@ -177,8 +177,8 @@ class GRUSteps(torch.autograd.Function):
         dz  = dh' * (h - n) * z * (1 - z)
         dh  = dh' * z + W_hr' dr + W_hz' dz + W_hn' dg
 
-    In half precision the products are in half, and what is kept for the backward pass. All else is in float32: the
-    sums, the gates, the states from step to step, and their gradients. On a CPU that is quicker than half, too.
+    In half precision the products are in half, and what is kept for the backward pass. The rest is in float32: adding
+    up the gates' sums, the gates, the states from step to step, and their gradients. On a CPU that is quicker, too.
     """
 
     BLOCK = 256  # rows of a step at a time: what belongs to them fits the processor's cache
@@ -341,7 +341,7 @@ class OutputLoss(torch.autograd.Function):
     They belong to a sum over many rows, which float16 might not hold, so they are kept a power of two smaller.
     """
 
-    BLOCK = 96 * 2**20  # bytes of logits at a time: the peak of a step's memory
+    BLOCK = 48 * 2**20  # bytes of logits at a time, in half precision twice as many: the peak of a step's memory
     SOFTMAX_ROWS = 64  # rows of one softmax on a CPU: they fit a core's own cache
     COMPILED = False  # whether `torch.compile` makes the softmax: fewer passes over a GPU's memory
     SAFE_ROWS = 16384  # rows whose gradients float16 can add up: a feature is rarely above 2, float16 ends at 65504
@@ -354,10 +354,12 @@ class OutputLoss(torch.autograd.Function):
         weight_own, weight_context = aligned(weight[:, :own], width), aligned(weight[:, own:], width)
         ctx.scale = 2.0 ** -(len(features) // OutputLoss.SAFE_ROWS).bit_length()
         context_logits = mm(context, weight_context.T)[:, :vocabulary].to(accumulate_dtype(features.dtype)).add_(bias)
-        d_context_logits = torch.zeros(len(context), width, dtype=context_logits.dtype, device=context.device)
+        d_context_logits = torch.zeros_like(context_logits, memory_format=torch.contiguous_format)
         total = context_logits.new_zeros(())
         d_weight = weight.new_empty(width, weight.shape[1])
-        block_rows = OutputLoss.BLOCK // (width * features.element_size())
+        # Each further block rounds the weights' gradient once more, which half can afford less than float32.
+        block_bytes = OutputLoss.BLOCK * (2 if features.element_size() == 2 else 1)
+        block_rows = block_bytes // (width * features.element_size())
         steps, step_ranges = step_rows(rows_per_step), list(step_blocks(rows_per_step, block_rows))
         counts = [steps[last - 1].stop - steps[first].start for first, last in step_ranges]
         spare = max(rounded(count) - count for count in counts)
@@ -374,14 +376,14 @@ class OutputLoss(torch.autograd.Function):
                 smoothing,
                 ignored,
                 ctx.scale,
-                d_context_logits[:, :vocabulary],
+                d_context_logits,
             )
             if with_gradients:  # `logits` are their gradient now; the rows and columns that nobody needs are 0
                 mm(logits, weight_own, out=d_features[rows.start : rows.start + len(x)])
                 mm(logits.T, x, out=d_weight[:, :own], accumulate=first > 0)
         if with_gradients:
-            d_bias = d_context_logits[:, :vocabulary].sum(0).to(bias.dtype)
-            d_context_logits = d_context_logits.to(features.dtype)
+            d_bias = d_context_logits.sum(0).to(bias.dtype)
+            d_context_logits = F.pad(d_context_logits.to(features.dtype), (0, width - vocabulary))
             mm(d_context_logits.T, context, out=d_weight[:, own:])
             d_context = mm(d_context_logits, weight_context)
             ctx.gradients = (d_features[: len(features)], d_context, d_weight[:vocabulary], d_bias)
@@ -404,9 +406,9 @@ class OutputLoss(torch.autograd.Function):
         """
         loss = context_logits.new_zeros(())
         steps, batch = step_rows(rows_per_step), rows_per_step[0]
-        on_cpu = logits.device.type == "cpu"
-        limit = OutputLoss.SOFTMAX_ROWS if on_cpu and not OutputLoss.COMPILED else batch
-        if limit == batch == rows_per_step[-1]:
+        in_parts = logits.device.type == "cpu" and not OutputLoss.COMPILED
+        limit = OutputLoss.SOFTMAX_ROWS if in_parts else batch
+        if not in_parts and batch == rows_per_step[-1]:
             parts = [(slice(0, len(logits)), slice(0, batch))]  # rows, sentences: all steps at once
         else:
             parts = [
@@ -469,8 +471,11 @@ def softmax_in_place(
     x.scatter_add_(1, target, torch.full_like(losses, smoothing - 1))
     if scale != 1 or logits.device.type != "cpu" or not real.all():  # elsewhere the last question would wait
         x.mul_(real * scale)
-    for d_step in x.view(by_step):
-        d_context_logits += d_step
+    if logits.device.type == "cpu":
+        for d_step in x.view(by_step):
+            d_context_logits += d_step
+    else:
+        d_context_logits += x.view(by_step).sum(0)
     logits.copy_(x)
     return torch.where(real, losses, 0).sum()
 
@@ -500,15 +505,18 @@ def compiled_softmax() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     return torch.compile(softmax_and_gradient, dynamic=True)
 
 
-def compile_softmax(device: torch.device) -> None:
-    """Has `OutputLoss` use `compiled_softmax` in this process from now on, and tries it.
+def compile_softmax(device: torch.device, dtype: torch.dtype) -> None:
+    """Has `OutputLoss` use `compiled_softmax` in this process from now on, and tries it with logits of `dtype`.
 
     Raises:
         UserError: usage, it cannot be compiled here.
     """
-    logits, targets = torch.zeros(4, 8, device=device), torch.zeros(4, dtype=torch.long, device=device)
+    # As in training: rows with gaps, no gradients. Other forms would be compiled again.
+    logits = torch.zeros(4, 16, device=device, dtype=dtype)[:, :8]
+    context_logits = torch.zeros(2, 16, device=device, dtype=accumulate_dtype(dtype))[:, :8]
     try:
-        compiled_softmax()(logits, logits[:2], targets, 0.1, 1, 1.0)
+        with torch.no_grad():
+            compiled_softmax()(logits, context_logits, torch.zeros(4, dtype=torch.long, device=device), 0.1, 1, 1.0)
     except Exception as error:  # a compiler fails in its own ways
         todo = "install g++, and triton for a GPU, or leave the flag out"
         raise UserError("usage", f"the loss cannot be compiled: {first_line(error)}", "--compile-loss", todo) from error

@@ -325,7 +325,8 @@ class NativeTrainer(Trainer[Model]):
 class FusedUpdate:
     """Scales the loss, unscales and clips the gradients and updates the weights, for a fused optimizer.
 
-    The norm of the gradients tells whether all are finite. The optimizer's kernel divides them by the scale and by what
+    The norm of the gradients tells whether all are finite, and whether they are too large for float32 to add up their
+    squares: such a step is skipped too. The optimizer's kernel divides them by the scale and by what
     clipping asks for, so no pass over them is made for either. Nothing waits for the device.
 
     Args:
@@ -353,7 +354,8 @@ class FusedUpdate:
         if not self._checks and max_norm == 0:
             optimizer.step()
             return
-        gradients = [parameter.grad.float() for parameter in optimizer.param_groups[0]["params"]]
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [parameter.grad.float() for parameter in parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)  # of the scaled gradients
         divisor = self._scale
         if max_norm > 0:
@@ -361,6 +363,7 @@ class FusedUpdate:
         overflows = ~norm.isfinite() if self._checks else torch.zeros_like(norm)
         optimizer.grad_scale, optimizer.found_inf = divisor, overflows.float()  # type: ignore[attr-defined]
         optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
         if not self.is_static:
             self._clean_steps = torch.where(overflows, 0, self._clean_steps + 1)
             grows = self._clean_steps == GROWTH_INTERVAL

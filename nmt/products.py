@@ -2,9 +2,9 @@
 
 `torch.mm` takes oneDNN for half precision and MKL for float32. On Intel's processors both are fast. On AMD's, MKL
 computes half of what the processor can: on two cores of a Zen 4 173 GFLOP/s, where oneDNN had 344 to 373. So float32
-products there are oneDNN's, by operators of PyTorch that are not public. Where one is missing, or gives something else
-than `torch.mm`, `torch.mm` does everything. numpy's OpenBLAS is faster still by itself. But it has threads of its own,
-and PyTorch's wait on the same cores: together they are several times slower.
+products there are oneDNN's, by operators of PyTorch that are not public. Where one is missing, or gives a different
+result, `torch.mm` does everything. numpy's OpenBLAS is faster still by itself. But its threads and PyTorch's compete
+for the same cores, and together they are several times slower.
 
 oneDNN compiles a kernel for each shape that it has not met, which takes several times as long as the product itself. A
 batch's number of rows differs from step to step. `rounded` makes few numbers of them.
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 FEWEST_ROWS = 16  # of an AMX tile
 MOST_ROWS = 4096  # of a product of oneDNN's: more would be more shapes, and no quicker
+PART_ROWS = 2048  # of a weight's gradient: the operator needs a copy of them
 ENOUGH_ROWS = 256  # with so many a product is worth a copy of its second matrix
 HALF = (torch.bfloat16, torch.float16)
 NO_INTEL = ("AuthenticAMD", "HygonGenuine")  # vendors of x86 processors that MKL was not written for
@@ -54,9 +55,10 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate: bool = Fa
         out: [rows, columns] where the result goes. Left out: a new tensor.
         accumulate: adds the product to `out`.
     """
-    on_cpu = a.device.type == "cpu"
-    special = on_cpu and a.dtype == torch.float32 and float32_by_onednn() and (is_dense(b) or len(a) >= ENOUGH_ROWS)
-    limit = MOST_ROWS if special or (on_cpu and a.dtype in HALF) else len(a)
+    special = prefers_dense(a) and (is_dense(b) or len(a) >= ENOUGH_ROWS) and a.numel() > 0 and b.numel() > 0
+    # The rows of a weight's gradient are always as many.
+    compiles = (special or (a.device.type == "cpu" and a.dtype in HALF)) and a.stride(0) != 1
+    limit = MOST_ROWS if compiles else max(1, len(a))
     if out is None and len(a) <= limit:
         return by_onednn(a, b) if special else torch.mm(a, b)
     if accumulate:
@@ -73,8 +75,15 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate: bool = Fa
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x` [rows, inner] times the transpose of `weight` [columns, inner], as `F.linear`."""
-    return F.linear(x, weight) if torch.is_grad_enabled() else mm(x, weight.T)
+    """`x` [rows, inner] times the transpose of `weight` [columns, inner], as `F.linear`, also under autocast."""
+    if prefers_dense(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        return mm(x, weight.T)
+    return F.linear(x, weight)
+
+
+def prefers_dense(a: Tensor) -> bool:
+    """Whether products with `a` are quicker if the other matrix has no gaps: they are oneDNN's by its own operators."""
+    return a.dtype == torch.float32 and a.device.type == "cpu" and float32_by_onednn()
 
 
 def is_dense(matrix: Tensor) -> bool:
@@ -83,10 +92,15 @@ def is_dense(matrix: Tensor) -> bool:
 
 
 def by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.mm` by oneDNN, of two matrices with neither rows nor columns of length 1."""
+    """`torch.mm` by oneDNN, of two matrices that are not empty."""
     if a.stride(0) == 1:  # the rows' gradients times what the rows were: the gradient of a weight
-        grad, x = a.T.contiguous().to_mkldnn(), b.contiguous().to_mkldnn()
-        return torch.ops.aten.mkldnn_linear_backward_weights(grad, x, b, False)[0]
+        total = None
+        for first in range(0, len(b), PART_ROWS):
+            grad, x = a.T[first : first + PART_ROWS].to_mkldnn(), b[first : first + PART_ROWS].to_mkldnn()
+            part = torch.ops.aten.mkldnn_linear_backward_weights(grad, x, b, False)[0]
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
     weight = b.T if is_dense(b) else b.T.contiguous()  # for what has gaps oneDNN has a reference loop, which is slow
     return torch.ops.mkldnn._linear_pointwise(a.contiguous(), weight, None, "none", [], "")
 

@@ -122,14 +122,16 @@ def nan_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_gradient_depends_on_undefined_memory(dtype, nan_memory):
-    """With a vocabulary whose rows end inside a block of the processor's matrix instructions."""
+@pytest.mark.parametrize("onednn", [False, True], ids=["torch.mm", "oneDNN"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_no_gradient_depends_on_undefined_memory(dtype, onednn, nan_memory, monkeypatch):
+    """Neither numbers of rows nor the vocabulary fill the blocks of the processor's matrix instructions."""
+    monkeypatch.setattr(products, "float32_by_onednn", lambda: onednn)
     model = gru.build(30, 500, emb_dim=32, hid_dim=32)
     gru.init_orthogonal(model)
-    src, trg = (torch.randint(4, size, (12, 16)) for size in (30, 500))
-    model = model.to(dtype)
-    loss = gru.TrainingLoss(model, 0.1)(make_batch(src, torch.full((16,), 12), trg), 1.0)
+    src, trg = (torch.randint(4, size, (12, 19)) for size in (30, 500))
+    model, lengths = model.to(dtype), torch.arange(19) % 9 + 4
+    loss = gru.TrainingLoss(model, 0.1)(make_batch(src, lengths, trg), 0.7)
     assert all(gradient.isfinite().all() for gradient in gradients(loss, model).values())
 
 
@@ -227,7 +229,13 @@ def test_a_loss_that_cannot_be_compiled_is_told(monkeypatch):
         raise RuntimeError("no compiler\nat all")
 
     monkeypatch.setattr(kernels, "compiled_softmax", lambda: broken)
-    refused("usage", kernels.compile_softmax, torch.device("cpu"), says=["--compile-loss", "no compiler", "g++"])
+    refused(
+        "usage",
+        kernels.compile_softmax,
+        torch.device("cpu"),
+        torch.float32,
+        says=["--compile-loss", "no compiler", "g++"],
+    )
     assert not kernels.OutputLoss.COMPILED
 
 

@@ -61,6 +61,7 @@ def test_the_vendor_decides(tmp_path, vendor, expected):
 @pytest.mark.parametrize("most_rows", [4096, 7])
 def test_mm_is_the_product_whatever_the_layout(either_way, monkeypatch, sizes, most_rows):
     monkeypatch.setattr(products, "MOST_ROWS", most_rows)
+    monkeypatch.setattr(products, "PART_ROWS", most_rows)
     torch.manual_seed(0)
     rows, inner, columns = sizes
     for a in layouts(rows, inner):
@@ -88,6 +89,20 @@ def test_linear_has_a_gradient_where_one_is_asked_for(by_onednn):
     torch.testing.assert_close(weight.grad, x.sum(0).expand(3, -1))
     with torch.no_grad():
         torch.testing.assert_close(products.linear(x, weight), x @ weight.T)
+
+
+def test_linear_computes_in_half_under_autocast(either_way):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert products.linear(torch.randn(300, 4), torch.randn(3, 4)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2), (3, 0, 2), (3, 2, 0), (1, 1, 1), (300, 1, 1), (1, 300, 5)])
+def test_mm_of_empty_and_of_single_rows_and_columns(either_way, sizes):
+    rows, inner, columns = sizes
+    for a in layouts(rows, inner):
+        for b in layouts(inner, columns):
+            torch.testing.assert_close(products.mm(a, b), a @ b)
+            torch.testing.assert_close(products.mm(a, b, out=torch.ones(rows, columns)), a @ b)
 
 
 def test_numbers_of_rows_are_few_and_little_larger():
