@@ -1,8 +1,12 @@
 """The same program on a CUDA device. Without one these tests are skipped."""
 
+import importlib.util
+
+import data
+import gru
 import train_8p
 from bench import logs
-from nmt import precision
+from nmt import kernels, precision
 from nmt.errors import run_main
 
 import pytest
@@ -64,3 +68,28 @@ def test_float32_has_the_losses_of_the_cpu(tiny_corpus, tmp_path, capsys):
     run_main(train_8p.main, [*arguments, *alike, "--data-dir", str(tiny_corpus), "--performance"])
     on_cpu = losses_of(capsys.readouterr().out)
     assert on_gpu == pytest.approx(on_cpu[: len(on_gpu)], rel=1e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs triton on a GPU")
+def test_a_compiled_loss_has_the_losses_of_the_other(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kernels.OutputLoss, "COMPILED", False)
+    expected = losses(tiny_corpus, tmp_path, capsys, "--amp")
+    assert losses(tiny_corpus, tmp_path, capsys, "--amp", "--compile-loss") == pytest.approx(expected, rel=1e-2)
+    assert kernels.OutputLoss.COMPILED
+
+
+@pytest.mark.parametrize("scale", [32.0, "dynamic"])
+def test_a_step_does_not_wait_for_the_device(tiny_corpus, scale):
+    device, corpus = torch.device("cuda"), data.load(tiny_corpus)
+    model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab), emb_dim=16, hid_dim=24, device=device)
+    trainer = precision.make_trainer(precision.Choice("O2", torch.float16, scale), model, device)
+    criterion = gru.TrainingLoss(trainer.working_model, 0.1)
+    batch = data.Loader(corpus.train, device)(torch.arange(16))
+    for mode in ("default", "error"):  # what is made once, is made in the first step
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            trainer.backward(criterion(batch, 1.0) / 100)
+            trainer.step(1e-3, max_norm=1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert trainer.skipped_steps() == 0
