@@ -238,14 +238,10 @@ def squares(half, data):
 
 
 @pytest.mark.parametrize("scale", [32.0, "dynamic"])
-@pytest.mark.parametrize(
-    ("dtype", "fused"), [(torch.float16, False), (torch.bfloat16, False), (torch.float32, False), (torch.float32, True)]
-)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_o2_is_the_reference_over_fifty_steps_with_two_overflows(monkeypatch, dtype, fused, scale):
-    """The fused form rounds otherwise in the last bit of float32, which now and then is one whole bit of a half copy.
-
-    So it is compared with copies in float32.
-    """
+    """The fused form rounds the last bit of float32 otherwise, which now and then is one whole bit of a half copy."""
     monkeypatch.setattr(precision, "GROWTH_INTERVAL", 10)
     make_optimizer = precision.make_optimizer
     monkeypatch.setattr(precision, "make_optimizer", lambda *args: make_optimizer(*args, fused=fused))
@@ -253,7 +249,8 @@ def test_o2_is_the_reference_over_fifty_steps_with_two_overflows(monkeypatch, dt
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
     reference = ReferenceO2(model, dtype, scale, growth_interval=10)
     trainer = precision.make_trainer(precision.Choice("O2", dtype, scale), model, CPU)
-    scales, tolerance = set(), 1e-4 if fused else 1e-6
+    tolerance = 1e-6 if not fused else 1e-4 if dtype == torch.float32 else 3e-2
+    scales = set()
     for step in range(50):
         data, lr, factor = torch.randn(6, 4), 0.01 * (1 + step % 3), float("inf") if step in (7, 31) else 1.0
         loss = squares(trainer.working_model, data) * factor
@@ -262,7 +259,7 @@ def test_o2_is_the_reference_over_fifty_steps_with_two_overflows(monkeypatch, dt
         assert loss.item() == pytest.approx(reference.step(data, factor, lr), rel=tolerance), step
         assert trainer.loss_scale == reference.scale, step
         for parameter, master in zip(model.parameters(), reference.masters, strict=True):
-            torch.testing.assert_close(parameter.detach(), master, rtol=tolerance, atol=1e-6 if fused else 0)
+            torch.testing.assert_close(parameter.detach(), master, rtol=tolerance, atol=tolerance / 100 if fused else 0)
         scales.add(reference.scale)
     assert trainer.skipped_steps() == reference.skipped >= 2
     assert 10 < reference.clipped < 40 - reference.skipped, "both happen: gradients that are clipped and others"
