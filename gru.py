@@ -202,11 +202,10 @@ class Memory(NamedTuple):
 
     def select(self, rows: Tensor) -> Memory:
         """The memory of these sentences: [selected] int64 row numbers."""
-        context_gates, context_logits = (
-            self.context_gates.index_select(0, rows),
-            self.context_logits.index_select(0, rows),
+        return self._replace(
+            context_gates=self.context_gates.index_select(0, rows),
+            context_logits=self.context_logits.index_select(0, rows),
         )
-        return Memory(context_gates, context_logits, self.own_weight)
 
 
 class Seq2Seq(nn.Module):
@@ -290,9 +289,8 @@ class Seq2Seq(nn.Module):
             if first:
                 with torch.no_grad():
                     last_step = segment_features[-1][-rows_per_step[first - 1] :]
-                    predicted = self.decoder.most_probable(
-                        last_step[:batch], context_logits[:batch], own_weight
-                    )  # [batch]
+                    # [batch]
+                    predicted = self.decoder.most_probable(last_step[:batch], context_logits[:batch], own_weight)
                 tokens = torch.cat((predicted, tokens[batch:]))
             segment, hidden = self.decoder.decode_rows(
                 tokens, rows_per_step[first:after], hidden[:batch], context_gates

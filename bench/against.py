@@ -15,23 +15,10 @@ import tempfile
 from pathlib import Path
 
 import data
-from bench import logs, machine
+from bench import logs, machine, training
 from nmt.errors import run_main
 
-import torch
-
 PRECISIONS = {"float32": [], "amp": ["--amp"]}
-
-
-def measure_epoch(checkout: Path, flags: list[str]) -> tuple[float, float, torch.dtype]:
-    """Runs `train_8p.py --performance` of a checkout: pairs a second, peak memory in MB, and the dtype."""
-    command = [sys.executable, str(checkout / "train_8p.py"), "--performance", "--recipe=tuned", *flags]
-    for line in machine.follow(command, cwd=checkout):
-        if logs.RUN.match(line.text):
-            dtype = getattr(torch, logs.facts_of(line.text)["precision"].partition("/")[0])
-        if found := logs.RATE.match(line.text):
-            rate = float(found["rate"])
-    return rate, line.peak_mb, dtype
 
 
 def measure_whole(checkout: Path, flags: list[str]) -> tuple[float, float]:
@@ -94,7 +81,7 @@ def main(argv: list[str]) -> None:
                 for name, flags in PRECISIONS.items():
                     for which, checkout in turns:
                         row = f"{name} {batch}{which}"
-                        found = measure_epoch(checkout, [*shared, f"--batch-size={batch}", *flags])
+                        found = training.measure_port([*shared, f"--batch-size={batch}", *flags], checkout)
                         rates[row], memory[f"MB {row}"], dtypes[name] = found
             limits = {f"GFLOP/s {name}": machine.matmul_rate(dtypes[name], args.device) / 1e9 for name in PRECISIONS}
             return dict(sorted(rates.items())) | dict(sorted(memory.items())) | limits

@@ -13,6 +13,7 @@ rate, from which the limit follows (`machine.flops_per_pair`).
 
 import sys
 import tempfile
+from pathlib import Path
 
 import data
 from bench import logs, machine, plain
@@ -27,9 +28,10 @@ PORT = {
 }
 
 
-def measure_port(flags: list[str]) -> tuple[float, float, torch.dtype]:
-    """Runs `train_8p.py --performance` and returns pairs a second, peak memory in MB, and the dtype."""
-    for line in machine.follow([*machine.TRAIN, "--performance", "--recipe", "tuned", *flags]):
+def measure_port(flags: list[str], checkout: Path = machine.ROOT) -> tuple[float, float, torch.dtype]:
+    """Runs `train_8p.py --performance` of a checkout: pairs a second, peak memory in MB, and the dtype."""
+    command = [sys.executable, str(checkout / "train_8p.py"), "--performance", "--recipe", "tuned", *flags]
+    for line in machine.follow(command, cwd=checkout):
         if logs.RUN.match(line.text):
             dtype = getattr(torch, logs.facts_of(line.text)["precision"].partition("/")[0])
         if found := logs.RATE.match(line.text):

@@ -326,8 +326,8 @@ class FusedUpdate:
     """Scales the loss, unscales and clips the gradients and updates the weights, for a fused optimizer.
 
     The norm of the gradients tells whether all are finite, and whether they are too large for float32 to add up their
-    squares: such a step is skipped too. The optimizer's kernel divides them by the scale and by what
-    clipping asks for, so no pass over them is made for either. Nothing waits for the device.
+    squares: such a step is skipped too. The optimizer's kernel divides them by the scale and by what clipping asks for,
+    so no pass over them is made for either. Nothing waits for the device.
 
     Args:
         device: where the weights are.
