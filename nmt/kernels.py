@@ -181,16 +181,18 @@ class GRUSteps(torch.autograd.Function):
     up the gates' sums, the gates, the states from step to step, and their gradients. On a CPU that is quicker, too.
     """
 
-    BLOCK = 256  # rows of a step at a time: what belongs to them fits the processor's cache
+    BLOCK = 256  # rows of a step at a time in half: the copies in float32 fit the processor's cache
+    EXACT_BLOCK = 4096  # in float32, which needs no copies
 
     @staticmethod
     def forward(ctx, inputs, context_gates, weight_ih, weight_hh, bias_hn, hidden, rows_per_step):
         """See `GRU.run`. `weight_ih`, [3 * hid dim, input dim], is without the context's columns."""
         size, dtype, exact = weight_hh.shape[1], inputs.dtype, accumulate_dtype(inputs.dtype)
         count, largest = len(inputs), rows_per_step[0]
-        block_rows = min(largest, GRUSteps.BLOCK)
-        spare = rounded(block_rows)  # a product may read so many rows too many; what it makes of them is not used
-        inputs = with_spare_rows(inputs, rounded(count))
+        block_rows = min(largest, GRUSteps.EXACT_BLOCK if dtype == exact else GRUSteps.BLOCK)
+        # A product may read so many rows too many. What it makes of them is not used.
+        spare = rounded(block_rows, inputs)
+        inputs = with_spare_rows(inputs, rounded(count, inputs))
         gates = mm(inputs, weight_ih.T)  # [rows, 3 * hid dim] the inputs' part of the sums, later r, z and n
         hidden_new = gates.new_empty(count, size)  # g
         outputs = gates.new_empty(count + spare, size)
@@ -202,7 +204,7 @@ class GRUSteps(torch.autograd.Function):
             states.copy_(hidden)
             before = with_spare_rows(hidden.to(dtype), largest + spare)
         for step, batch in zip(step_rows(rows_per_step), rows_per_step, strict=True):
-            for first, last in blocks(batch, GRUSteps.BLOCK):
+            for first, last in blocks(batch, block_rows):
                 rows, state = slice(step.start + first, step.start + last), states[first:last]
                 if work is None:
                     block, g = gates[rows], hidden_new[rows]
@@ -215,7 +217,7 @@ class GRUSteps(torch.autograd.Function):
                     state.zero_()
                     g.copy_(bias_hn)
                 else:
-                    sums = mm(before[first : first + rounded(last - first)], weight_hh.T)[: last - first]
+                    sums = mm(before[first : first + rounded(last - first, inputs)], weight_hh.T)[: last - first]
                     block[:, : 2 * size].add_(sums[:, : 2 * size])
                     torch.add(sums[:, 2 * size :], bias_hn, out=g)
                 block[:, : 2 * size].sigmoid_()
@@ -237,14 +239,14 @@ class GRUSteps(torch.autograd.Function):
         rows_per_step, size, dtype = ctx.rows_per_step, weight_hh.shape[1], inputs.dtype
         exact, count, largest = accumulate_dtype(dtype), len(hidden_new), rows_per_step[0]
         steps = list(zip(step_rows(rows_per_step), rows_per_step, strict=True))
-        block_rows = min(largest, GRUSteps.BLOCK)
+        block_rows = min(largest, GRUSteps.EXACT_BLOCK if dtype == exact else GRUSteps.BLOCK)
         before = inputs.new_empty(len(inputs), size)  # the state before each step
         before[:largest] = 0 if hidden is None else hidden
         for (step, batch), (earlier, _) in zip(steps[1:], steps, strict=False):
             before[step] = outputs[earlier][:batch]
         before[count:] = 0
         # The gradients of the sums n, r, z and g: the first three belong to the inputs, the last three to the state.
-        d_sums = inputs.new_empty(len(inputs) + rounded(block_rows), 4 * size)
+        d_sums = inputs.new_empty(len(inputs) + rounded(block_rows, inputs), 4 * size)
         d_sums[count : len(inputs)] = 0
         work = None if dtype == exact else torch.empty(block_rows, 8 * size, dtype=exact)
         d_context_gates = torch.zeros(largest, 3 * size, dtype=exact)
@@ -252,7 +254,7 @@ class GRUSteps(torch.autograd.Function):
         if d_last is not None:
             d_states[: rows_per_step[-1]] = d_last
         for step, batch in reversed(steps):
-            for first, last in blocks(batch, GRUSteps.BLOCK):
+            for first, last in blocks(batch, block_rows):
                 rows = slice(step.start + first, step.start + last)
                 if work is None:
                     d_block, block, g = d_sums[rows], gates[rows], hidden_new[rows]
@@ -276,7 +278,7 @@ class GRUSteps(torch.autograd.Function):
                 if work is not None:
                     d_sums[rows] = d_block
                 if step.start > 0 or hidden is not None:
-                    more = slice(rows.start, rows.start + rounded(last - first))
+                    more = slice(rows.start, rows.start + rounded(last - first, inputs))
                     torch.add(d_kept, mm(d_sums[more, size:], weight_hh)[: last - first], out=d_after)
         d_bias_hn = d_sums[:count, 3 * size :].sum(0)
         d_sums = d_sums[: len(inputs)]
@@ -362,11 +364,11 @@ class OutputLoss(torch.autograd.Function):
         block_rows = block_bytes // (width * features.element_size())
         steps, step_ranges = step_rows(rows_per_step), list(step_blocks(rows_per_step, block_rows))
         counts = [steps[last - 1].stop - steps[first].start for first, last in step_ranges]
-        spare = max(rounded(count) - count for count in counts)
+        spare = max(rounded(count, features) - count for count in counts)
         d_features = features.new_empty(len(features) + spare, own)
         for (first, last), count in zip(step_ranges, counts, strict=True):
             rows = slice(steps[first].start, steps[last - 1].stop)
-            x = with_spare_rows(features[rows], rounded(count))
+            x = with_spare_rows(features[rows], rounded(count, features))
             logits = mm(x, weight_own.T)  # [rows, width]
             total += OutputLoss.softmax(
                 logits[:count, :vocabulary],

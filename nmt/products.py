@@ -7,7 +7,7 @@ result, `torch.mm` does everything. numpy's OpenBLAS is faster still by itself. 
 for the same cores, and together they are several times slower.
 
 oneDNN compiles a kernel for each shape that it has not met, which takes several times as long as the product itself. A
-batch's number of rows differs from step to step. `rounded` makes few numbers of them.
+batch's number of rows differs from step to step. `rounded` makes few numbers of them. MKL compiles nothing.
 """
 
 import functools
@@ -26,12 +26,16 @@ HALF = (torch.bfloat16, torch.float16)
 NO_INTEL = ("AuthenticAMD", "HygonGenuine")  # vendors of x86 processors that MKL was not written for
 
 
-def rounded(rows: int) -> int:
-    """A number of rows for a product, at least `rows`. There are sixteen such numbers up to each power of two.
+def rounded(rows: int, x: Tensor) -> int:
+    """A number of rows for a product with such a matrix as `x`, at least `rows`.
 
-    >>> [rounded(rows) for rows in (1, 16, 17, 900, 6600)]
+    For MKL it is `rows`. For others there are sixteen such numbers up to each power of two.
+
+    >>> [rounded(rows, torch.empty(0, dtype=torch.bfloat16)) for rows in (1, 16, 17, 900, 6600)]
     [16, 16, 32, 928, 6656]
     """
+    if x.device.type == "cpu" and not compiles(x):
+        return rows
     step = max(FEWEST_ROWS, 2 ** (rows.bit_length() - 5))
     return math.ceil(rows / step) * step
 
@@ -56,9 +60,8 @@ def mm(a: Tensor, b: Tensor, out: Tensor | None = None, *, accumulate: bool = Fa
         accumulate: adds the product to `out`.
     """
     special = prefers_dense(a) and (is_dense(b) or len(a) >= ENOUGH_ROWS) and a.numel() > 0 and b.numel() > 0
-    # The rows of a weight's gradient are always as many.
-    compiles = (special or (a.device.type == "cpu" and a.dtype in HALF)) and a.stride(0) != 1
-    limit = MOST_ROWS if compiles else max(1, len(a))
+    in_parts = compiles(a) and a.stride(0) != 1  # the rows of a weight's gradient are always as many
+    limit = MOST_ROWS if in_parts else max(1, len(a))
     if out is None and len(a) <= limit:
         return by_onednn(a, b) if special else torch.mm(a, b)
     if accumulate:
@@ -79,6 +82,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if prefers_dense(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
         return mm(x, weight.T)
     return F.linear(x, weight)
+
+
+def compiles(a: Tensor) -> bool:
+    """Whether a kernel is compiled for each new shape of a product with `a`: by oneDNN, on a CPU."""
+    return a.device.type == "cpu" and (a.dtype in HALF or prefers_dense(a))
 
 
 def prefers_dense(a: Tensor) -> bool:

@@ -52,6 +52,7 @@ def blocks(request, monkeypatch):
         monkeypatch.setattr(kernels.OutputLoss, "BLOCK", 10 * LOGITS_ROW)
         monkeypatch.setattr(kernels.OutputLoss, "SOFTMAX_ROWS", 2)
         monkeypatch.setattr(kernels.GRUSteps, "BLOCK", 3)
+        monkeypatch.setattr(kernels.GRUSteps, "EXACT_BLOCK", 3)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -106,10 +106,18 @@ def test_mm_of_empty_and_of_single_rows_and_columns(either_way, sizes):
 
 
 def test_numbers_of_rows_are_few_and_little_larger():
-    counts = {products.rounded(rows) for rows in range(1, 8193)}
+    half = torch.empty(0, dtype=torch.float16)
+    counts = {products.rounded(rows, half) for rows in range(1, 8193)}
     assert len(counts) <= 16 * 6
     for rows in range(1, 8193):
-        assert rows <= products.rounded(rows) < rows + max(16, rows / 8)
+        assert rows <= products.rounded(rows, half) < rows + max(16, rows / 8)
+
+
+def test_only_products_without_a_compiled_kernel_take_any_number_of_rows(either_way):
+    by_onednn, on_gpu = products.float32_by_onednn(), torch.empty(0, device="meta")
+    assert products.rounded(17, torch.empty(0)) == (32 if by_onednn else 17)
+    assert products.rounded(17, torch.empty(0, dtype=torch.float64)) == 17
+    assert products.rounded(17, on_gpu) == 32, "GPUs like whole blocks of rows"
 
 
 def test_spare_rows_are_zeros_behind_the_rows():
