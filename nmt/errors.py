@@ -8,6 +8,7 @@ import errno
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -38,6 +39,27 @@ class UserError(Exception):
     def __str__(self) -> str:
         kind, what, where, todo = self.args
         return printable(f"error[{kind}]: {what}; {where}; {todo}")
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C has ended the run. No `Exception`, so that no handler of errors takes it for one.
+
+    Args:
+        exit_code: 143 or 130.
+        what: what became of the work, in one line.
+
+    >>> str(Stopped(143, "the state is saved"))
+    'stopped by SIGTERM: the state is saved'
+    """
+
+    def __init__(self, exit_code: int, what: str = ""):
+        super().__init__(exit_code, what)
+        self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        exit_code, what = self.args
+        name = "Ctrl-C" if exit_code == 130 else signal.Signals(exit_code - 128).name
+        return printable(f"stopped by {name}" + (f": {what}" if what else ""))
 
 
 def printable(text: str) -> str:
@@ -115,6 +137,9 @@ def run_main(main, argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). The run is in order, and nobody is left to tell.
         discard_output()
