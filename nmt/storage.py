@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -26,11 +27,12 @@ def sha256(*parts) -> str:
     return digest.hexdigest()
 
 
-def stream_sha256(file: io.BufferedIOBase) -> str:
-    """The sha256 of the rest of `file`, from where it stands."""
+def stream_sha256(file: BinaryIO | io.BufferedIOBase, size: int = sys.maxsize) -> str:
+    """The sha256 of the rest of `file`, from where it stands, or of its next `size` bytes."""
     digest = hashlib.sha256()
-    while block := file.read(1 << 20):
+    while block := file.read(min(1 << 20, size)):
         digest.update(block)
+        size -= len(block)
     return digest.hexdigest()
 
 
