@@ -62,6 +62,11 @@ class Checkpoint:
         return hasher.hexdigest()
 
 
+def vocabulary_digest(src_words: list[str], trg_words: list[str]) -> str:
+    """sha256 over both vocabularies."""
+    return hashlib.sha256(json.dumps([src_words, trg_words]).encode()).hexdigest()
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -79,6 +84,14 @@ class BestFile:
     def __init__(self, path: Path, log: Log):
         self._path, self._log = path, log
         self.merit = -math.inf
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from, see `nmt.resume.Part`."""
+        return {"merit": self.merit}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self.merit = state["merit"]
 
     def replace(self, merit: float, checkpoint: Checkpoint) -> None:
         """Writes a better model. The first one of a run sets the file of an earlier run aside.
