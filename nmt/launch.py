@@ -192,7 +192,8 @@ def launch(
     `signals.GRACE` seconds to end. A second one ends them at once.
 
     Args:
-        debug: whether a child shows the traceback of an expected error too. It always shows that of any other.
+        debug: whether a child shows the traceback of an expected error too, and that of a lost rank. It always shows
+            that of any other.
         counters: the children count their steps there, if they do.
         first_rank: the number of the first one among the ranks of all nodes.
         timeout: so many seconds a rank may be stopped.
@@ -249,11 +250,20 @@ def supervise(ranks: list[Rank], stop: StopRequest, timeout: float, todo: str) -
     running = ranks
     while running:
         running = look(ranks)
+        if failed := any(rank.failed or rank.held >= timeout for rank in ranks):
+            settle(ranks)
         told = [rank.error for rank in ranks if isinstance(rank.error, Stopped)]
         if stop.signal is not None or told:
             raise wind_down(ranks, stop, stop.signal or told[0].exit_code - 128, todo)
-        if any(rank.failed or rank.held >= timeout for rank in ranks):
+        if failed:
             raise root_cause(ranks, timeout, todo)
+
+
+def settle(ranks: list[Rank]) -> None:
+    """Lets the other ranks report too."""
+    until = time.monotonic() + ROOT_CAUSE_WAIT
+    while time.monotonic() < until and look(ranks):
+        time.sleep(POLL / 4)  # a rank that ends ends the wait of `look`
 
 
 def wind_down(ranks: list[Rank], stop: StopRequest, number: int, todo: str) -> Stopped:
@@ -266,8 +276,8 @@ def wind_down(ranks: list[Rank], stop: StopRequest, number: int, todo: str) -> S
     deadline = (stop.since if stop.signal else time.monotonic()) + GRACE[signal.Signals(number)]
     running = [rank for rank in ranks if rank.runs]
     for rank in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank.process.pid or 0, number)
+        if rank.process.pid and rank.process.exitcode is None:
+            os.kill(rank.process.pid, number)
     while running and not stop.again and time.monotonic() < deadline:
         running = look(ranks)
     errors = [rank.error for rank in ranks]
@@ -290,10 +300,6 @@ def root_cause(ranks: list[Rank], timeout: float, todo: str) -> UserError | OSEr
         timeout: so long the ranks wait for each other.
         todo: what to do where no rank's own error says it.
     """
-    until = time.monotonic() + ROOT_CAUSE_WAIT
-    while time.monotonic() < until and any(rank.runs for rank in ranks):
-        look(ranks)
-        time.sleep(POLL / 4)  # look returns at once where a rank has ended
     silent = [rank for rank in ranks if rank.report is None]
     dead = [(rank, rank.process.exitcode) for rank in silent if not rank.runs]
     for rank, code in dead:
@@ -314,8 +320,9 @@ def root_cause(ranks: list[Rank], timeout: float, todo: str) -> UserError | OSEr
     for rank, code in dead:
         return rank.failure(how_it_died(code), todo)
     _, rank = reports[0]
-    what = rank.error.args[1] if isinstance(rank.error, LostPeer) else str(rank.error)
-    return rank.failure(what, f"see what the other nodes say; {todo}")
+    assert isinstance(rank.error, LostPeer)
+    _, what, where, own_todo = rank.error.args
+    return rank.failure(f"failed: {what} ({where})", own_todo if todo == CHECK else f"{own_todo}; then {todo}")
 
 
 def how_it_died(exitcode: int | None) -> str:
