@@ -8,6 +8,7 @@ import dataclasses
 import datetime
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if self.meeting is None:
             check_meeting_variables()  # torch.distributed reads them
-        store = None if self.meeting is None else launch.join_store(*self.meeting, self.timeout)
+        store = None if self.meeting is None else join_store(*self.meeting, self.timeout)
         try:
             dist.init_process_group(
                 self._collectives,
@@ -162,6 +163,49 @@ class World:
         return self.backend or COLLECTIVES[self.device_type]
 
 
+def host_store(addr: str, port: int, nodes: int) -> dist.TCPStore:
+    """Opens the store on this node. The launcher holds it, so no other program can take the port before the ranks meet.
+
+    Args:
+        addr: the address that the ranks connect to.
+        port: its port, or 0 for a free one.
+        nodes: with 1, only this machine can connect.
+
+    Raises:
+        UserError: distributed, the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((addr if nodes == 1 else "", port))
+    except OSError as error:
+        raise UserError(
+            "distributed",
+            f"cannot listen on port {port}: {error.strerror}",
+            f"{addr}:{port}",
+            "give another port with --dist-url or MASTER_PORT, or none to take a free one",
+        ) from error
+    listener.listen()
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        addr, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
+
+
+def join_store(addr: str, port: int, timeout: float) -> dist.TCPStore:
+    """Connects a rank to the store.
+
+    Raises:
+        UserError: distributed, nobody answers there.
+    """
+    try:
+        return dist.TCPStore(addr, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise LostPeer(
+            "distributed", f"no answer within {timeout:g} s", f"{addr}:{port}", "see that node 0 has been started there"
+        ) from error
+
+
 def set_hccl_timeouts(seconds: float) -> None:
     """Sets HCCL's timeouts, unless the user has.
 
@@ -215,7 +259,7 @@ class Plan:
         addr, port = self.meeting
         first = self.worlds[0]
         if first.is_main and first.size > 1:
-            store = launch.host_store(addr, port, first.nodes)  # stays open as long as this function runs
+            store = host_store(addr, port, first.nodes)  # stays open as long as this function runs
             port = store.port
         counters = launch.step_counters(len(self.worlds))
         worlds = [

@@ -1,7 +1,7 @@
 """Starts one process per device and watches over them: all finish, or none is left.
 
-The parent holds the store in which the ranks meet. So no other program can take the port before they do. On one node
-the store listens on loopback alone.
+The launcher never blocks and takes no exception from a signal. It looks at its ranks several times a second: whether
+they run, what they report, their last step. So it always ends, and says which of them failed.
 """
 
 import atexit
@@ -14,69 +14,22 @@ import multiprocessing.resource_tracker
 import multiprocessing.util
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nmt.errors import LostPeer, UserError, in_one_line, is_expected, prepare_output
 from nmt.signals import GRACE, Stopped, StopRequest, end_with_parent
 
-import torch.distributed as dist
-
 CONTEXT = multiprocessing.get_context("spawn")
 POLL = 0.2  # seconds between two looks at the ranks
 ROOT_CAUSE_WAIT = 1.0  # seconds in which the other ranks may report too: the first report is the cause
 KILL_WAIT = 5.0  # seconds for the system to end a killed process. One that waits for a broken device may stay.
 CHECK = "see the lines above for what it was doing"
-
-
-def host_store(addr: str, port: int, nodes: int) -> dist.TCPStore:
-    """Opens the store on this node.
-
-    Args:
-        addr: the address that the ranks connect to.
-        port: its port, or 0 for a free one.
-        nodes: with 1, only this machine can connect.
-
-    Raises:
-        UserError: distributed, the port is taken.
-    """
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((addr if nodes == 1 else "", port))
-    except OSError as error:
-        raise UserError(
-            "distributed",
-            f"cannot listen on port {port}: {error.strerror}",
-            f"{addr}:{port}",
-            "give another port with --dist-url or MASTER_PORT, or none to take a free one",
-        ) from error
-    listener.listen()
-    port = listener.getsockname()[1]
-    return dist.TCPStore(
-        addr, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-    )
-
-
-def join_store(addr: str, port: int, timeout: float) -> dist.TCPStore:
-    """Connects a rank to the store.
-
-    Raises:
-        UserError: distributed, nobody answers there.
-    """
-    try:
-        return dist.TCPStore(addr, port, is_master=False, timeout=timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
-        raise LostPeer(
-            "distributed", f"no answer within {timeout:g} s", f"{addr}:{port}", "see that node 0 has been started there"
-        ) from error
 
 
 @dataclass(frozen=True)
@@ -250,13 +203,17 @@ def supervise(ranks: list[Rank], stop: StopRequest, timeout: float, todo: str) -
     running = ranks
     while running:
         running = look(ranks)
-        if failed := any(rank.failed or rank.held >= timeout for rank in ranks):
+        if has_failed(ranks, timeout):
             settle(ranks)
         told = [rank.error for rank in ranks if isinstance(rank.error, Stopped)]
         if stop.signal is not None or told:
             raise wind_down(ranks, stop, stop.signal or told[0].exit_code - 128, todo)
-        if failed:
+        if has_failed(ranks, timeout):  # still: a stopped rank may have been continued
             raise root_cause(ranks, timeout, todo)
+
+
+def has_failed(ranks: list[Rank], timeout: float) -> bool:
+    return any(rank.failed or rank.held >= timeout for rank in ranks)
 
 
 def settle(ranks: list[Rank]) -> None:
