@@ -103,11 +103,16 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
-        """Gives the signals back to who had them before. The deadline ends too."""
+        """Gives the signals back to who had them before.
+
+        The deadline ends too. But an outer request learns of the signal. What is left to do has a deadline then.
+        """
         if self._pipe is None:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+            if self.signal is not None and isinstance(outer := getattr(handler, "__self__", None), StopRequest):
+                outer._take_over(self.signal)
         self._before.clear()
         signal.set_wakeup_fd(self._former_pipe, warn_on_full_buffer=False)
         os.close(self._pipe)  # the watching thread sees that and ends
@@ -129,6 +134,12 @@ class StopRequest:
         if self._raises and not self._has_raised:
             self._has_raised = True
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
+
+    def _take_over(self, number: int) -> None:
+        """Counts a signal that an inner request has had, from now on. It raises nothing: the inner one has told it."""
+        if self._pipe is not None and self.signal is None:
+            self._has_raised, self.since, self.signal = True, time.monotonic(), number
+            os.write(self._pipe, b"\0")  # no signal, but the thread looks up
 
     def _watch(self, reading: int) -> None:
         """The life of the watching thread."""
@@ -160,7 +171,7 @@ def is_rank() -> bool:
 def end_at_once(exit_code: int) -> None:
     """Ends the process, whatever its threads are doing."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{Stopped(exit_code, 'at once, without saving')}\n".encode())
+        os.write(2, f"{Stopped(exit_code, 'at once, in the middle of its work')}\n".encode())
     os._exit(exit_code)
 
 

@@ -50,11 +50,16 @@ def main(argv):
             if how == "saves":
                 time.sleep(1.5)
                 raise Stopped(stop.exit_code, "the state is saved")
+            if how == "hangs later":
+                raise Stopped(stop.exit_code)
     finally:
+        if how == "hangs later":
+            block()
         print("tidied up", flush=True)
 
 if __name__ == "__main__":
-    signals.GRACE.update({signal.SIGTERM: float(sys.argv[2]), signal.SIGINT: 1.0})
+    grace = float(sys.argv[2])
+    signals.GRACE.update({signal.SIGTERM: grace, signal.SIGINT: min(grace, 3.0)})
     sys.exit(run_main(main, sys.argv[1:]))
 """
 
@@ -113,7 +118,7 @@ def test_the_process_ends_at_the_deadline_whatever_it_does(how, number):
         _, err = process.communicate(timeout=DEADLINE)
         assert process.returncode == 128 + number
         assert 0.7 < time.monotonic() - start < 5
-        assert err.count("\n") == 1 and err.endswith(": at once, without saving\n")
+        assert err.count("\n") == 1 and err.endswith(": at once, in the middle of its work\n")
 
 
 @pytest.mark.parametrize("how", ["goes on", "blocked", "raises, blocked"])
@@ -146,6 +151,27 @@ def test_a_second_signal_to_a_rank_is_its_launchers_business():
         process.terminate()
         _, err = process.communicate(timeout=DEADLINE)
         assert (process.returncode, err) == (143, "stopped by SIGTERM: the state is saved\n")
+
+
+def test_what_is_left_to_do_after_the_loop_has_a_deadline_too():
+    with program("hangs later", grace=1.0) as process:
+        process.terminate()
+        process.communicate(timeout=10)
+        assert process.returncode == 143
+
+
+def test_a_signal_while_a_run_that_was_stopped_tidies_up_raises_nothing():
+    request = StopRequest(raises=True)
+    request.install()
+    try:
+        with pytest.raises(Stopped), StopRequest() as inner:
+            os.kill(os.getpid(), TERM)
+            assert eventually(lambda: inner.signal == TERM)
+        os.kill(os.getpid(), TERM)
+        time.sleep(0.05)
+        assert (request.signal, request.again) == (TERM, False)
+    finally:
+        request.uninstall()
 
 
 def test_without_a_loop_a_signal_ends_the_program_in_order():
@@ -260,7 +286,7 @@ def test_sigterm_during_the_imports_ends_the_program(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, str(REPOSITORY / "train_8p.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, preexec_fn=heed_signals)
-    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM: at once, without saving\n")
+    assert (done.returncode, done.stderr) == (143, "stopped by SIGTERM: at once, in the middle of its work\n")
 
 
 # ---------------------------------------------------------------- the death of a parent
