@@ -44,8 +44,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # with PYTHONSAFEPATH=1
+    sys.path.insert(0, HERE)
+
 from nmt import flags
-from nmt.errors import UserError, prepare_imports, printable, run_main
+from nmt.errors import UserError, prepare_imports, printable, run_main, telling_memory
+from nmt.signals import end_imports_at_sigterm, end_with_parent
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -232,6 +237,13 @@ def build_parser() -> flags.StrictParser:
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
+# A wrapper asks first whether its arguments are in order. That needs no package either.
+if __name__ == "__main__" and sys.argv[1:2] == ["--parse-only"]:
+    sys.exit(run_main(build_parser().parse_args, sys.argv[2:]))
+if __name__ == "__main__":
+    end_imports_at_sigterm()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())  # torchrun's agent
 prepare_imports()
 
 import data
@@ -318,7 +330,8 @@ def run(settings: Settings, given: dict[str, Any], mixed: precision.Choice, plan
     world = plan.worlds[0]
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
     if plan.spawns:
-        plan.spawn(run_rank, settings, given, mixed, debug=settings.debug)
+        how = launch.CHECK if settings.performance else "start the same command with --resume auto"
+        plan.spawn(run_rank, settings, given, mixed, debug=settings.debug, how_to_resume=how)
     else:
         run_rank(world, settings, given, mixed, corpus)
     if world.is_main and not settings.performance:
@@ -365,7 +378,7 @@ def run_rank(
     world.start()
     if settings.compile_loss:  # it needs the device
         kernels.compile_softmax(world.device, mixed.dtype)
-    with StopRequest() as stop:
+    with StopRequest() as stop, telling_memory(lambda: size_of_a_step(settings, world, corpus)):
         train(settings, given, mixed, world, corpus, model, stop)
     world.stop()
 
@@ -442,6 +455,7 @@ def train(
             trainer.backward(loss)
             trainer.step(learning_rate(step, total_steps, settings), max_norm=settings.clip)
             step += 1
+            world.progress(step)
             average.update(step)
             log.step_done(total_loss, total_tokens, pairs=len(indices))
             run.step_done(step, epoch, position + 1)
@@ -755,6 +769,13 @@ def tuned_rate(batch: int) -> float:
     """
     recipe = RECIPES["tuned"]
     return recipe["lr"] * math.sqrt(max(1.0, batch / recipe["batch_size"]))
+
+
+def size_of_a_step(settings: Settings, world: World, corpus: data.Corpus) -> str:
+    """How large a rank's steps are, for whoever has to make them smaller."""
+    longest = max(int(side.lengths.max()) for side in (corpus.train.src, corpus.train.trg))
+    batch = math.ceil(settings.batch_size / world.size)
+    return f"rank {world.rank}, a batch of {batch} pairs a device, longest sentence {longest} tokens"
 
 
 def flags_of(settings: Settings, world: World) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nmt import sealed
-from nmt.errors import Stopped, UserError, first_line, printable
-from nmt.signals import StopRequest
+from nmt.errors import UserError, first_line, printable
+from nmt.signals import Stopped, StopRequest
 from nmt.storage import Log, clear_partial
 
 FORMAT = 1
