@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
-    with checkpoint.claimed(Path(settings.ckptpath)) if writes else contextlib.nullcontext():
+    with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
         run(settings, mixed, plan)
 
 
@@ -371,6 +371,7 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
             average.catch_up(step)  # the average takes in the last steps
             rate = learning_rate(step - 1, total_steps, settings)
             validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
+    best.complete()
 
 
 def epoch_steps(settings: Settings, corpus: data.Corpus, epoch: int) -> data.EpochBatches | list[torch.Tensor]:
@@ -478,6 +479,7 @@ def as_checkpoint(
             "src_lang": corpus.src_lang,
             "trg_lang": corpus.trg_lang,
             "data": corpus.fingerprint,
+            "vocabularies": checkpoint.vocabulary_digest(corpus.src_vocab.itos, corpus.trg_vocab.itos),
             "torch": str(torch.__version__),
             "world_size": world.size,
         },
