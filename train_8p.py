@@ -15,6 +15,10 @@ Two machines with eight devices each. The address of the first one is 10.0.0.1:
     python3 train_8p.py ... --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://10.0.0.1:29500
     python3 train_8p.py ... --multiprocessing-distributed --world-size 2 --rank 1 --dist-url tcp://10.0.0.1:29500
 
+A run that was stopped or killed goes on:
+
+    python3 train_8p.py --data-dir DIR --amp --resume auto
+
 The score of a checkpoint on the test set:
 
     python3 train_8p.py --data-dir DIR --evaluate seq2seq-gru-model.pth.tar
@@ -24,11 +28,15 @@ what a run starts with: its data, its first weights, its settings.
 """
 
 import contextlib
+import dataclasses
+import hashlib
 import importlib.metadata
 import itertools
 import math
+import os
 import platform
 import random
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +44,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+HERE = str(Path(__file__).resolve().parent)
+if HERE not in sys.path:  # with PYTHONSAFEPATH=1
+    sys.path.insert(0, HERE)
+
 from nmt import flags
-from nmt.errors import UserError, prepare_imports, printable, run_main
+from nmt.errors import UserError, prepare_imports, printable, run_main, telling_memory
+from nmt.signals import end_imports_at_sigterm, end_with_parent
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -102,6 +115,9 @@ class Settings:
     evaluate: str | None = flags.row(COMMON, None, "CKPT", "do not train: score this checkpoint on the test set")
     ckptpath: str = flags.row(COMMON, "./seq2seq-gru-model.pth.tar", "FILE", "the best checkpoint", trains=True)
     seed: int = flags.row(COMMON, 1234, flags.seed, "seed of weights, batches and dropout", trains=True)
+    resume: str | None = flags.row(COMMON, None, "FILE",
+        "go on with the run whose state is FILE; auto: CKPTPATH.state, or a new run if there is none; "
+        "flags that are left out are those of the run", trains=True)
 
     src_lang: str = flags.row(DATA, "de", "LANG", "language to translate from")
     trg_lang: str = flags.row(DATA, "en", "LANG", "language to translate into")
@@ -176,6 +192,9 @@ class Settings:
         "let torch.compile make the loss's softmax: fewer passes over a GPU's memory, some seconds more at the start",
         trains=True)
 
+    save_every: float = flags.row(RUN, 5.0, flags.positive_float,
+        "minutes between two times that the run's state is saved, beside the ends of epochs", trains=True,
+        unit="MINUTES")
     print_freq: int = flags.row(RUN, 10, flags.positive_int,
         "steps between two lines of the log", also="-p", trains=True)
     debug: bool = flags.row(RUN, False, None, "show the traceback of every error")
@@ -187,11 +206,17 @@ class Settings:
 
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
+# What a resumed run does not take from its first command, because it belongs to the process or to the file.
+OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
+# What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
+INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
+DECISIVE = ("src_lang", "trg_lang", "fixed_length")
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
   python3 train_8p.py --data-dir data --multiprocessing-distributed
                                                        one process for each device of this machine
+  python3 train_8p.py --resume auto                    go on with a run that was stopped or killed
   python3 train_8p.py --data-dir data --evaluate seq2seq-gru-model.pth.tar
                                                        score a checkpoint
 
@@ -212,15 +237,23 @@ def build_parser() -> flags.StrictParser:
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
+# A wrapper asks first whether its arguments are in order. That needs no package either.
+if __name__ == "__main__" and sys.argv[1:2] == ["--parse-only"]:
+    sys.exit(run_main(build_parser().parse_args, sys.argv[2:]))
+if __name__ == "__main__":
+    end_imports_at_sigterm()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())  # torchrun's agent
 prepare_imports()
 
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision
+from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
 from nmt.log import EpochLog, only_rank_0_speaks, say
+from nmt.signals import StopRequest
 
 import torch
 
@@ -230,6 +263,7 @@ import torch
 def main(argv: list[str]) -> None:
     """Decides where and how to run, then trains and scores, or scores alone."""
     settings = Settings(**vars(build_parser().parse_args(argv)))
+    settings, given, notes = with_flags_of_the_run(settings)
     plan = distributed.plan(
         **settings.named("device npu gpu device_list max_devices multiprocessing_distributed world_size rank"),
         **settings.named("addr dist_url dist_backend dist_timeout bleu_npu batch_size"),
@@ -238,6 +272,8 @@ def main(argv: list[str]) -> None:
     for note in plan.notes:
         say(f"note: {note}")  # on every node, because it concerns that node
     only_rank_0_speaks(world.rank)
+    for note in notes:
+        say(f"note: {note}")
     settings = replace(settings, bleu_npu=plan.scoring_index)
     if settings.evaluate:
         if unused := flags.given_in_vain(settings):
@@ -249,23 +285,60 @@ def main(argv: list[str]) -> None:
     )
     writes = world.is_main and not settings.performance
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
-        run(settings, mixed, plan)
+        run(settings, given, mixed, plan)
 
 
-def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan) -> None:
+def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any], list[str]]:
+    """The settings of a run that goes on: a flag that is left out is as in the run's own command.
+
+    Args:
+        settings: as the flags give them.
+
+    Returns:
+        The settings, whose `resume` is the path of the state, or None for a new run. The flags that were given, by
+        this command or by the run's. And notes.
+
+    Raises:
+        UserError: usage, `--resume` has no meaning here. Or checkpoint, the state cannot be read.
+    """
+    given = {name: value for name, value in vars(settings).items() if value != getattr(Settings, name)}
+    wanted = settings.resume
+    if wanted is None and not settings.performance and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        wanted = "auto"  # torchrun has started this rank again
+    if wanted is None or settings.evaluate:
+        return settings, given, []
+    if settings.performance:
+        raise UserError("usage", "a performance run keeps no state", "--resume", "leave one of the two flags out")
+    path = resume.state_path(settings.ckptpath) if wanted == "auto" else Path(wanted)
+    if wanted == "auto" and not path.exists():
+        return replace(settings, resume=None), given, [printable(f"there is no {path}: a new run begins")]
+    if wanted != "auto" and "ckptpath" not in given and path.name.endswith(resume.SUFFIX):
+        given["ckptpath"] = str(path).removesuffix(resume.SUFFIX)
+    saved = {name: value for name, value in resume.load(path).given.items() if name not in OF_THE_COMMAND}
+    unknown = sorted(saved.keys() - vars(settings).keys())
+    if unknown:
+        what = f"the run has flags that this version does not know: {', '.join(unknown)}"
+        raise UserError("checkpoint", what, str(path), "go on with the version that wrote it")
+    given = saved | given
+    return Settings(**given | {"resume": str(path)}), given, []
+
+
+def run(settings: Settings, given: dict[str, Any], mixed: precision.Choice, plan: distributed.Plan) -> None:
     """Trains on this node's devices, then scores the best checkpoint on the test set."""
     corpus = load_corpus(settings, log=say)
     start = time.monotonic()
     world = plan.worlds[0]
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
     if plan.spawns:
-        plan.spawn(run_rank, settings, mixed, debug=settings.debug)
+        how = launch.CHECK if settings.performance else "start the same command with --resume auto"
+        plan.spawn(run_rank, settings, given, mixed, debug=settings.debug, how_to_resume=how)
     else:
-        run_rank(world, settings, mixed, corpus)
+        run_rank(world, settings, given, mixed, corpus)
     if world.is_main and not settings.performance:
         path = Path(settings.ckptpath)
         saved = checkpoint.load(path)
         score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
+        resume.state_path(settings.ckptpath).unlink(missing_ok=True)  # only a run that is not complete needs it
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
@@ -280,12 +353,19 @@ def evaluate(settings: Settings, plan: distributed.Plan, path: Path) -> None:
         score(settings, plan, path, saved, model, corpus)
 
 
-def run_rank(world: World, settings: Settings, mixed: precision.Choice, corpus: data.Corpus | None = None) -> None:
+def run_rank(
+    world: World,
+    settings: Settings,
+    given: dict[str, Any],
+    mixed: precision.Choice,
+    corpus: data.Corpus | None = None,
+) -> None:
     """The life of one process that trains: it meets the others, if there are any, trains, and leaves.
 
     Args:
         world: what this process knows of all.
         settings: resolved.
+        given: the flags of the command.
         mixed: the precision.
         corpus: the data. None in a spawned process, which reads it from the cache that its parent has built.
     """
@@ -298,28 +378,37 @@ def run_rank(world: World, settings: Settings, mixed: precision.Choice, corpus: 
     world.start()
     if settings.compile_loss:  # it needs the device
         kernels.compile_softmax(world.device, mixed.dtype)
-    train(settings, mixed, world, corpus, model)
+    with StopRequest() as stop, telling_memory(lambda: size_of_a_step(settings, world, corpus)):
+        train(settings, given, mixed, world, corpus, model, stop)
     world.stop()
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus, model: gru.Seq2Seq) -> None:
-    """One rank's training, from the first step to the best checkpoint.
+def train(
+    settings: Settings,
+    given: dict[str, Any],
+    mixed: precision.Choice,
+    world: World,
+    corpus: data.Corpus,
+    model: gru.Seq2Seq,
+    stop: StopRequest,
+) -> None:
+    """One rank's training, from the first step, or from the saved state of the run, to the best checkpoint.
 
     Args:
         settings: resolved.
+        given: the flags of the command.
         mixed: the precision.
         world: the ranks. All run the same lines, and what ranks other than 0 say is not seen.
         corpus: the data.
         model: from `first_model`. All ranks take rank 0's weights.
+        stop: tells whether to save the run's state and end.
     """
     device = world.device
     model.to(device)
     world.copy_from_main(model.parameters())
-    torch.manual_seed(settings.seed + world.rank)  # for dropout: the ranks drop different positions
-
     for line in description(settings, mixed, world, corpus):
         say(line)
     say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
@@ -331,21 +420,32 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
     )
     best = checkpoint.BestFile(Path(settings.ckptpath), log=say)
 
-    total_steps = settings.epochs * len(epoch_steps(settings, corpus, epoch=0))
-    step = 0
-    for epoch in range(settings.epochs):
+    run = open_run(settings, given, world, corpus, {"trainer": trainer, "average": average, "best": best}, stop)
+
+    first_batches = epoch_steps(settings, corpus, epoch=0)
+    total_steps = settings.epochs * len(first_batches)
+    if world.size > 1:
+        settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
+    step = run.step
+    for epoch in range(run.epoch, settings.epochs):
         batches = epoch_steps(settings, corpus, epoch)
         criterion.train()
         log = EpochLog(
-            world, epoch, settings.epochs, steps=len(batches), steps_before=step, print_freq=settings.print_freq
+            world,
+            epoch,
+            settings.epochs,
+            steps=len(batches),
+            steps_before=step - run.step,
+            print_freq=settings.print_freq,
         )
-        for indices in batches:
+        for position in range(run.begin_epoch(log), len(batches)):
             # 1. The pairs of this rank.
+            indices = batches[position]
             batch = loader(data.rank_share(indices, world.rank, world.size))
             log.data_ready()
 
             # 2. The loss: the mean over the target tokens of all ranks.
-            random.seed(f"{settings.seed} {step}")  # every rank draws the same teacher forcing
+            seed_step(settings.seed, step, world.rank)  # so that no generator is part of the run's state
             with trainer.forward_context():
                 loss_sum = criterion(batch, settings.teacher_forcing_ratio)
             total_loss, total_tokens = world.sums(loss_sum, batch.target_tokens)  # one all-reduce
@@ -355,8 +455,10 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
             trainer.backward(loss)
             trainer.step(learning_rate(step, total_steps, settings), max_norm=settings.clip)
             step += 1
+            world.progress(step)
             average.update(step)
             log.step_done(total_loss, total_tokens, pairs=len(indices))
+            run.step_done(step, epoch, position + 1)
 
         # 4. The end of the epoch: its speed and, unless speed is all we want, validation and the best weights.
         pairs_per_second, train_loss = log.finish()
@@ -371,7 +473,30 @@ def train(settings: Settings, mixed: precision.Choice, world: World, corpus: dat
             average.catch_up(step)  # the average takes in the last steps
             rate = learning_rate(step - 1, total_steps, settings)
             validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
-    best.complete()
+            run.epoch_done(step, epoch)
+    if world.is_main:
+        best.complete()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seeds what a step draws. So no generator belongs to a run's state.
+
+    All ranks draw the same teacher forcing, by `random`. Each drops other positions, by PyTorch's generators.
+    """
+    random.seed(f"{seed} {step}")
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big"))
+
+
+def settle_buckets(trainer: precision.Trainer, criterion: torch.nn.Module, batch: data.Batch) -> None:
+    """Has DistributedDataParallel lay out its buckets, which it does after a process's first backward pass.
+
+    The buckets decide in which order gradients are added up over the ranks. After this pass, which changes no weight,
+    that is the same in the first step of a run and in the first step after it was resumed.
+    """
+    with trainer.forward_context():
+        loss = criterion(batch, 1.0)
+    trainer.backward(0 * loss)
+    trainer.drop_gradients()
 
 
 def epoch_steps(settings: Settings, corpus: data.Corpus, epoch: int) -> data.EpochBatches | list[torch.Tensor]:
@@ -528,6 +653,59 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
     )
 
 
+def open_run(
+    settings: Settings,
+    given: dict[str, Any],
+    world: World,
+    corpus: data.Corpus,
+    parts: dict[str, resume.Part],
+    stop: StopRequest,
+) -> resume.Run:
+    """The run at its beginning, or where its saved state stands.
+
+    Args:
+        settings: resolved.
+        given: the flags of the command.
+        world, corpus: as in `train`.
+        parts: what has a state.
+        stop: as in `train`.
+
+    Raises:
+        UserError: from `resume.check_same`.
+    """
+    decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]} - set(INDIFFERENT)
+    start = resume.State(
+        run=secrets.token_hex(8),
+        given=given,
+        settings={name: getattr(settings, name) for name in sorted(decisive | set(DECISIVE))},
+        about={
+            "data": corpus.fingerprint,
+            "vocabularies": checkpoint.vocabulary_digest(corpus.src_vocab.itos, corpus.trg_vocab.itos),
+            "processes": world.size,
+            "device": world.describe(),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        },
+    )
+    path = resume.state_path(settings.ckptpath)
+    if settings.resume:
+        file = Path(settings.resume)
+        state = resume.load(file)
+        if others := resume.check_same(state, start, file):
+            say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
+        say(printable(f"resumed: {file}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}"))
+        start = dataclasses.replace(state, given=given, settings=start.settings, about=start.about)
+    return resume.Run(
+        start,
+        parts,
+        path=path if world.is_main and not settings.performance else None,
+        owns=settings.resume is not None and path.resolve() == Path(settings.resume).resolve(),
+        minutes=settings.save_every,
+        stop=stop if world.is_main else None,
+        log=say,
+    )
+
+
 def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Seq2Seq:
     """The model before its first step, on the CPU. Rank 0 alone computes the word vectors it starts with."""
     torch.manual_seed(settings.seed)
@@ -535,7 +713,7 @@ def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Se
     model = gru.build(src_types, trg_types, **settings.named("emb_dim hid_dim dropout output_dropout"))
     gru.INITIALISATIONS[settings.init](model)
     gru.raise_update_gates(model, settings.update_bias)
-    if settings.embeddings == "cooccurrence" and world.is_main:
+    if settings.embeddings == "cooccurrence" and world.is_main and not settings.resume:
         src, trg = ((side.ids, side.offsets) for side in (corpus.train.src, corpus.train.trg))
         gru.use_vectors(model, *cooccurrence.embeddings(src, trg, src_types, trg_types, settings.emb_dim))
     return model
@@ -594,6 +772,13 @@ def tuned_rate(batch: int) -> float:
     """
     recipe = RECIPES["tuned"]
     return recipe["lr"] * math.sqrt(max(1.0, batch / recipe["batch_size"]))
+
+
+def size_of_a_step(settings: Settings, world: World, corpus: data.Corpus) -> str:
+    """How large a rank's steps are, for whoever has to make them smaller."""
+    longest = max(int(side.lengths.max()) for side in (corpus.train.src, corpus.train.trg))
+    batch = math.ceil(settings.batch_size / world.size)
+    return f"rank {world.rank}, a batch of {batch} pairs a device, longest sentence {longest} tokens"
 
 
 def flags_of(settings: Settings, world: World) -> dict[str, Any]:

@@ -205,6 +205,31 @@ ON_THE_XEON = [
     Speed("peak memory in float32, MB", "training-xeon", plain="MB plain", port="MB fp32"),
     *(XEON[name] for name in ("decoding fp32", "decoding bf16", "start", "torch", "to BLEU", "BLEU")),
 ]
+AGAINST = [  # the commit before the kernels of today, on the Xeon with AMX
+    *(
+        Speed(
+            f"{name}, batch {batch}, pairs/s",
+            "against-amx",
+            plain=f"{short} {batch} other",
+            port=f"{short} {batch}",
+            ratio=f"training {short}, batch {batch}, this / other",
+            share=f"share of the limit, {short}, batch {batch}",
+        )
+        for batch in (64, 512)
+        for name, short in (("bfloat16", "amp"), ("float32", "float32"))
+    ),
+    *(
+        Speed(f"peak memory in {name}, batch 512, MB", "against-amx", f"MB {short} 512 other", f"MB {short} 512")
+        for name, short in (("bfloat16", "amp"), ("float32", "float32"))
+    ),
+    Speed(
+        "ten epochs of `tuned` by `--amp`, the whole command, s",
+        "against-whole-amx",
+        plain="seconds other",
+        port="seconds",
+        ratio="ten epochs, this / other",
+    ),
+]
 
 
 # ---------------------------------------------------------------- cells
@@ -409,7 +434,8 @@ def sample_cells(run: logs.Run) -> list[str]:
     return [precision(run), *bleus, mean_and_deviation([run.rate]), duration(run.seconds) if run.seconds else ""]
 
 
-def speed_table(rows: Iterable[Speed], root: str) -> str:
+def speed_table(rows: Iterable[Speed], root: str, other: str = "plain loop", this: str = "this port") -> str:
+    """A row for each figure of a benchmark: the one that it is compared with, and the port's."""
     lines = []
     for row in rows:
         path = f"bench/results/{row.log}.log"
@@ -420,7 +446,8 @@ def speed_table(rows: Iterable[Speed], root: str) -> str:
             for names in (row.plain, row.port, row.ratio, row.share)
         ]
         lines.append([row.name, *cells, f"[log]({root}{path})"])
-    return table("figure | plain loop | this port | port / plain | share of the limit | log", lines)
+    ratio = f"{this.split()[-1]} / {other.split()[0]}"
+    return table(f"figure | {other} | {this} | {ratio} | share of the limit | log", lines)
 
 
 def speed_on_the_h200(root: str) -> str:
@@ -530,6 +557,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "sample": sample,
     "speed-epyc": lambda root: speed_table(SPEED, root),
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
+    "speed-before": lambda root: speed_table(AGAINST, root, "2feed7b", "this commit"),
     "pieces": lambda root: mean_table("without", WITHOUT, root),
     "batching": batching,
     "beams": lambda root: one_line("beam", beams_of_tuned()),

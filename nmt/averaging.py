@@ -8,7 +8,7 @@ part of it. The last 1 / (eta + 1) of the steps, the `part`, have about two thir
 
 import copy
 import math
-from typing import Generic
+from typing import Any, Generic
 
 from nmt.precision import Model, Trainer
 
@@ -58,3 +58,13 @@ class WeightAverage(Generic[Model]):
         kept = math.prod((t - 1) / (t + eta) for t in range(self._step + 1, step + 1))
         torch._foreach_lerp_(list(self.model.parameters()), list(self._trainer.model.parameters()), 1 - kept)
         self._step = step
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from, see `nmt.resume.Part`."""
+        return {"step": self._step, "model": self.model.state_dict() if self._part else {}}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self._step = state["step"]
+        if self._part:
+            self.model.load_state_dict(state["model"])

@@ -95,7 +95,7 @@ class BestFile:
         path: the file.
         log: takes the lines that say what was kept and written.
         merit: of the model in the file, where a run goes on.
-        owns: whether the run goes on, the file at `path` is its own, and this process writes it.
+        owns: whether the run goes on, and the file at `path` is its own.
 
     Attributes:
         merit: of the model in the file, the higher the better.
@@ -105,6 +105,15 @@ class BestFile:
         self._path, self._log, self._owns = path, log, owns
         self._has_written = False
         self.merit = merit
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from, see `nmt.resume.Part`."""
+        return {"merit": self.merit}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave. An unfinished file at the path is this run's, if the run had written one."""
+        self.merit = state["merit"]
+        self._owns = self.merit > -math.inf
 
     def replace(self, merit: float, checkpoint: Checkpoint) -> None:
         """Writes a better model. The first one of a run may set the file of an earlier run aside.
@@ -119,7 +128,7 @@ class BestFile:
         self._log(f"saved: {self._path} (the best so far)")
 
     def complete(self) -> None:
-        """Marks the file, if it is this run's, as that of a completed run. Call this when the training has ended.
+        """Marks the file, if it is this run's, as that of a completed run. For rank 0, when the training has ended.
 
         Raises:
             UserError: io, or checkpoint if the file is no longer there.

@@ -7,18 +7,22 @@ processes, or torchrun has started them. The code of a rank calls `World.start`,
 import dataclasses
 import datetime
 import os
+import re
+import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nmt import devices, launch
-from nmt.errors import UserError, first_line, printable
+from nmt.errors import LostPeer, UserError, first_line, printable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 COLLECTIVES = {"npu": "hccl", "cuda": "nccl", "cpu": "gloo"}  # each device type's own backend of torch.distributed
+NUMBER = re.compile("[0-9]{1,9}")
 NPU_VARIABLES = (  # the log shows those that are set
     "ASCEND_RT_VISIBLE_DEVICES",
     "HCCL_CONNECT_TIMEOUT",
@@ -45,6 +49,7 @@ class World:
         backend: "hccl", "nccl", "gloo", or None for the device's own.
         timeout: seconds for the ranks to meet, and for each collective.
         meeting: address and port at which the ranks meet. None: torchrun's environment has them.
+        counter: where a spawned rank's launcher looks for its last step.
     """
 
     rank: int = 0
@@ -56,6 +61,7 @@ class World:
     backend: str | None = None
     timeout: float = 600.0
     meeting: tuple[str, int] | None = None
+    counter: launch.StepCounter | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +85,9 @@ class World:
         if self.nodes == 1 and sys.platform == "linux":
             # One node needs no other interface than loopback.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        # Without a store, torch.distributed reads torchrun's environment.
-        store = None if self.meeting is None else launch.join_store(*self.meeting, self.timeout)
+        if self.meeting is None:
+            check_meeting_variables()  # torch.distributed reads them
+        store = None if self.meeting is None else join_store(*self.meeting, self.timeout)
         try:
             dist.init_process_group(
                 self._collectives,
@@ -92,7 +99,7 @@ class World:
                 device_id=self.device if self._collectives == "nccl" else None,
             )
         except (RuntimeError, ValueError) as error:
-            raise UserError(
+            raise LostPeer(
                 "distributed",
                 f"the {self.size} ranks did not meet: {first_line(error)}",
                 f"rank {self.rank}",
@@ -103,6 +110,11 @@ class World:
         """Leaves the process group."""
         if self.size > 1:
             dist.destroy_process_group()
+
+    def progress(self, step: int) -> None:
+        """Tells a launcher that `step` steps of the run are done, so that it can say where this rank failed."""
+        if self.counter is not None:
+            self.counter.set(step)
 
     def describe(self) -> str:
         """The device's name and how the ranks meet, for the log."""
@@ -151,6 +163,49 @@ class World:
         return self.backend or COLLECTIVES[self.device_type]
 
 
+def host_store(addr: str, port: int, nodes: int) -> dist.TCPStore:
+    """Opens the store on this node. The launcher holds it, so no other program can take the port before the ranks meet.
+
+    Args:
+        addr: the address that the ranks connect to.
+        port: its port, or 0 for a free one.
+        nodes: with 1, only this machine can connect.
+
+    Raises:
+        UserError: distributed, the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((addr if nodes == 1 else "", port))
+    except OSError as error:
+        raise UserError(
+            "distributed",
+            f"cannot listen on port {port}: {error.strerror}",
+            f"{addr}:{port}",
+            "give another port with --dist-url or MASTER_PORT, or none to take a free one",
+        ) from error
+    listener.listen()
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        addr, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
+    )
+
+
+def join_store(addr: str, port: int, timeout: float) -> dist.TCPStore:
+    """Connects a rank to the store.
+
+    Raises:
+        UserError: distributed, nobody answers there.
+    """
+    try:
+        return dist.TCPStore(addr, port, is_master=False, timeout=datetime.timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise LostPeer(
+            "distributed", f"no answer within {timeout:g} s", f"{addr}:{port}", "see that node 0 has been started there"
+        ) from error
+
+
 def set_hccl_timeouts(seconds: float) -> None:
     """Sets HCCL's timeouts, unless the user has.
 
@@ -186,7 +241,7 @@ class Plan:
     scoring_index: int
     notes: tuple[str, ...] = ()
 
-    def spawn(self, run_rank: Callable, *args: object, debug: bool = False) -> None:
+    def spawn(self, run_rank: Callable, *args: object, debug: bool = False, how_to_resume: str = launch.CHECK) -> None:
         """Runs `run_rank(world, *args)` in a new process for each rank of this node, and waits for all of them.
 
         The ranks of all nodes meet at this process of node 0.
@@ -195,17 +250,32 @@ class Plan:
             run_rank: a function of a module, since the new processes import it.
             args: can be pickled.
             debug: whether a rank shows the traceback of an expected error too.
+            how_to_resume: what the user can do after a rank has died or hung.
 
         Raises:
             UserError: as from `launch.launch`. Or distributed, the port is taken.
+            Stopped: a signal has ended the run.
         """
         addr, port = self.meeting
         first = self.worlds[0]
         if first.is_main and first.size > 1:
-            store = launch.host_store(addr, port, first.nodes)  # stays open as long as this function runs
+            store = host_store(addr, port, first.nodes)  # stays open as long as this function runs
             port = store.port
-        worlds = [dataclasses.replace(world, meeting=(addr, port)) for world in self.worlds]
-        launch.launch(run_one_of, len(worlds), (worlds, run_rank, args), debug)
+        counters = launch.step_counters(len(self.worlds))
+        worlds = [
+            dataclasses.replace(world, meeting=(addr, port), counter=counter)
+            for world, counter in zip(self.worlds, counters, strict=True)
+        ]
+        launch.launch(
+            run_one_of,
+            len(worlds),
+            (worlds, run_rank, args),
+            debug,
+            counters=counters,
+            first_rank=first.rank,
+            timeout=first.timeout,
+            todo=how_to_resume,
+        )
 
 
 def run_one_of(index: int, worlds: Sequence[World], run_rank: Callable, args: Sequence[object]) -> None:
@@ -238,7 +308,8 @@ def plan(
         UserError: usage, flags contradict each other, this machine or torchrun's environment.
     """
     named = named_device(device, npu, gpu)
-    if named and (device_list or multiprocessing_distributed or under_torchrun()):
+    launched, notes = launched_process(multiprocessing_distributed)
+    if named and (device_list or multiprocessing_distributed or launched):
         raise UserError(
             "usage",
             "one device beside a list of devices or several processes",
@@ -247,11 +318,10 @@ def plan(
         )
     device_type = devices.choose_device_type(named[0] if named else device)
     check_backend(dist_backend, device_type)
-    notes = []
     if named:
         indices = [named[1]]
-    elif under_torchrun():
-        indices = indices_under_torchrun(device_list)
+    elif launched:
+        indices = indices_under_torchrun(launched, device_list)
     elif multiprocessing_distributed:
         indices = list(device_list or range(devices.default_count(device_type))[:max_devices])
         if not device_list and len(indices) < (max_devices or 0):
@@ -267,16 +337,17 @@ def plan(
     if batch_size is not None:
         check_divisible(batch_size, len(indices))
     common = World(device_type=device_type, backend=dist_backend, timeout=dist_timeout)
-    worlds = worlds_of_this_node(common, indices, world_size, rank)
+    worlds = worlds_of_this_node(common, launched, indices, world_size, rank)
     if device == "auto" and not named and worlds[0].is_main and (reason := devices.passed_over(device_type)):
         why = printable(f"torch_npu is installed, but there is no NPU to run on: {reason}")
         notes.append(f"{why}; running on {device_type}")
+    spawns = not launched and (multiprocessing_distributed or worlds[0].nodes > 1)
     return Plan(
         device_type=device_type,
         indices=tuple(indices),
         worlds=worlds,
-        spawns=not under_torchrun() and (multiprocessing_distributed or worlds[0].nodes > 1),
-        meeting=meeting_point(addr, dist_url, worlds[0].nodes),
+        spawns=spawns,
+        meeting=meeting_point(addr, dist_url, worlds[0].nodes, is_used=spawns and worlds[0].size > 1),
         scoring_index=scoring_index,
         notes=tuple(notes),
     )
@@ -314,16 +385,110 @@ def check_divisible(batch_size: int, count: int) -> None:
 
 def under_torchrun() -> bool:
     """Whether torchrun, or a launcher like it, has started this process as one of several."""
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+    return {"RANK", "WORLD_SIZE"} <= given_variables().keys()
 
 
-def indices_under_torchrun(device_list: Sequence[int] | None) -> list[int]:
+def given_variables() -> dict[str, str]:
+    """Those of a launcher's variables that are set and not empty."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: value for name in names if (value := os.environ.get(name, "").strip())}
+
+
+class Launched(NamedTuple):
+    """What a launcher has told this process in its environment."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    notes: tuple[str, ...] = ()
+
+
+def read_launcher() -> Launched:
+    """Reads the variables of a launcher. For a process that is `under_torchrun`.
+
+    A launcher of pods may leave the local ones out. Then each pod has one process.
+
+    Raises:
+        UserError: usage, a variable is missing or makes no sense. It names the variable.
+    """
+    values = {name: variable_as_number(name, text) for name, text in given_variables().items()}
+    notes: tuple[str, ...] = ()
+    if values["WORLD_SIZE"] == 1:
+        values = {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1} | values
+    elif not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & values.keys():
+        values |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+        place = f"rank {values['RANK']} of {values['WORLD_SIZE']}"
+        notes = (f"RANK and WORLD_SIZE are set, LOCAL_RANK is not: this is {place}, the only one on its machine",)
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name not in values:
+            raise launcher_error(f"{name} is not set, but RANK, WORLD_SIZE and the other local one are", name)
+    for name, least, end, of in (
+        ("WORLD_SIZE", 1, None, ""),
+        ("LOCAL_WORLD_SIZE", 1, values["WORLD_SIZE"] + 1, "WORLD_SIZE"),
+        ("RANK", 0, values["WORLD_SIZE"], "WORLD_SIZE"),
+        ("LOCAL_RANK", 0, values["LOCAL_WORLD_SIZE"], "LOCAL_WORLD_SIZE"),
+    ):
+        if values[name] < least or (end is not None and values[name] >= end):
+            expected = f"at least {least}" if end is None else f"{least} to {end - 1}, because {of} is {values[of]}"
+            raise launcher_error(f"{name} is {values[name]}, expected {expected}", name)
+    return Launched(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], values["LOCAL_WORLD_SIZE"], notes)
+
+
+def launched_process(multiprocessing_distributed: bool) -> tuple[Launched | None, list[str]]:
+    """What a launcher says of this process, or None, and notes about it.
+
+    Raises:
+        UserError: usage, as from `read_launcher`, or a process of several is to start processes itself.
+    """
+    given = given_variables()
+    for name, text in given.items():
+        variable_as_number(name, text)
+    if not under_torchrun():
+        only = " and ".join(given)
+        return None, [f"{only} without RANK and WORLD_SIZE: this process trains on its own"] if given else []
+    launched = read_launcher()
+    is_local = {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} & given.keys()
+    if launched.size == 1 and not is_local:
+        return None, []  # a lone pod, whose process may use all its devices
+    if multiprocessing_distributed and not is_local:
+        what = "RANK and WORLD_SIZE name a process, and --multiprocessing-distributed starts several"
+        todo = "unset both, and give --world-size and --rank for the nodes, or leave the flag out"
+        raise UserError("usage", what, "environment variable RANK", todo)
+    return launched, list(launched.notes)
+
+
+def variable_as_number(name: str, text: str) -> int:
+    if not NUMBER.fullmatch(text):
+        raise launcher_error(f"{name} is {text!r}, expected a number from 0", name)
+    return int(text)
+
+
+def launcher_error(what: str, name: str) -> UserError:
+    todo = "see what the launcher sets, or unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE to run without one"
+    return UserError("usage", what, f"environment variable {name}", todo)
+
+
+def check_meeting_variables() -> None:
+    """Raises a usage UserError if a launcher has not said where the ranks meet."""
+    if not os.environ.get("MASTER_ADDR"):
+        raise launcher_error("MASTER_ADDR is not set, expected the address of rank 0", "MASTER_ADDR")
+    port = os.environ.get("MASTER_PORT", "")
+    if not is_port(port) or int(port) == 0:
+        raise launcher_error(f"MASTER_PORT is {port!r}, expected a number from 1 to 65535", "MASTER_PORT")
+
+
+def is_port(text: str) -> bool:
+    return NUMBER.fullmatch(text) is not None and int(text) < 65536
+
+
+def indices_under_torchrun(launched: Launched, device_list: Sequence[int] | None) -> list[int]:
     """The devices of torchrun's processes on this node: those of the list, or the first ones.
 
     Raises:
         UserError: usage, the list has another length.
     """
-    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    local_size = launched.local_size
     indices = list(device_list or range(local_size))
     if len(indices) != local_size:
         raise UserError(
@@ -335,11 +500,14 @@ def indices_under_torchrun(device_list: Sequence[int] | None) -> list[int]:
     return indices
 
 
-def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, rank: int) -> tuple[World, ...]:
+def worlds_of_this_node(
+    common: World, launched: Launched | None, indices: Sequence[int], world_size: int, rank: int
+) -> tuple[World, ...]:
     """The ranks of this node, or under torchrun the one of this process.
 
     Args:
         common: what all ranks share.
+        launched: what a launcher says of this process, if one has started it.
         indices: this node's devices, one a rank.
         world_size: number of nodes, or -1 for 1.
         rank: this node, or -1 for 0.
@@ -348,11 +516,10 @@ def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, 
         UserError: usage, there is no such node.
     """
     local_size = len(indices)
-    if under_torchrun():
-        size = int(os.environ["WORLD_SIZE"])
-        common = dataclasses.replace(common, size=size, nodes=size // local_size, local_size=local_size)
-        index = indices[int(os.environ["LOCAL_RANK"])]
-        return (dataclasses.replace(common, rank=int(os.environ["RANK"]), index=index),)
+    if launched:
+        nodes = launched.size // local_size
+        common = dataclasses.replace(common, size=launched.size, nodes=nodes, local_size=local_size)
+        return (dataclasses.replace(common, rank=launched.rank, index=indices[launched.local_rank]),)
     nodes = 1 if world_size == -1 else world_size
     node = 0 if rank == -1 else rank
     if nodes < 1 or not 0 <= node < nodes:
@@ -367,28 +534,29 @@ def worlds_of_this_node(common: World, indices: Sequence[int], world_size: int, 
     return tuple(dataclasses.replace(common, rank=first + i, index=index) for i, index in enumerate(indices))
 
 
-def meeting_point(addr: str, dist_url: str | None, nodes: int) -> tuple[str, int]:
+def meeting_point(addr: str, dist_url: str | None, nodes: int, is_used: bool = True) -> tuple[str, int]:
     """Address and port at which the ranks meet. Port 0 stands for any free one.
 
     Args:
         addr: of node 0, if the URL does not say.
         dist_url: env://, tcp://HOST:PORT or None. The port is the URL's, or MASTER_PORT, or 0.
         nodes: how many there are.
+        is_used: whether ranks will meet there. If not, the environment does not matter.
 
     Raises:
         UserError: usage, the URL has another form, or several nodes have no port.
     """
-    port = os.environ.get("MASTER_PORT", "0")
+    port = (is_used and os.environ.get("MASTER_PORT")) or "0"
     if dist_url == "env://":
-        addr = os.environ.get("MASTER_ADDR", addr)
+        addr = os.environ.get("MASTER_ADDR") or addr
     elif dist_url is not None:
         scheme, _, rest = dist_url.partition("://")
         addr, _, port = rest.rpartition(":")
         if scheme != "tcp" or not addr:
             raise UserError("usage", f"{dist_url!r}", "--dist-url", "expected env:// or tcp://HOST:PORT")
-    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+    if not is_port(port):
         raise UserError("usage", f"{port!r} is not a port", "--dist-url or MASTER_PORT", "give a number below 65536")
-    if nodes > 1 and int(port) == 0:
+    if nodes > 1 and is_used and int(port) == 0:
         raise UserError(
             "usage", "several nodes need a port that all know", "--dist-url", f"give tcp://{addr}:29500 on every node"
         )

@@ -4,18 +4,25 @@ Exit codes: 0 done, or nobody reads the output any more; 1 bug or out of memory;
 5 I/O or network; 6 distributed; 7 diverged; 130 Ctrl-C; 143 SIGTERM.
 """
 
+import contextlib
 import errno
 import importlib.metadata
 import io
 import os
-import signal
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from nmt.signals import Stopped, StopRequest, in_main_thread
 
 PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-EXIT_CODES = {"usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+EXIT_CODES = {"memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+# What the messages of other people's errors say. Most are plain RuntimeErrors.
+OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed", "unable to allocate")
+LOWER = "lower --batch-size, or --beam-size for the final score, or --hid-dim and --emb-dim"
+OF_PEERS = ("gloo", "nccl", "hccl", "connection closed by peer", "connection reset by peer")
 
 
 class UserError(Exception):
@@ -39,27 +46,6 @@ class UserError(Exception):
     def __str__(self) -> str:
         kind, what, where, todo = self.args
         return printable(f"error[{kind}]: {what}; {where}; {todo}")
-
-
-class Stopped(BaseException):
-    """SIGTERM or Ctrl-C has ended the run. No `Exception`, so that no handler of errors takes it for one.
-
-    Args:
-        exit_code: 143 or 130.
-        what: what became of the work, in one line.
-
-    >>> str(Stopped(143, "the state is saved"))
-    'stopped by SIGTERM: the state is saved'
-    """
-
-    def __init__(self, exit_code: int, what: str = ""):
-        super().__init__(exit_code, what)
-        self.exit_code = exit_code
-
-    def __str__(self) -> str:
-        exit_code, what = self.args
-        name = "Ctrl-C" if exit_code == 130 else signal.Signals(exit_code - 128).name
-        return printable(f"stopped by {name}" + (f": {what}" if what else ""))
 
 
 def printable(text: str) -> str:
@@ -110,6 +96,68 @@ def prepare_imports() -> None:
         sys.exit(EXIT_CODES["usage"])
 
 
+class LostPeer(UserError):
+    """A distributed error of a rank that is in order, and waited for another one in vain. The cause is elsewhere."""
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether a device, or the machine, had no memory left.
+
+    >>> lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    True
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in OF_MEMORY)
+    )
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed, because another rank had failed before."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):  # torch's, without importing it
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OF_PEERS)
+
+
+def in_one_line(error: Exception, where: str) -> Exception:
+    """The `UserError` that says in one line what some errors of other people's code mean. Others stay as they are.
+
+    Args:
+        where: which rank or process this is.
+    """
+    if isinstance(error, UserError):
+        return error
+    if lacks_memory(error):
+        return UserError("memory", without_memory(error), where, LOWER)
+    if lost_peer(error):
+        todo = "see what the other ranks say; the cause is there"
+        return LostPeer("distributed", f"lost another rank: {first_line(error)}", where, todo)
+    return error
+
+
+def without_memory(error: Exception) -> str:
+    """What went wrong, as the library says it."""
+    said = first_line(error)
+    return said if "out of memory" in said else f"out of memory ({said})"
+
+
+@contextlib.contextmanager
+def telling_memory(needs: Callable[[], str]) -> Iterator[None]:
+    """Turns the body's lack of memory into a `UserError` that says what the memory was needed for.
+
+    Args:
+        needs: says it. It is called after the fact.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not lacks_memory(error):
+            raise
+        raise UserError("memory", without_memory(error), needs(), LOWER) from error
+
+
 def is_expected(error: Exception) -> bool:
     """Whether `run_main` shows no traceback: for a user's error, and if nobody reads the output or its disk is full."""
     return isinstance(error, UserError | BrokenPipeError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
@@ -126,29 +174,34 @@ def run_main(main, argv: list[str]) -> int:
         The exit code of the process.
     """
     prepare_output()
+    # Without a handler, SIGTERM ends a process without a word, and process 1 of a container not at all.
+    stop = StopRequest(raises=True) if in_main_thread() else contextlib.nullcontext()
     try:
-        main(argv)
-        sys.stdout.flush()
-    except UserError as error:
-        if "--debug" in argv:
-            traceback.print_exc()
-        print(error, file=sys.stderr)
-        return error.exit_code
+        with stop:
+            main(argv)
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        print(printable(str(stopped)), file=sys.stderr)
         return stopped.exit_code
     except BrokenPipeError:
         # The reader of our output has gone (`| head`). The run is in order, and nobody is left to tell.
         discard_output()
         return 0
-    except OSError as error:
-        if not is_expected(error):
+    except Exception as error:
+        told = in_one_line(error, f"rank {os.environ['RANK']}" if os.environ.get("RANK") else f"process {os.getpid()}")
+        if not is_expected(told):
             raise
+        if "--debug" in argv:
+            traceback.print_exc()
+        if isinstance(told, UserError):
+            print(told, file=sys.stderr)
+            return told.exit_code
+        assert isinstance(told, OSError)
         discard_output()
-        print(UserError("io", str(error.strerror), error.filename or "the output", "make room there"), file=sys.stderr)
+        print(UserError("io", str(told.strerror), told.filename or "the output", "make room there"), file=sys.stderr)
         return EXIT_CODES["io"]
     return 0
 

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from typing import Any
 
 from nmt import devices
 from nmt.distributed import World
@@ -59,7 +60,7 @@ class EpochLog:
         epoch: the epoch's number.
         epochs: the run's number of epochs.
         steps: the epoch's number of steps.
-        steps_before: the run's steps before this epoch.
+        steps_before: this process's steps before.
         print_freq: steps between two lines. The last step always has one.
     """
 
@@ -67,7 +68,9 @@ class EpochLog:
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
+        self._first = 0  # the step of the epoch that this process began with
         self._step = self._pairs = self._not_finite = 0
+        self._seconds = 0.0  # that other processes took for the pairs that are counted
         # The sum of the losses and the number of target tokens: since the last line, on the device, and since the epoch
         # began, on the host, because NPUs have no float64.
         self._since_line = torch.zeros(2, device=world.device)
@@ -100,9 +103,10 @@ class EpochLog:
         """
         self._step += 1
         self._since_line += torch.stack((total_loss, total_tokens))
-        if self._step == self._warm_up:
+        done = self._step - self._first
+        if done == self._warm_up:
             self._timed_from = self._now()
-        elif self._step > self._warm_up:
+        elif done > self._warm_up:
             self._pairs += pairs
         if self._bar is not None:
             self._bar.update()
@@ -115,14 +119,14 @@ class EpochLog:
         since_line = self._since_line.cpu().double()
         self._totals += since_line
         self._data_time += self._data_time_since_line
-        steps = self._step - self._line_step
+        steps, done = self._step - self._line_step, self._step - self._first
         loss, mean_loss = mean(since_line), mean(self._totals)
         if self._bar is None:
             say(
                 f"[{self._world.device_type} id: {self._world.index} ] "
                 f"Epoch: [{self._epoch}][{self._step:{len(str(self._steps))}d}/{self._steps}]\t"
-                f"Time {(now - self._line) / steps:6.3f} ({(now - self._start) / self._step:6.3f})\t"
-                f"Data {self._data_time_since_line / steps:6.3f} ({self._data_time / self._step:6.3f})\t"
+                f"Time {(now - self._line) / steps:6.3f} ({(now - self._start) / done:6.3f})\t"
+                f"Data {self._data_time_since_line / steps:6.3f} ({self._data_time / done:6.3f})\t"
                 f"Loss {loss:.4e} ({mean_loss:.4e})"
             )
         else:
@@ -139,7 +143,30 @@ class EpochLog:
         self._since_line.zero_()
 
     def _rate(self, now: float) -> float:
-        return self._pairs / max(now - self._timed_from, 1e-9)
+        return self._pairs / max(self._seconds + now - self._timed_from, 1e-9)
+
+    def state(self) -> dict[str, Any]:
+        """What a run goes on from, see `nmt.resume.Part`. Waits for the device."""
+        timed = self._step - self._first > self._warm_up
+        return {
+            "step": self._step,
+            "pairs": self._pairs,
+            "seconds": self._seconds + (self._now() - self._timed_from if timed else 0.0),
+            "since_line": self._since_line.tolist(),
+            "totals": self._totals.tolist(),
+            "not_finite": self._not_finite,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave. Call it before the first step."""
+        self._step = self._first = self._line_step = state["step"]
+        self._pairs, self._seconds, self._not_finite = state["pairs"], state["seconds"], state["not_finite"]
+        self._since_line.copy_(torch.tensor(state["since_line"]))
+        self._totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
+        if self._steps - self._step <= self._warm_up:
+            self._warm_up = 0
+        if self._bar is not None:
+            self._bar.update(self._step)
 
     def finish(self) -> tuple[float, float]:
         """Ends the epoch.

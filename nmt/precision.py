@@ -26,7 +26,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from nmt import devices, flags
 from nmt.errors import UserError, first_line
@@ -250,6 +250,20 @@ class Trainer(Generic[Model]):
         """
         raise NotImplementedError
 
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from, see `nmt.resume.Part`. `refresh_model` is called first."""
+        self.refresh_model()
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave, also into the weights that compute."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def drop_gradients(self) -> None:
+        """Forgets what `backward` has computed."""
+        self.working_model.zero_grad()
+
     def _set_learning_rate(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -321,6 +335,19 @@ class NativeTrainer(Trainer[Model]):
         """The scale of the next step. Waits for the device."""
         return self._update.scale()
 
+    def state(self) -> dict[str, Any]:
+        counts = {"steps": self._steps, "updates": self._updates, "in_vain": self._in_vain}
+        return super().state() | {"update": self._update.state(), "counts": counts}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        for parameter, working in self._pairs:
+            working.copy_(parameter)
+        self._update.restore(state["update"])
+        counts = state["counts"]
+        self._steps, self._updates, self._in_vain = counts["steps"], counts["updates"], counts["in_vain"]
+
 
 class FusedUpdate:
     """Scales the loss, unscales and clips the gradients and updates the weights, for a fused optimizer.
@@ -348,6 +375,14 @@ class FusedUpdate:
     def scale(self) -> float:
         """The scale of the next step. Waits for the device."""
         return self._scale.item()
+
+    def state(self) -> dict[str, Any]:
+        """The scale, and how long it has been so. Waits for the device."""
+        return {"scale": self._scale.item(), "clean_steps": self._clean_steps.item()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._scale.fill_(state["scale"])
+        self._clean_steps.fill_(state["clean_steps"])
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         """Updates the weights, unless a gradient is not finite and that is looked for. See `Trainer.step`."""
@@ -383,6 +418,13 @@ class ScalerUpdate:
 
     def scale(self) -> float:
         return self._scaler.get_scale()
+
+    def state(self) -> dict[str, Any]:
+        return self._scaler.state_dict()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state:  # a scaler that is turned off has none
+            self._scaler.load_state_dict(state)
 
     def step(self, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
         self._scaler.unscale_(optimizer)
@@ -427,6 +469,23 @@ class ApexTrainer(Trainer[Model]):
     def refresh_model(self) -> None:
         for parameter, master in zip(self.model.parameters(), self._amp.master_params(self.optimizer), strict=True):
             parameter.copy_(master)
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad()  # it has laid them in one tensor
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"amp": self._amp.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        masters = list(self._amp.master_params(self.optimizer))
+        for parameter, master, working in zip(
+            self.model.parameters(), masters, self.working_model.parameters(), strict=True
+        ):
+            master.copy_(parameter)
+            working.copy_(parameter)
+        self._amp.load_state_dict(state["amp"])
 
     def skipped_steps(self) -> int:
         """0: apex reports them itself."""

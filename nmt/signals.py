@@ -5,21 +5,41 @@ collective gets to no such step. So a second thread watches, reads the signals f
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import select
 import signal
+import sys
 import threading
 import time
-from types import TracebackType
-
-from nmt.errors import Stopped
+from types import FrameType, TracebackType
 
 # Seconds from the first signal to the end. With SIGTERM there is time to save. Nobody waits longer after Ctrl-C.
-GRACE = {signal.SIGTERM: 30.0, signal.SIGINT: 4.0}
+GRACE = {signal.SIGTERM: 30.0, signal.SIGINT: 3.5}
 # A signal so soon after the first is the same wish. A terminal, `timeout` and a launcher may each hand it on.
 SAME_WISH = 1.0
 OF_A_RANK = 5.0  # seconds that a rank leaves to its launcher, which has the same deadline and the better message
+
+
+class Stopped(BaseException):
+    """SIGTERM or Ctrl-C has ended the run. No `Exception`, so that no handler of errors takes it for one.
+
+    Args:
+        exit_code: 143 or 130.
+        what: what became of the work, in one line.
+
+    >>> str(Stopped(143, "the state is saved"))
+    'stopped by SIGTERM: the state is saved'
+    """
+
+    def __init__(self, exit_code: int, what: str = ""):
+        super().__init__(exit_code, what)
+        self.exit_code, self.what = exit_code, what
+
+    def __str__(self) -> str:
+        name = "Ctrl-C" if self.exit_code == 130 else signal.Signals(self.exit_code - 128).name
+        return f"stopped by {name}" + (f": {self.what}" if self.what else "")
 
 
 class StopRequest:
@@ -83,11 +103,16 @@ class StopRequest:
                 self._before[number] = signal.signal(number, self._handle)
 
     def uninstall(self) -> None:
-        """Gives the signals back to who had them before. The deadline ends too."""
+        """Gives the signals back to who had them before.
+
+        The deadline ends too. But an outer request learns of the signal. What is left to do has a deadline then.
+        """
         if self._pipe is None:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+            if self.signal is not None and isinstance(outer := getattr(handler, "__self__", None), StopRequest):
+                outer._take_over(self.signal)
         self._before.clear()
         signal.set_wakeup_fd(self._former_pipe, warn_on_full_buffer=False)
         os.close(self._pipe)  # the watching thread sees that and ends
@@ -104,11 +129,17 @@ class StopRequest:
         if self.signal is not None and error is None:
             raise Stopped(self.exit_code)
 
-    def _handle(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         """The handler, in the main thread. The watching thread counts, because it is never late."""
         if self._raises and not self._has_raised:
             self._has_raised = True
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
+
+    def _take_over(self, number: int) -> None:
+        """Counts a signal that an inner request has had, from now on. It raises nothing: the inner one has told it."""
+        if self._pipe is not None and self.signal is None:
+            self._has_raised, self.since, self.signal = True, time.monotonic(), number
+            os.write(self._pipe, b"\0")  # no signal, but the thread looks up
 
     def _watch(self, reading: int) -> None:
         """The life of the watching thread."""
@@ -140,5 +171,42 @@ def is_rank() -> bool:
 def end_at_once(exit_code: int) -> None:
     """Ends the process, whatever its threads are doing."""
     with contextlib.suppress(OSError):
-        os.write(2, f"{Stopped(exit_code, 'at once, without saving')}\n".encode())
+        os.write(2, f"{Stopped(exit_code, 'at once, in the middle of its work')}\n".encode())
     os._exit(exit_code)
+
+
+def in_main_thread() -> bool:
+    """Whether this thread may take over signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+def end_imports_at_sigterm() -> None:
+    """Lets SIGTERM end the program while it imports. That takes seconds, and `run_main` is not there yet."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda number, frame: end_at_once(128 + number))
+
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process when its parent has ended, in whatever way, also while this process is stopped.
+
+    Linux does that. It counts the parent's thread that has started this process, so start ranks from the main thread.
+    Elsewhere a thread looks once a second, and a stopped process has to be continued first.
+
+    Args:
+        parent: the id of the process that has started this one.
+    """
+    bound = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) == 0
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before it was bound to us
+    if not bound:
+        threading.Thread(target=follow_parent, args=(parent,), daemon=True).start()
+
+
+def follow_parent(parent: int) -> None:
+    """Ends this process soon after its parent has ended."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)

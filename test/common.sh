@@ -8,11 +8,12 @@ repo=$(dirname -- "$here")
 name=train_${KIND}_${RANK_SIZE}p.sh
 network=GRU_ID0104_for_PyTorch
 
-keys="data_path batch_size learning_rate epochs precision_mode device device_list recipe conda_name"
+keys="data_path batch_size learning_rate epochs precision_mode device device_list recipe conda_name restarts"
 
 run_wrapper() {
     parse_arguments "$@"
     choose_environment
+    check_arguments
     prepare_output
     run_training
     read_log
@@ -33,13 +34,14 @@ quoted() { # a value of the user's on one line, as a shell takes it, so that its
 }
 
 usage() {
-    local task devices batch rate="the recipe's" epochs device_list checkpoint=''
+    local task devices batch rate="the recipe's" epochs device_list checkpoint='' goes_on=''
     if [[ $KIND == full ]]; then
         task='Trains ten epochs with validation, then scores the best checkpoint on the test set (BLEU)'
         batch="the recipe's: tuned 64, on several devices 128, on sample/ 32; modelzoo 512"
         rate+=$';\n                         tuned: 0.003, times the root of batch / 64 where that is above 1'
         epochs="the recipe's, 10"
         checkpoint=', where the best checkpoint, seq2seq-gru-model.pth.tar, is left too'
+        goes_on=$',\n                         with --resume=auto'
     else
         task='Measures the speed of training: one epoch, gone round again until 25 steps are done, the first 5 not timed'
         epochs=1
@@ -70,6 +72,8 @@ $devices.
 $device_list
   --recipe=NAME          tuned or modelzoo; default: tuned
   --conda_name=NAME      a conda environment to activate first; default: none
+  --restarts=N           start the run again, N times at most, after one of its processes has died or hung$goes_on;
+                         default: 0
   --help, -h             this text
 
 What follows a lone -- goes to train_8p.py untouched and wins over the above; bash test/$name -- --help lists it.
@@ -84,7 +88,8 @@ where CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
   train_\$ASCEND_DEVICE_ID.log  the whole run
   train_CASE_loss.txt          one loss a line
   CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
-The results of this wrapper's earlier runs, whatever their batch, go on as NAME.previous; the log is made anew.
+The results of this wrapper's earlier runs, whatever their batch, go on as NAME.previous, and so does the last log.
+A bad argument ends the wrapper before it touches anything.
 END
 }
 
@@ -92,7 +97,7 @@ parse_arguments() {
     local argument key value variable
     # Set here, or variables of these names in the caller's environment would count as arguments.
     arg_data_path='' arg_batch_size='' arg_learning_rate='' arg_epochs='' arg_precision_mode=''
-    arg_device='' arg_device_list='' arg_recipe='' arg_conda_name=''
+    arg_device='' arg_device_list='' arg_recipe='' arg_conda_name='' arg_restarts=''
 
     while (($#)) && [[ $1 != -- ]]; do
         argument=$1
@@ -149,6 +154,13 @@ parse_arguments() {
     fi
     if [[ $KIND == performance ]]; then options+=(--performance); fi
 
+    restarts=${arg_restarts:-0}
+    if [[ $restarts == *[!0-9]* || ${#restarts} -gt 4 ]]; then
+        fail 2 "error[usage]: restarts is $(quoted "$restarts"); test/$name; give a number below 10000"
+    fi
+    restarts=$((10#$restarts)) # 010 is ten
+
+    options_of_a_restart "$@"
     help_of_train=no
     if (($# > 1)); then
         options+=("$@") # the lone -- is its first
@@ -162,6 +174,26 @@ parse_arguments() {
             fi
         done
     fi
+}
+
+options_of_a_restart() { # the lone -- and what follows it, or nothing; makes again from the wrapper's options and this
+    local drop=no
+    if [[ $KIND == performance ]]; then # it leaves nothing to go on from
+        again=("${options[@]}" "$@")
+        return
+    fi
+    again=("${options[@]}" --)
+    while (($# > 1)); do
+        shift
+        if [[ $drop == yes ]]; then
+            drop=no
+        elif [[ $1 == --resume ]]; then
+            drop=yes # the user's own was for the first start
+        elif [[ $1 != --resume=* ]]; then
+            again+=("$1")
+        fi
+    done
+    again+=(--resume=auto)
 }
 
 choose_environment() {
@@ -184,6 +216,11 @@ choose_environment() {
         fail 2 "error[usage]: there is no Python interpreter $(quoted "$python"); PATH and PYTHON; install Python 3.10 or newer, or set PYTHON to one"
     fi
     if [[ $help_of_train == yes ]]; then exec "$python" "${options[@]}"; fi
+}
+
+check_arguments() {
+    # By the program's own parser, before an earlier run's files are touched. The program would say the same, but later.
+    "$python" "${options[0]}" --parse-only ${options[1]+"${options[@]:1}"} </dev/null || exit "$?"
 }
 
 activate_conda() { # name
@@ -224,9 +261,10 @@ prepare_output() {
     printf '%s\n' "$$" >"$output/.lock"
 
     # A run that fails must not leave an older run's results under their names. The log is made anew: a tee that
-    # outlived its wrapper would go on writing to the old one.
+    # outlived its wrapper would go on writing to the old one. An empty log is not worth keeping.
     if ! { set_aside "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" &&
         set_aside "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
+        if [[ -s $log ]]; then set_aside "$log"; fi &&
         rm -f -- "$log" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi
@@ -248,7 +286,7 @@ try_lock() {
 }
 
 run_training() {
-    local folder tee_pid run_status tee_status
+    local folder tee_pid start tee_status
     signals=0 interrupted=0 train_pid=''
 
     if ! { folder=$(mktemp -d) && mkfifo -- "$folder/pipe"; } 2>/dev/null; then
@@ -264,22 +302,16 @@ run_training() {
     trap 'interrupt 143' TERM
     trap 'interrupt 129' HUP
     SECONDS=0
-    # Job control, because without it a shell starts what runs in the background with Ctrl-C ignored.
-    set -m
-    "$python" "${options[@]}" </dev/null >&7 2>&1 7>&- 9>&- &
-    train_pid=$!
-    set +m
-    exec 7>&-
-    if ((interrupted)); then interrupt "$interrupted"; fi # it came before there was anything to stop
-
-    # Whoever reads descriptor 8 and sees it close without a line knows that this shell was killed, and ends the run.
-    exec 8> >(exec 9>&- >/dev/null 2>&1 && trap '' INT TERM HUP && { read -r || kill -TERM "$train_pid"; })
-
-    wait_for "$train_pid"
-    run_status=$status
+    start=0
+    while :; do
+        run_once
+        if ((interrupted || start == restarts)) || ! may_start_again "$run_status"; then break; fi
+        start=$((start + 1))
+        printf 'note: restart %s of %s, because the run ended with exit code %s\n' "$start" "$restarts" "$run_status" >&7
+        options=("${again[@]}")
+    done
     seconds=$SECONDS
-    printf '\n' >&8
-    exec 8>&-
+    exec 7>&-
     wait_for "$tee_pid"
     tee_status=$status
     trap '' INT TERM HUP # what is left takes no time and is not to be left half done
@@ -291,9 +323,35 @@ run_training() {
     fi
 }
 
+run_once() { # sets run_status
+    # Job control, because without it a shell starts what runs in the background with Ctrl-C ignored.
+    set -m
+    "$python" "${options[@]}" </dev/null >&7 2>&1 7>&- 9>&- &
+    train_pid=$!
+    set +m
+    if ((interrupted)); then interrupt "$interrupted"; fi # it came before there was anything to stop
+
+    # Whoever reads descriptor 8 and sees it close without a line knows that this shell was killed, and ends the run.
+    exec 8> >(exec 7>&- 9>&- >/dev/null 2>&1 && trap '' INT TERM HUP && { read -r || kill -TERM "$train_pid"; })
+
+    wait_for "$train_pid"
+    run_status=$status
+    train_pid=''
+    printf '\n' >&8
+    exec 8>&-
+}
+
+may_start_again() { # exit code: a process of the run has died or hung, or the run itself was killed
+    (($1 == 6 || ($1 > 128 && $1 != 130 && $1 != 143)))
+}
+
 fail_as_the_run() { # exit code
     local reason how=''
-    reason=$(LC_ALL=C awk '/^error\[/ { error = $0 } NF { last = $0 } END { print (error != "" ? error : last) }' "$log")
+    reason=$(LC_ALL=C awk '
+        /^note: restart / { error = ""; last = "" }
+        /^error\[/ { error = $0 }
+        NF { last = $0 }
+        END { print (error != "" ? error : last) }' "$log")
     if ((interrupted)); then
         how=interrupted
     elif (($1 > 128)) && [[ $reason != error\[* ]]; then
@@ -364,7 +422,18 @@ write_results() {
     lines+=("E2ETrainingTime = $seconds")
 
     losses_of_log() {
-        LC_ALL=C awk '/^\[.*\] Epoch: .*Loss / { sub(/^.*Loss +/, ""); sub(/[ \t].*$/, ""); print }' "$log"
+        # After a restart, the steps since the last saved state come twice. The second time counts.
+        LC_ALL=C awk '
+            /^\[.*\] Epoch: .*Loss / {
+                step = loss = $0
+                sub(/^.*Epoch: /, "", step)
+                sub(/\t.*$/, "", step)
+                sub(/^.*Loss +/, "", loss)
+                sub(/[ \t].*$/, "", loss)
+                if (!(step in place)) place[step] = n++
+                losses[place[step]] = loss
+            }
+            END { for (i = 0; i < n; i++) print losses[i] }' "$log"
     }
     if ! { losses_of_log >"$losses.tmp" && printf '%s\n' "${lines[@]}" >"$results.tmp" &&
         mv -f -- "$losses.tmp" "$losses" && mv -f -- "$results.tmp" "$results"; } 2>/dev/null; then

@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import os
 import random
+import signal
+import time
 from pathlib import Path
 
 import train_8p
@@ -193,6 +195,34 @@ def refused(kind, function, *args, says=(), **options):
     for text in [says] if isinstance(says, str) else says:
         assert text in message
     return message
+
+
+def heed_signals() -> None:
+    """Undoes what a test run in the background hands down: signals that are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def state(pid: int) -> str:
+    """A process's state as Linux says it, or nothing if it is gone. One that nobody has waited for is gone too."""
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
+    return found.replace("Z", "")
+
+
+def eventually(condition, within: float = 10.0) -> bool:
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def gone(pids) -> bool:
+    return not any(state(pid) for pid in pids)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from bench import (
     logs,
     machine,
     plain,
+    soak,
     startup,
     time_to_bleu,
     tokenising,
@@ -251,6 +252,19 @@ def test_tokenising_runs(capsys):
     out = capsys.readouterr().out
     assert "note: so little text is tokenised in one process" in out
     assert "figure: two workers / one = " in out
+
+
+def test_a_soak_stops_a_run_that_saves_and_tells_by_how_much_it_grew(tiny_corpus, tmp_path, capsys):
+    flags = ["--", "--data-dir", str(tiny_corpus), "--emb-dim=8", "--hid-dim=12", "--save-every=0.001"]
+    soak.main(["--minutes", "0.25", *flags])
+    out = capsys.readouterr().out
+    assert int(re.search(r"^states saved: (\d+)$", out, re.MULTILINE)[1]) > 1
+    assert set(figures(out)) == {f"growth of {name}" for name in soak.COLUMNS}
+
+
+def test_growth_compares_the_last_third_with_the_second():
+    rows = [dict.fromkeys(soak.COLUMNS, value) for value in (100.0, 90.0, 5.0, 7.0, 9.0, 8.0)]
+    assert set(soak.growth(rows).values()) == {8.5 - 6.0}
 
 
 def test_large_corpus_runs(capsys):

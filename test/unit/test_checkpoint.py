@@ -537,7 +537,8 @@ def test_a_run_that_goes_on_replaces_its_own_file_and_no_other(tmp_path):
     path, lines = tmp_path / "model", []
     a_run(path, 1, completed=True)
     a_run(path, 2, completed=False)
-    best = checkpoint.BestFile(path, lines.append, merit=3.0, owns=True)
+    best = checkpoint.BestFile(path, lines.append)
+    best.restore(checkpoint.BestFile(path, lines.append, merit=3.0, owns=True).state())
     assert best.merit == 3.0
     best.replace(4.0, dataclasses.replace(make(), scores={"number": 3}))
     assert lines == [f"saved: {path} (the best so far)"]
@@ -549,12 +550,16 @@ def test_a_run_that_goes_on_replaces_its_own_file_and_no_other(tmp_path):
     assert checkpoint.load(previous_of(path)).scores == {"number": 3}
 
 
-def test_a_run_that_wrote_nothing_marks_nothing(tmp_path):
-    path = tmp_path / "model"
+def test_a_run_that_wrote_nothing_owns_and_marks_nothing(tmp_path):
+    path, lines = tmp_path / "model", []
     checkpoint.BestFile(path, print).complete()
     a_run(path, 1, completed=False)
-    checkpoint.BestFile(path, print).complete()
+    resumed = checkpoint.BestFile(path, lines.append)
+    resumed.restore(checkpoint.BestFile(path, print).state())  # it was stopped before its first epoch ended
+    resumed.complete()
     assert not checkpoint.load(path).completed
+    resumed.replace(0.0, make())
+    assert "the old one is now model.previous" in lines[0]
 
 
 def test_a_mark_that_cannot_be_written_is_told(tmp_path, monkeypatch):
@@ -581,14 +586,14 @@ def test_a_killed_run_leaves_the_last_completed_model_and_its_own_last_or_next(t
             best = checkpoint.BestFile(path, lambda line: None)
             for merit in range(2):
                 best.replace(merit, dataclasses.replace(make(), scores={"number": number}))
-                acknowledge(b"saved %d " % number)
+                acknowledge(b"saved %d\n" % number)
             if number % 3 == 0:
                 best.complete()
-                acknowledge(b"completed %d " % number)
+                acknowledge(b"completed %d\n" % number)
 
     for _ in range(kills):
         first = 1000 * next(lives)
-        words = killed(runs, generator, seconds=0.05).split()
+        words = killed(runs, generator).split()
         told = [(words[index], int(words[index + 1])) for index in range(0, len(words), 2)]
         finished = max([finished, *(number for event, number in told if event == b"completed")])
         saved_last = max([saved_last, *(number for event, number in told if event == b"saved")])

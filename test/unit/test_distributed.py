@@ -7,8 +7,10 @@ import dataclasses
 import inspect
 import math
 import os
+import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import nmt.log
 import train_8p
 from nmt import devices, distributed, precision
 from nmt.distributed import World, meeting_point, plan
+from nmt.errors import run_main
 
 import pytest
 import torch
@@ -151,7 +154,103 @@ def test_torchrun_decides_rank_and_size(torchrun):
 
 
 def test_a_device_list_that_disagrees_with_torchrun_is_refused(torchrun):
+    """Row 37."""
     assert "2 processes" in refused("usage", plan, device="cpu", device_list=[0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE"),
+        ({"RANK": "2"}, "RANK"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"RANK": "1.0"}, "RANK"),
+        ({"LOCAL_RANK": "5"}, "LOCAL_RANK"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": "٢"}, "LOCAL_WORLD_SIZE"),
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE"),
+    ],
+)
+def test_a_launchers_variable_that_makes_no_sense_is_a_usage_error_that_names_it(
+    torchrun, monkeypatch, variables, name
+):
+    """Kind I: it was a traceback."""
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    message = refused("usage", plan, device="cpu")
+    assert message.startswith(f"error[usage]: {name} is ")
+    assert f"; environment variable {name}; " in message
+
+
+def test_a_launchers_variables_that_are_empty_are_not_set(no_launcher, monkeypatch):
+    """Kind I: `RANK= WORLD_SIZE= ...`, as a template leaves them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+    made = plan(device="cpu")
+    assert (made.worlds, made.spawns, made.notes) == ((World(),), False, ())
+    assert not distributed.under_torchrun()
+    assert plan(device="cpu", multiprocessing_distributed=True, dist_url="env://").meeting == ("127.0.0.1", 0)
+
+
+def test_pods_with_a_rank_and_a_size_are_one_training(no_launcher, monkeypatch):
+    """Kind J: without LOCAL_RANK, each pod trained alone, and no line said so."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = plan(device="cpu")
+    (world,) = made.worlds
+    assert (world.rank, world.size, world.nodes, world.local_size, world.index) == (1, 2, 2, 1, 0)
+    assert (made.spawns, distributed.under_torchrun()) == (False, True)
+    assert made.notes == (
+        "RANK and WORLD_SIZE are set, LOCAL_RANK is not: this is rank 1 of 2, the only one on its machine",
+    )
+    assert plan(device="cpu", device_list=[3]).worlds[0].index == 3
+    message = refused("usage", plan, device="cpu", multiprocessing_distributed=True, device_list=[0, 1])
+    assert "RANK and WORLD_SIZE name a process" in message
+
+
+def test_a_lone_pod_may_use_all_its_devices(no_launcher, monkeypatch):
+    """Kind J."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert plan(device="cpu").worlds == (World(),)
+    made = plan(device="cpu", multiprocessing_distributed=True, device_list=[0, 1])
+    assert (made.spawns, len(made.worlds), made.notes) == (True, 2, ())
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_half_of_a_launchers_variables_get_a_note(no_launcher, monkeypatch, name):
+    """Kind J."""
+    monkeypatch.setenv(name, "1")
+    made = plan(device="cpu")
+    assert made.worlds == (World(),)
+    assert made.notes == (f"{name} without RANK and WORLD_SIZE: this process trains on its own",)
+
+
+@pytest.mark.parametrize(
+    ("addr", "port", "name"),
+    [("", "29500", "MASTER_ADDR"), ("127.0.0.1", "abc", "MASTER_PORT"), ("a", "", "MASTER_PORT")],
+)
+def test_a_launcher_has_to_say_where_its_ranks_meet(torchrun, monkeypatch, addr, port, name):
+    """Kind I."""
+    monkeypatch.setenv("MASTER_ADDR", addr)
+    monkeypatch.setenv("MASTER_PORT", port)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    (world,) = plan(device="cpu").worlds
+    assert name in refused("usage", world.start)
+
+
+@pytest.mark.parametrize("port", ["abc", "-1", "70000", "9" * 5000])
+def test_the_environments_port_matters_only_where_it_is_used(no_launcher, monkeypatch, port):
+    """It refused runs of one process."""
+    monkeypatch.setenv("MASTER_PORT", port)
+    assert plan(device="cpu").worlds == (World(),)
+    assert plan(device="cpu", multiprocessing_distributed=True, device_list=[0]).meeting == ("127.0.0.1", 0)
+    assert "MASTER_PORT" in refused("usage", plan, device="cpu", multiprocessing_distributed=True)
 
 
 @pytest.mark.parametrize(("world_size", "rank"), [(0, 0), (-2, 0), (2, 2), (2, -2)])
@@ -420,6 +519,47 @@ def test_simulated_npus_have_the_losses_of_the_cpu_in_float32(runs, npu_totals, 
 def command(*arguments: str, cwd: Path, **extra: str) -> subprocess.CompletedProcess:
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | extra
     return subprocess.run(arguments, cwd=cwd, env=variables, capture_output=True, text=True, timeout=DEADLINE)
+
+
+def test_a_rank_counts_its_steps_where_its_launcher_looks():
+    counters = distributed.launch.step_counters(2)
+    World(counter=counters[1]).progress(7)
+    assert [counter.get() for counter in counters] == [0, 7]
+    World().progress(7)  # nobody looks
+    assert World(counter=counters[1]) == World(), "it is no part of what a rank is"
+
+
+def as_rank(rank: int, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    """The program as one of two ranks that a launcher has started."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1"} | variables
+    program = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, "--performance", *flags]
+    return command(*program, cwd=REPOSITORY, **environment)
+
+
+def test_a_rank_without_the_others_ends_within_the_timeout(tiny_corpus):
+    """Row 39."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    start = time.monotonic()
+    done = as_rank(1, "--data-dir", str(tiny_corpus), "--dist-timeout", "3", MASTER_PORT=port)
+    assert done.returncode == 6, done.stderr
+    assert "error[distributed]: the 2 ranks did not meet" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_a_port_that_is_taken_ends_the_run_with_6(tiny_corpus, tmp_path, monkeypatch, capsys):
+    """Row 38. Where none was asked for, the ranks meet at another, as all runs of these tests do."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        flags = ["--data-dir", str(tiny_corpus), "--multiprocessing-distributed", "--device-list", "0,1", "-b", "16"]
+        assert run_main(train_8p.main, [*SMALL, *flags, "--ckptpath", str(tmp_path / "model")]) == 6
+    assert capsys.readouterr().err.startswith(f"error[distributed]: cannot listen on port {port}")
 
 
 PUBLISHED = ["--epoch", "1", "--batch-size", "16", "--multiprocessing-distributed", "--device-list", "0,1"]

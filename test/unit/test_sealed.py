@@ -236,8 +236,8 @@ def test_a_write_that_fails_raises_its_own_error_and_keeps_the_old_file(path, mo
     assert hidden, "the fault must be real"
 
 
-def killed(life, generator: random.Random, seconds: float = 0.03) -> bytes:
-    """Runs `life(acknowledge)` in a process of its own, and kills it at a random moment after it began.
+def killed(life, generator: random.Random) -> bytes:
+    """Runs `life(acknowledge)` in a process of its own, and kills it at a random moment after a few acknowledged lines.
 
     Returns:
         What it acknowledged.
@@ -247,18 +247,19 @@ def killed(life, generator: random.Random, seconds: float = 0.03) -> bytes:
         torch.set_num_threads(1)  # the threads of the parent are not here
         os.close(reader)
         try:
-            os.write(writer, b"begun ")
+            os.write(writer, b"begun\n")
             life(lambda text: os.write(writer, text))
         finally:
             os._exit(1)
     os.close(writer)
     with open(reader, "rb") as acknowledged:
-        assert acknowledged.read(6) == b"begun "
-        time.sleep(generator.uniform(0, seconds))
+        assert acknowledged.readline() == b"begun\n"
+        lines = [acknowledged.readline() for _ in range(generator.randrange(4))]
+        time.sleep(generator.uniform(0, 0.03))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "the fault must be real"
-        return acknowledged.read()
+        return b"".join(lines) + acknowledged.read()
 
 
 SWEEPS = [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)]
@@ -274,7 +275,7 @@ def test_a_killed_process_leaves_the_last_file_that_it_acknowledged_or_the_next(
     def saves(acknowledge):
         for number in itertools.count(last + 1):
             sealed.write(path, {"weights": weights, "number": number})
-            acknowledge(b"%d " % number)
+            acknowledge(b"%d\n" % number)
 
     for _ in range(kills):
         last = int((killed(saves, generator).split() or [last])[-1])

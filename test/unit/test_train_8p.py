@@ -412,7 +412,7 @@ def test_a_disk_that_is_full_at_a_later_save_ends_the_run_with_5_and_the_best_so
     bleus = iter([1.0, 2.0])
 
     def full(descriptor):
-        if ".partial-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if "/model.partial-" in os.readlink(f"/proc/self/fd/{descriptor}"):
             saves.append(descriptor)
             if len(saves) == 2:
                 raise OSError(28, "No space left on device")
@@ -427,7 +427,7 @@ def test_a_disk_that_is_full_at_a_later_save_ends_the_run_with_5_and_the_best_so
     assert err.count("\n") == 1
     assert checkpoint.load(path).scores["bleu"] == 1.0
     assert not checkpoint.load(path).completed
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "model"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "model", "model.state"]
 
 
 def test_the_name_of_a_checkpoint_forges_no_line_of_the_log(tiny_corpus, tmp_path, capsys):

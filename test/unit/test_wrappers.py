@@ -25,11 +25,13 @@ FULL = ["train_full_1p.sh", "train_full_8p.sh"]
 PERFORMANCE = ["train_performance_1p.sh", "train_performance_8p.sh"]
 WRAPPERS = FULL + PERFORMANCE
 KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list"]
-KEYS += ["recipe", "conda_name"]
+KEYS += ["recipe", "conda_name", "restarts"]
 NETWORK = "GRU_ID0104_for_PyTorch"
 
 STAND_IN = """
 import json, os, sys
+if sys.argv[1:2] == ["--parse-only"]:
+    sys.exit(os.environ.get("REFUSES"))  # nothing, or its one line
 record = dict(argv=sys.argv[1:], script=sys.argv[0], cwd=os.getcwd(), env=dict(os.environ), pid=os.getpid())
 with open(os.environ["RECORD"], "w") as file:
     json.dump(record, file)
@@ -124,6 +126,10 @@ class Repo:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=30)
+
+    def files(self):
+        """The names and contents in the output folder, but for the lock."""
+        return {path.name: path.read_text() for path in self.output().iterdir() if path.name != ".lock"}
 
     def recorded(self):
         return json.loads(self.record.read_text())
@@ -376,6 +382,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_hostile_values_are_passed_intact_and_nothing_runs(repo, value):
+    """Row 48."""
     arguments = [f"--data_path={value}", "--recipe", value, f"--device_list={value.replace(',', '')}", "--", value]
     (repo.home / "a file").touch()
     assert repo.run("train_performance_1p.sh", *arguments).returncode == 0
@@ -386,6 +393,7 @@ def test_hostile_values_are_passed_intact_and_nothing_runs(repo, value):
 
 
 def test_random_values_are_passed_intact(repo):
+    """Row 48."""
     draw = random.Random(1234)
     for _ in range(10):
         values = ["".join(chr(draw.randrange(1, 256)) for _ in range(40)) for _ in range(4)]
@@ -753,12 +761,14 @@ def test_a_failed_run_sets_the_results_of_an_earlier_one_aside(repo, wrapper):
     assert repo.run(wrapper).returncode == 0
     results = {path.name: path.read_text() for path in repo.output().glob(f"*{NETWORK}*")}
     assert len(results) == 2
+    log = (repo.output() / "train_0.log").read_text()
     (repo.output() / "killed.log.tmp").touch()
     (repo.output() / "a note.txt").touch()
     for _ in range(2):
         assert repo.run(wrapper, behaviour="sys.exit(1)").returncode == 1
-    found = {path.name: path.read_text() for path in repo.output().iterdir()}
-    assert found.pop(".lock") and found.pop("a note.txt") == found.pop("train_0.log") == ""
+    found = repo.files()
+    assert found.pop("a note.txt") == found.pop("train_0.log") == ""
+    assert found.pop("train_0.log.previous") == log, "an empty log takes no log's place"
     assert found == {f"{name}.previous": text for name, text in results.items()}
 
 
@@ -913,6 +923,17 @@ def test_a_killed_wrapper_takes_its_run_along_and_frees_the_folder(repo):
         assert eventually(lambda: gone(pid))
 
 
+def test_the_log_of_a_killed_wrapper_stays_as_the_previous_one(repo):
+    with repo.started("train_full_1p.sh", behaviour=printing("its only trace") + WAITING) as process:
+        log = repo.output() / "train_0.log"
+        assert eventually(lambda: log.read_text() == "its only trace\nready\n")
+        process.kill()
+        process.wait()
+        assert repo.run("train_full_1p.sh").returncode == 0
+    assert "its only trace" not in log.read_text()
+    assert log.with_name("train_0.log.previous").read_text().startswith("its only trace\nready\n")
+
+
 @pytest.mark.parametrize("flock", [True, False])
 def test_a_second_run_with_the_same_number_is_refused_and_harms_nothing(repo, tmp_path, flock):
     changes = {}
@@ -973,6 +994,147 @@ def test_shellcheck_finds_nothing(script):
         pytest.skip("needs shellcheck")
     done = subprocess.run([shellcheck, "-x", f"test/{script}"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+# Restarts
+
+# Each start does what its line says: an exit code, or a signal that kills it. It appends its arguments to a file.
+STARTS = """
+starts = os.environ["RECORD"] + ".starts"
+with open(starts, "a") as file:
+    file.write(json.dumps(sys.argv[1:]) + "\\n")
+with open(starts) as file:
+    number = len(file.readlines()) - 1
+how = os.environ["STARTS"].split(",")[number]
+print(os.environ["TEXTS"].split("|")[number], flush=True)
+if how.startswith("-"):
+    os.kill(os.getpid(), -int(how))
+if how == "6":
+    print("error[distributed]: rank 1 was killed by signal 9; here; do this", file=sys.stderr)
+sys.exit(int(how))
+"""
+
+
+def run_starts(repo, wrapper, *arguments, starts, texts=None):
+    """The wrapper's end, and the arguments of each start."""
+    file = Path(f"{repo.record}.starts")
+    file.unlink(missing_ok=True)
+    texts = texts or "|".join([canned_log("100.000")] * (starts.count(",") + 1))
+    done = repo.run(wrapper, *arguments, behaviour=STARTS, STARTS=starts, TEXTS=texts)
+    return done, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("fault", ["6", "-9", "-6", "-11"])
+def test_a_run_whose_process_died_goes_on_and_ends_well(repo, fault):
+    """Rows 1 and 2: exit code 6, or the death of the launcher itself."""
+    arguments = ["--restarts=2", "--batch_size=64", "--", "--lr", "0.1"]
+    done, starts = run_starts(repo, "train_full_8p.sh", *arguments, starts=f"{fault},{fault},0")
+    assert done.returncode == 0, done.stderr
+    assert starts[1] == starts[2] == [*starts[0], "--resume=auto"]
+    code = 128 - int(fault) if fault.startswith("-") else 6
+    log = (repo.output() / "train_0.log").read_text()
+    notes = [line for line in log.splitlines() if line.startswith("note: restart")]
+    assert notes == [f"note: restart {n} of 2, because the run ended with exit code {code}" for n in (1, 2)]
+    assert log.count("* FPS@all") == 3, "one log of all of it"
+    assert "Final Train Accuracy : 28.0046\n" in done.stdout
+
+
+def test_a_run_is_not_started_again_without_being_asked_to(repo):
+    done, starts = run_starts(repo, "train_full_1p.sh", starts="6,0")
+    assert (done.returncode, len(starts)) == (6, 1)
+
+
+def test_a_run_is_started_again_as_often_as_asked_and_its_last_reason_counts(repo):
+    done, starts = run_starts(repo, "train_full_1p.sh", "--restarts=02", starts="6,6,-9,0")
+    assert (done.returncode, len(starts)) == (137, 3)
+    assert done.stderr.splitlines()[-1].startswith("ended by signal 9 "), "not the error of an earlier start"
+    assert "Final" not in done.stdout
+    done, starts = run_starts(repo, "train_full_1p.sh", "--restarts", "1", starts="-9,6,0")
+    assert (done.returncode, len(starts)) == (6, 2)
+    assert done.stderr.splitlines()[-1].startswith("error[distributed]: rank 1 was killed")
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 7, 130, 143])
+def test_what_a_restart_cannot_mend_ends_the_wrapper(repo, code):
+    done, starts = run_starts(repo, "train_full_1p.sh", "--restarts=3", starts=f"{code},0")
+    assert (done.returncode, len(starts)) == (code, 1)
+
+
+@pytest.mark.parametrize("user", [["--resume", "my state"], ["--resume=my state"]])
+def test_a_restart_goes_on_from_the_newest_state_whatever_the_first_start_did(repo, user):
+    arguments = ["--restarts=1", "--", "-p", "3", *user, "--lr=1"]
+    done, starts = run_starts(repo, "train_full_1p.sh", *arguments, starts="6,0")
+    assert done.returncode == 0
+    own = ["--amp", "--opt-level=O2", "--"]
+    assert starts == [[*own, "-p", "3", *user, "--lr=1"], [*own, "-p", "3", "--lr=1", "--resume=auto"]]
+
+
+def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo):
+    _, starts = run_starts(repo, "train_full_1p.sh", "--restarts=1", starts="6,0")
+    assert starts[1] == [*starts[0], "--", "--resume=auto"]
+    done, starts = run_starts(repo, "train_performance_1p.sh", "--restarts=1", "--", "-p", "3", starts="6,0")
+    assert starts[1] == starts[0], "it leaves no state"
+    assert done.returncode == 0
+
+
+def test_a_step_that_was_done_twice_has_one_loss(repo):
+    line = "[cpu id: 0 ] Epoch: [0][ {}/3]\tTime  0.1 ( 0.1)\tData  0.0 ( 0.0)\tLoss {} (7.0)\n"
+    first = line.format(1, "3.0") + line.format(2, "2.0")
+    second = "run: processes=1 batch=8\n" + line.format(2, "2.5") + line.format(3, "1.0")
+    texts = first + "|" + second + "* FPS@all 10.0\nBLEU score = 1.0"
+    done, _ = run_starts(repo, "train_full_1p.sh", "--restarts=1", starts="6,0", texts=texts)
+    assert done.returncode == 0, done.stderr
+    (losses,) = repo.output().glob("*_loss.txt")
+    assert losses.read_text().split() == ["3.0", "2.5", "1.0"]
+
+
+@pytest.mark.parametrize("value", ["-1", "x", "1.5", "99999", "1 "])
+def test_a_number_of_restarts_that_is_none_is_an_error(repo, value):
+    assert is_usage_error(repo.run("train_full_1p.sh", f"--restarts={value}"))
+    assert not repo.record.exists()
+
+
+def test_an_interrupted_run_is_not_started_again(repo):
+    behaviour = WAITING.replace("128 + number", "6")
+    with repo.started("train_full_1p.sh", "--restarts=3", behaviour=behaviour) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        stdout, _ = process.communicate(timeout=30)
+        assert process.returncode == 143
+    assert "restart" not in stdout
+
+
+# Arguments that the program refuses, and the files of a clone
+
+
+def test_a_bad_argument_touches_nothing(repo):
+    """Kind P: it emptied the log of the run before, and set its result aside."""
+    assert repo.run("train_full_1p.sh").returncode == 0
+    before = repo.files()
+    assert len(before) == 3
+    done = repo.run("train_full_1p.sh", "--epochs=abc", REFUSES="error[usage]: no number; --epochs; give one")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error[usage]: no number; --epochs; give one\n"
+    assert repo.files() == before
+
+
+def test_the_scripts_of_a_windows_clone_run(tmp_path):
+    """Kind F. Without .gitattributes, git gives them lines that end in CR LF there, and bash dies of them."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    for kept in (False, True):
+        origin, clone = tmp_path / f"origin {kept}", tmp_path / f"clone {kept}"
+        shutil.copytree(ROOT / "test", origin / "test", ignore=lambda folder, names: {"unit", "output", "simulation"})
+        if kept:
+            shutil.copy(ROOT / ".gitattributes", origin)
+        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+            subprocess.run([*git, *command], cwd=origin, check=True, capture_output=True)
+        subprocess.run([*git, "clone", "-q", origin, clone], check=True, capture_output=True)
+        for wrapper in WRAPPERS:
+            script = clone / "test" / wrapper
+            assert (b"\r" in script.read_bytes()) != kept, "the fault"
+            done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True)
+            assert (done.returncode == 0) == kept
 
 
 # The real program
@@ -1048,10 +1210,22 @@ def test_a_real_performance_run_ends_with_its_results_and_the_users_flags_win(re
 
 @needs_program
 def test_a_real_error_is_the_wrappers_last_line(real):
-    done, output = real("train_full_1p.sh", "--data_path=nowhere", "--batch_size=-1", "--device=cpu")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error[usage]: ")
+    done, output = real("train_full_1p.sh", "--data_path=corpus", "--device=cpu", "--", "--src-lang=fr")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error[data]: ")
     assert not list(output.glob(f"*{NETWORK}*"))
+
+
+@needs_program
+@pytest.mark.parametrize(
+    "arguments", [["--batch_size=-1"], ["--epochs=abc"], ["--", "--lr", "nan"], ["--", "--no-flag"]]
+)
+def test_a_real_usage_error_is_the_wrappers_only_line(real, arguments):
+    """Kind P."""
+    done, output = real("train_full_1p.sh", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error[usage]: ") and done.stderr.count("\n") == 1
+    assert not output.exists()
 
 
 @needs_program

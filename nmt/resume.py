@@ -1,0 +1,243 @@
+"""The state of a run: all that training goes on from after a crash, a signal or the end of a time slot.
+
+It is a file beside the best model, `CKPTPATH.state`. Rank 0 writes it by itself, between two steps, so saving needs no
+other rank. It holds the weights, the optimizer, the average, the counters and the best score so far. It holds no random
+generator: each step seeds the generators from the run's seed, the step and the rank (`train_8p.seed_step`). The order
+of pairs follows from the seed and the epoch. So a position in an epoch is a number.
+
+On a CPU a run that goes on computes what an uninterrupted one computes, bit for bit, if the data, the settings, the
+number of processes, the threads and PyTorch's version are the same. `differences` says what is not.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from nmt import sealed
+from nmt.errors import UserError, first_line, printable
+from nmt.signals import Stopped, StopRequest
+from nmt.storage import Log, clear_partial
+
+FORMAT = 1
+SUFFIX = ".state"
+KEPT = ".previous"  # behind the name of an earlier run's state
+SHARE = 0.02  # of the time goes into saving at the ends of epochs, at most
+
+
+class Part(Protocol):
+    """What has a state: the trainer, the average, the best file, the log of an epoch."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and texts, from which `restore` makes the same again. Tensors may be the part's own."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` of another process gave."""
+
+
+@dataclass
+class State:
+    """A run between two steps.
+
+    Attributes:
+        run: a random name that the run has from its first step on.
+        given: the flags of its command, by name.
+        settings: all its settings that decide on the numbers.
+        about: fingerprints of data and vocabularies, and what the numbers depend on beside the settings.
+        step: steps that are done.
+        epoch: from 0.
+        position: steps that are done in the epoch. The epoch's validation is not done yet.
+        parts: name → what `Part.state` gave.
+    """
+
+    run: str
+    given: dict[str, Any]
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    step: int = 0
+    epoch: int = 0
+    position: int = 0
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+def state_path(ckptpath: str | Path) -> Path:
+    """Where the state of a run stands whose best model is `ckptpath`."""
+    return Path(f"{ckptpath}{SUFFIX}")
+
+
+def load(path: Path) -> State:
+    """Reads the state of a run.
+
+    Raises:
+        UserError: checkpoint, it is missing, damaged or something else.
+    """
+    content = sealed.read(path)
+    todo = "give --resume the state of a run, or leave the flag out"
+    if content.pop("state_format", None) != FORMAT:
+        raise UserError("checkpoint", f"no state of a run of format {FORMAT}", str(path), todo)
+    try:
+        state = State(**content)
+        kinds = {name: type(value) for name, value in dataclasses.asdict(State("", {}, {}, {})).items()}
+        wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
+        if wrong or min(state.step, state.epoch, state.position) < 0:
+            raise ValueError(f"{', '.join(wrong) or 'a count'} has a wrong value")
+    except (TypeError, ValueError) as error:
+        raise UserError("checkpoint", f"contradicts itself: {first_line(error)}", str(path), todo) from error
+    return state
+
+
+def check_same(state: State, now: State, path: Path) -> list[str]:
+    """Refuses to go on with other settings or data.
+
+    Args:
+        state: from the file `path`.
+        now: what this command would begin with.
+
+    Returns:
+        What else differs. It keeps the run from being the same bit for bit.
+
+    Raises:
+        UserError: usage, a flag contradicts the run. Or checkpoint, the data or the vocabularies are others.
+    """
+    names = sorted(state.settings.keys() | now.settings.keys())
+    others = [name for name in names if state.settings.get(name) != now.settings.get(name)]
+    if others:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+        what = "; ".join(
+            f"{name} is {now.settings.get(name)}, in the run {state.settings.get(name)}" for name in others
+        )
+        todo = f"leave {flags} out, or start a new run with another --ckptpath"
+        raise UserError("usage", f"the run has other settings: {what}", str(path), todo)
+    for name in ("data", "vocabularies"):
+        if state.about.get(name) != now.about.get(name):
+            raise UserError(
+                "checkpoint",
+                f"the run was trained on other {name}: fingerprint {state.about.get(name)}, here {now.about.get(name)}",
+                str(path),
+                "give the same files with --data-dir, or start a new run with another --ckptpath",
+            )
+    return [
+        printable(f"{name}: {value}, in the run {state.about.get(name)}")
+        for name, value in now.about.items()
+        if state.about.get(name) != value
+    ]
+
+
+class Run:
+    """A run, whose state is kept on disk. It ends between two steps if it is asked to.
+
+    Args:
+        state: where the run stands: at its beginning, or as `load` gave it.
+        parts: what is kept, by name. They take over what the state has of them.
+        path: the file that it writes. None: it writes nothing.
+        owns: whether the file at `path` is this run's. Another run's is kept aside.
+        minutes: between two times that it is written.
+        stop: tells whether the run is to end. None: another rank decides.
+        log: takes lines.
+
+    Attributes:
+        step, epoch: where the run began in this process, as in `State`.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        parts: dict[str, Part],
+        *,
+        path: Path | None,
+        owns: bool,
+        minutes: float,
+        stop: StopRequest | None,
+        log: Log,
+    ):
+        self.step, self.epoch, self._position = state.step, state.epoch, state.position
+        self._state, self._parts = state, parts
+        self._path, self._owns, self._interval = path, owns, 60 * minutes
+        self._stop, self._log = stop, log
+        for name in parts.keys() & state.parts.keys():
+            parts[name].restore(state.parts[name])
+        if path is not None:
+            clear_partial(path)
+        self._saved = time.monotonic()
+        self._cost = 0.0  # seconds of the last time
+
+    def begin_epoch(self, log: Part) -> int:
+        """Call this before the steps of an epoch.
+
+        Args:
+            log: of the epoch. It takes over what the state has of it.
+
+        Returns:
+            The position of the first step, 0 except in the epoch that a resumed run goes on with.
+        """
+        self._parts["log"] = log
+        if self._position:
+            log.restore(self._state.parts["log"])
+        position, self._position = self._position, 0
+        return position
+
+    def step_done(self, step: int, epoch: int, position: int) -> None:
+        """Call this after each step: writes the state if it is time, or if the run is to end.
+
+        Args:
+            step, epoch, position: as in `State`.
+
+        Raises:
+            Stopped: the run is to end, and the state is written.
+            UserError: io, the state of another run cannot be kept aside.
+        """
+        stops = self._stop is not None and self._stop.signal is not None
+        if self._path is not None and (stops or time.monotonic() >= self._saved + self._interval):
+            self._save(step, epoch, position)
+        if stops:
+            assert self._stop is not None
+            how = f"step {step} is saved; the same command with --resume auto goes on" if self._owns else ""
+            raise Stopped(self._stop.exit_code, how)
+
+    def epoch_done(self, step: int, epoch: int) -> None:
+        """Call this when an epoch is validated. The first one is always saved. Of short ones not each is worth a file.
+
+        Args:
+            step: steps that are done.
+            epoch: the one that is done.
+        """
+        del self._parts["log"]
+        if self._path is not None and time.monotonic() >= self._saved + self._cost / SHARE:
+            self._save(step, epoch + 1, 0)
+
+    def _save(self, step: int, epoch: int, position: int) -> None:
+        assert self._path is not None
+        if not self._owns:
+            set_aside(self._path, self._log)
+        start = time.monotonic()
+        parts = {name: part.state() for name, part in self._parts.items()}
+        state = dataclasses.replace(self._state, step=step, epoch=epoch, position=position, parts=parts)
+        try:
+            sealed.write(self._path, vars(state) | {"state_format": FORMAT})
+        except OSError as error:
+            # The training itself is in order, and ending it would lose more than going on.
+            self._log(printable(f"warning: cannot save the run's state in {self._path}: {error.strerror or error}"))
+        else:
+            self._owns = True
+            self._log(printable(f"state: step {step} is saved in {self._path}"))
+        self._saved = time.monotonic()
+        self._cost = self._saved - start
+
+
+def set_aside(path: Path, log: Log) -> None:
+    """Keeps the state that an unfinished run left, because a new run will write there.
+
+    Raises:
+        UserError: io, it cannot be moved.
+    """
+    if not path.exists():
+        return
+    kept = path.with_name(path.name + KEPT)
+    try:
+        path.replace(kept)
+    except OSError as error:
+        raise UserError(
+            "io", f"cannot keep the state of an earlier run: {error.strerror}", str(kept), "move it away"
+        ) from error
+    log(printable(f"note: an unfinished run left {path}: it is now {kept.name}; --resume {kept} goes on with it"))

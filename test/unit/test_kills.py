@@ -1,0 +1,143 @@
+"""The real program is killed at random moments and goes on, until it is done. The weights are those of a quiet run."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from bench.soak import family
+from nmt import checkpoint, resume
+
+import pytest
+from conftest import REPOSITORY, write_corpus
+
+EPOCHS = 4
+DEADLINE = 240  # seconds, against hanging
+
+
+def command(ranks: int, corpus, path, by_torchrun: bool) -> list[str]:
+    program = [str(REPOSITORY / "train_8p.py"), "--data-dir", str(corpus), "--ckptpath", str(path), "--device", "cpu"]
+    program += ["--emb-dim", "16", "--hid-dim", "24", "-b", str(2 * ranks), "--epochs", str(EPOCHS), "-p", "1"]
+    program += ["--best", "loss", "--lr", "0.001", "--beam-size", "1", "--save-every", "0.001", "--resume", "auto"]
+    if by_torchrun:
+        options = ["--nproc-per-node", str(ranks), "--max-restarts", "1000", "--monitor-interval", "0.1"]
+        return [sys.executable, "-m", "torch.distributed.run", "--master-port", "0", *options, *program]
+    devices = ",".join(map(str, range(ranks)))
+    return [sys.executable, *program, "--multiprocessing-distributed", "--device-list", devices]
+
+
+class Cycles:
+    """Runs a command again and again, and kills a process of it each time, until it ends by itself."""
+
+    def __init__(self, command: list[str], folder, seed: int):
+        self._command, self._log = command, folder / "log"
+        self._random = random.Random(seed)
+        self.kills = []  # what was killed
+        self._log.touch()
+
+    def _start(self) -> subprocess.Popen:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with open(self._log, "a") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+    def run(self, cycles: int) -> None:
+        """At most so many kills. Then the run ends undisturbed.
+
+        Raises:
+            AssertionError: a process was left, or the run ended with another code than 0.
+        """
+        process = self._start()
+        deadline = time.monotonic() + DEADLINE
+        while True:
+            if len(self.kills) < cycles and self._wait_for_steps(process, self._random.randint(0, 6)):
+                if not self._kill_one_of(process):
+                    continue
+                deadline = time.monotonic() + DEADLINE
+            if process.poll() is None and len(self.kills) >= cycles:
+                process.wait(deadline - time.monotonic())
+            if process.poll() is None:
+                continue
+            if process.returncode == 0:
+                return
+            assert self.kills, self._log.read_text()
+            process = self._start()
+
+    def _wait_for_steps(self, process: subprocess.Popen, steps: int) -> bool:
+        """Waits until the run has saved so many more states, and a moment longer. False: it ended before."""
+        goal = self._saved() + steps
+        deadline = time.monotonic() + DEADLINE
+        while process.poll() is None and self._saved() < goal:
+            assert time.monotonic() < deadline, self._log.read_text()[-2000:]
+            time.sleep(0.005)
+        time.sleep(self._random.random() * (0.05 if steps else 5.0))
+        return process.poll() is None
+
+    def _saved(self) -> int:
+        return self._log.read_text().count("\nstate: step ")
+
+    def _kill_one_of(self, process: subprocess.Popen) -> bool:
+        """Kills the launcher or a rank, and sees that nothing is left of the run unless its launcher goes on."""
+        members = family(process.pid)
+        victim = self._random.choice(members)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+            self.kills.append("launcher" if victim == process.pid else "other")
+        if "torch.distributed.run" in self._command and victim != process.pid:
+            return True  # the agent starts the ranks anew
+        process.wait(60)
+        deadline = time.monotonic() + 10
+        while any(os.path.exists(f"/proc/{member}") and is_alive(member) for member in members):
+            assert time.monotonic() < deadline, "a process outlived its run"
+            time.sleep(0.05)
+        return True
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def check(tmp_path, ranks: int, cycles: int, by_torchrun: bool = False, pairs: int = 40) -> list[str]:
+    """Asserts that a run killed so often ends as a quiet one. Returns what was killed."""
+    corpus = write_corpus(tmp_path / "corpus", pairs * ranks)
+    found = {}
+    for name, kills in (("quiet", 0), ("killed", cycles)):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = folder / "model.pth"
+        runs = Cycles(command(ranks, corpus, path, by_torchrun), folder, seed=cycles)
+        runs.run(kills)
+        saved = checkpoint.load(path)
+        assert saved.scores["epoch"] == EPOCHS - 1, "the last weights are in the file"
+        found[name] = checkpoint.Checkpoint(saved.state_dict, sizes={}, scores=saved.scores).digest()
+        log = (folder / "log").read_text()
+        found[f"{name} lines"] = re.findall(r"^validation: .*", log, re.MULTILINE)
+        assert not resume.state_path(path).exists()
+        assert [file.name for file in folder.iterdir() if "partial" in file.name] == []
+    assert len(runs.kills) == cycles, "the run was over before"
+    assert found["killed"] == found["quiet"]
+    assert set(found["killed lines"]) == set(found["quiet lines"]), "an epoch that is done twice has the same figures"
+    return runs.kills
+
+
+def test_a_run_whose_processes_are_killed_ends_as_a_quiet_one(tmp_path, no_launcher):
+    """Rows 1, 9 and 10, and what is promised of a resumed run: two kills."""
+    check(tmp_path, 2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "cycles"), [(2, 20), (2, 100), (3, 20)])
+def test_any_number_of_kills_does_no_harm(tmp_path, no_launcher, ranks, cycles):
+    kills = check(tmp_path, ranks, cycles, pairs=400)
+    assert set(kills) == {"launcher", "other"}
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_is_killed_and_an_agent_that_is_killed_is_started_anew(tmp_path, no_launcher):
+    kills = check(tmp_path, 2, 20, by_torchrun=True, pairs=400)
+    assert set(kills) == {"launcher", "other"}

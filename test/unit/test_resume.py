@@ -1,0 +1,390 @@
+"""A run that is stopped and goes on is the run that was never stopped, bit for bit."""
+
+import copy
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import socket
+
+import train_8p
+from nmt import precision, resume, sealed
+from nmt.errors import run_main
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL, refused, write_corpus
+
+STEPS, EPOCHS = 8, 3  # steps of an epoch
+FLAGS = [*SMALL, "--epochs", str(EPOCHS), "-b", "8", "-p", "3", "--beam-size", "2"]
+OVERFLOWING = ["--amp", "--amp-dtype", "bfloat16", "--loss-scale", "dynamic", "--opt-level", "O2"]
+
+
+def digest(value) -> str:
+    """sha256 over all tensors, numbers and texts in nested dicts and lists."""
+    hasher = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            hasher.update(f"{value.dtype} {list(value.shape)}".encode())
+            hasher.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in value:
+                hasher.update(repr(key).encode())
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            for each in value:
+                add(each)
+        else:
+            hasher.update(repr(value).encode())
+
+    add(value)
+    return hasher.hexdigest()
+
+
+class Recorder:
+    """Runs the program in this process, stops it between two steps, and notes what each epoch ends with."""
+
+    def __init__(self, monkeypatch):
+        self.stop_at = None
+        self.hashes, self.fresh = {}, {}
+        begin, step_done, epoch_done = resume.Run.__init__, resume.Run.step_done, resume.Run.epoch_done
+
+        def watched_begin(run, state, parts, **options):
+            self.fresh = copy.deepcopy({name: part.state() for name, part in parts.items()})
+            begin(run, state, parts, **options)
+
+        def watched_step_done(run, step, epoch, position):
+            if step == self.stop_at:
+                run._stop.signal = signal.SIGTERM
+            step_done(run, step, epoch, position)
+
+        def watched_epoch_done(run, step, epoch):
+            trainer, average = run._parts["trainer"].state(), run._parts["average"].state()
+            self.hashes[epoch] = digest({"trainer": trainer, "average": average})
+            epoch_done(run, step, epoch)
+
+        monkeypatch.setattr(resume.Run, "__init__", watched_begin)
+        monkeypatch.setattr(resume.Run, "step_done", watched_step_done)
+        monkeypatch.setattr(resume.Run, "epoch_done", watched_epoch_done)
+
+    def __call__(self, corpus, ckptpath, *flags, stop_at=None) -> int:
+        """The exit code."""
+        self.stop_at, self.hashes = stop_at, {}
+        argv = ["--data-dir", str(corpus), "--ckptpath", str(ckptpath), *flags]
+        return run_main(train_8p.main, argv)
+
+
+@pytest.fixture
+def record(monkeypatch, no_launcher):
+    return Recorder(monkeypatch)
+
+
+def told(out: str) -> list[str]:
+    """What a log says about losses, scores and files, without times, names and the lines of saving."""
+    lines = [re.sub(r"\tTime .*?\tData .*?\t", "\t", line) for line in out.splitlines()]
+    kept = [line for line in lines if re.match(r"\[cpu|validation|saved|note: \d|greedy|BLEU", line)]
+    return [re.sub(r"\S*\.pth", "", line) for line in kept]
+
+
+@pytest.fixture
+def straight(record, tiny_corpus, tmp_path, capsys):
+    """The hashes and the log of a run that nobody stopped, by the flags that come on top."""
+
+    def run(*flags):
+        assert record(tiny_corpus, tmp_path / "straight.pth", *FLAGS, *flags) == 0
+        return record.hashes, told(capsys.readouterr().out)
+
+    return run
+
+
+# ---------------------------------------------------------------- bit for bit
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, STEPS, STEPS + 1, 2 * STEPS + 3, EPOCHS * STEPS])
+def test_a_stopped_run_goes_on_to_the_same_weights(record, straight, tiny_corpus, tmp_path, capsys, stop_at):
+    """Row 6: after 1 step, in an epoch, at the end of one, and after the last step."""
+    hashes, lines = straight()
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, stop_at=stop_at) == 143
+    before = capsys.readouterr()
+    assert f"step {stop_at} is saved" in before.err
+    assert record(tiny_corpus, path, *FLAGS, "--resume", "auto") == 0
+    after = capsys.readouterr().out
+    assert record.hashes == {epoch: hashes[epoch] for epoch in range((stop_at - 1) // STEPS, EPOCHS)}
+    assert told(before.out) + told(after) == lines, "each line once, with the same losses"
+    assert not resume.state_path(path).exists(), "a complete run needs no state"
+
+
+def test_a_run_that_has_no_state_yet_begins_anew(record, straight, tiny_corpus, tmp_path, capsys):
+    hashes, lines = straight("--resume", "auto")
+    assert len(hashes) == EPOCHS
+    assert record(tiny_corpus, tmp_path / "new.pth", *FLAGS) == 0
+    assert record.hashes == hashes
+
+
+@pytest.mark.parametrize(
+    "flags", [["--recipe", "modelzoo", "--amp-dtype", "bfloat16", "--amp", "--opt-level", "O1"], OVERFLOWING]
+)
+def test_other_precisions_and_recipes_go_on_likewise(record, straight, tiny_corpus, tmp_path, capsys, flags):
+    hashes, lines = straight(*flags)
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, *flags, stop_at=11) == 143
+    before = capsys.readouterr().out
+    assert record(tiny_corpus, path, "--resume", "auto") == 0, "all flags are those of the run"
+    assert record.hashes == {epoch: hashes[epoch] for epoch in (1, 2)}
+    assert told(before) + told(capsys.readouterr().out) == lines
+
+
+PARTS = [
+    ("trainer", "model"),
+    ("trainer", "optimizer"),
+    ("average", "model"),
+    ("average", "step"),
+    ("best", "merit"),
+    ("log", "totals"),
+    ("log", "since_line"),
+    ("log", "step"),
+]
+
+
+@pytest.mark.parametrize("field", ["step", "epoch", "position", *PARTS])
+def test_each_saved_field_counts(record, straight, tiny_corpus, tmp_path, capsys, field):
+    """A field that is as in a new run makes another run of it."""
+    hashes, lines = straight()
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
+    before = told(capsys.readouterr().out)
+    forget(resume.state_path(path), field, record.fresh)
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    out = capsys.readouterr().out
+    assert (record.hashes[EPOCHS - 1], before + told(out)) != (hashes[EPOCHS - 1], lines)
+
+
+@pytest.mark.parametrize("field", [("update", "scale"), ("update", "clean_steps"), ("counts", "steps")])
+def test_each_saved_counter_of_the_scaler_counts(record, straight, tiny_corpus, tmp_path, capsys, monkeypatch, field):
+    """The loss scale begins so high that gradients overflow, and grows until they overflow again."""
+    monkeypatch.setattr(precision, "DYNAMIC_START", 2.0**127)
+    monkeypatch.setattr(precision, "GROWTH_INTERVAL", 3)
+    hashes, lines = straight(*OVERFLOWING)
+    assert any("changed no weight" in line for line in lines), "steps have overflowed"
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, *OVERFLOWING, stop_at=STEPS + 5) == 143
+    before = told(capsys.readouterr().out)
+    forget(resume.state_path(path), ("trainer", *field), record.fresh)
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert (record.hashes[EPOCHS - 1], before + told(capsys.readouterr().out)) != (hashes[EPOCHS - 1], lines)
+
+
+def forget(path, field, fresh):
+    """Sets a field of a saved state to what a new run begins with."""
+    content = sealed.read(path)
+    if isinstance(field, str):
+        assert content[field] != 0
+        content[field] = 0
+    else:
+        *outer, last = field
+        inner = content["parts"]
+        beginning = fresh | {"log": {"totals": [0.0, 0.0], "since_line": [0.0, 0.0], "step": 0}}
+        for name in outer:
+            inner, beginning = inner[name], beginning[name]
+        assert digest(inner[last]) != digest(beginning[last])
+        inner[last] = beginning[last]
+    sealed.write(path, content)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def one_rank(rank: int, size: int, ports: list[int], corpus: str, folder: str, stops: list[int], results) -> None:
+    """One of several ranks, as under torchrun: a run without a stop, then stopped ones that go on."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        record = Recorder(monkeypatch)
+        launcher = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        os.environ.update({name: str(value) for name, value in launcher.items()}, MASTER_ADDR="127.0.0.1")
+        ports = iter(ports)
+
+        def run(name, *flags, stop_at=None):
+            os.environ["MASTER_PORT"] = str(next(ports))
+            try:
+                code = record(corpus, f"{folder}/{name}.pth", *FLAGS, "-b", str(4 * size), *flags, stop_at=stop_at)
+            except RuntimeError:  # rank 0 has gone
+                code = None
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return code, record.hashes
+
+        _, hashes = run("straight")
+        found = []
+        for stop_at in stops:
+            code, _ = run(f"stopped{stop_at}", stop_at=stop_at)
+            found.append((code, *run(f"stopped{stop_at}", "--resume", "auto")))
+        results.put((rank, hashes, found))
+
+
+def check_ranks(size, stops, corpus, folder):
+    """Asserts that `size` ranks that are stopped and go on end as those that nobody stopped."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    ports = [free_port() for _ in range(1 + 2 * len(stops))]
+    arguments = (size, ports, str(corpus), str(folder), stops, results)
+    ranks = [context.Process(target=one_rank, args=(rank, *arguments)) for rank in range(size)]
+    for rank in ranks:
+        rank.start()
+    try:
+        found = sorted(results.get(timeout=300) for _ in ranks)
+    finally:
+        for rank in ranks:
+            rank.kill()
+    last = found[0][1][EPOCHS - 1]
+    for rank, hashes, stopped in found:
+        assert hashes[EPOCHS - 1] == last, "all ranks have the same weights"
+        for code, resumed_code, resumed in stopped:
+            assert resumed_code == 0
+            assert rank > 0 or code == 143
+            assert resumed[EPOCHS - 1] == last
+
+
+def test_two_ranks_go_on_to_the_same_weights(tiny_corpus, tmp_path, no_launcher):
+    check_ranks(2, [STEPS + 3], tiny_corpus, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_stopped_anywhere_go_on_to_the_same_weights(tmp_path, no_launcher, size):
+    """Three ranks differ if DistributedDataParallel lays out its buckets only after the first step."""
+    corpus = write_corpus(tmp_path / "corpus", 4 * size * STEPS)
+    check_ranks(size, [1, STEPS - 1, STEPS, 2 * STEPS, EPOCHS * STEPS], corpus, tmp_path)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.fixture
+def stopped(record, tiny_corpus, tmp_path):
+    """The path of the best model of a run that was stopped in its second epoch."""
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
+    return path
+
+
+def resumed(corpus, path, *flags):
+    train_8p.main(["--data-dir", str(corpus), "--ckptpath", str(path), *flags])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lr", "0.5"], ["lr is 0.5, in the run 0.003", "leave --lr out"]),
+        (["--batch-size", "16"], ["batch_size is 16, in the run 8"]),
+        (["--recipe", "modelzoo"], ["schedule is constant, in the run cosine", "clip"]),
+        (["--seed", "5"], ["seed is 5, in the run 1234"]),
+        (["--emb-dim", "9"], ["emb_dim is 9"]),
+        (["--amp", "--amp-dtype", "bfloat16"], ["amp_dtype is bfloat16, in the run float32"]),
+    ],
+)
+def test_a_flag_that_contradicts_the_run_is_refused(stopped, tiny_corpus, flags, says):
+    message = refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", *flags, says=says)
+    assert str(resume.state_path(stopped)) in message
+
+
+def test_flags_that_change_no_number_may_differ(stopped, record, tiny_corpus):
+    flags = ["--resume", "auto", "-p", "1", "--beam-size", "1", "--workers", "1", "--save-every", "1"]
+    assert record(tiny_corpus, stopped, *flags) == 0
+
+
+def test_other_data_is_refused_with_both_fingerprints(stopped, tmp_path):
+    """Row 15, for a run that goes on."""
+    other = write_corpus(tmp_path / "other", 64)
+    with open(other / "test.en", "a") as file, open(other / "test.de", "a") as source:
+        file.write("the dog runs .\n")
+        source.write("der hund läuft .\n")
+    message = refused("checkpoint", resumed, other, stopped, "--resume", "auto", says="other data")
+    assert len(re.findall(r"[0-9a-f]{64}", message)) == 2
+
+
+def test_other_vocabularies_are_refused_with_both_fingerprints(stopped, tiny_corpus):
+    """Row 15: the same sizes, two words exchanged."""
+    path = resume.state_path(stopped)
+    content = sealed.read(path)
+    content["about"]["vocabularies"] = "0" * 64
+    sealed.write(path, content)
+    message = refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", "auto", says="other vocabularies")
+    assert len(re.findall(r"[0-9a-f]{64}", message)) == 2
+
+
+def test_what_keeps_it_from_being_bit_exact_is_said(stopped, record, tiny_corpus, capsys):
+    """Row 17."""
+    path = resume.state_path(stopped)
+    content = sealed.read(path)
+    content["about"] |= {"processes": 4, "torch": "1.0"}
+    sealed.write(path, content)
+    assert record(tiny_corpus, stopped, "--resume", "auto") == 0
+    out = capsys.readouterr().out
+    assert "note: the run goes on, but not bit for bit: processes: 1, in the run 4; torch: " in out
+
+
+def test_a_best_model_is_no_state(stopped, tiny_corpus):
+    refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", str(stopped), says="no state of a run")
+
+
+@pytest.mark.parametrize("change", [{"step": -1}, {"epoch": "1"}, {"parts": []}, {"more": 1}])
+def test_a_state_that_contradicts_itself_is_refused(stopped, tiny_corpus, change):
+    path = resume.state_path(stopped)
+    sealed.write(path, sealed.read(path) | change)
+    refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", "auto", says=str(path))
+
+
+def test_a_state_is_found_by_its_name_too(stopped, record, tiny_corpus):
+    """Without --ckptpath the best model stays where it was."""
+    path = resume.state_path(stopped)
+    assert run_main(train_8p.main, ["--data-dir", str(tiny_corpus), "--resume", str(path)]) == 0
+    assert stopped.exists() and not path.exists()
+
+
+def test_a_performance_run_keeps_no_state(record, tiny_corpus, tmp_path):
+    refused("usage", resumed, tiny_corpus, tmp_path / "a.pth", "--resume", "auto", "--performance", says="--resume")
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_a_new_run_keeps_the_state_of_an_unfinished_one(stopped, record, tiny_corpus, capsys):
+    state = resume.state_path(stopped).read_bytes()
+    assert record(tiny_corpus, stopped, *FLAGS) == 0
+    kept = stopped.with_name(stopped.name + ".state.previous")
+    assert kept.read_bytes() == state
+    assert f"--resume {kept} goes on with it" in capsys.readouterr().out
+
+
+def test_the_state_is_saved_at_the_interval(record, tiny_corpus, tmp_path, capsys):
+    assert record(tiny_corpus, tmp_path / "a.pth", *FLAGS, "--save-every", "1e-9") == 0
+    saved = re.findall(r"^state: step (\d+) is saved in .*a\.pth\.state$", capsys.readouterr().out, re.MULTILINE)
+    assert [int(step) for step in saved][:STEPS] == list(range(1, STEPS + 1))
+
+
+def test_a_full_disk_does_not_end_the_training(record, straight, tiny_corpus, tmp_path, capsys, monkeypatch):
+    """Row 11, for the state: the training goes on, and says that it could not save."""
+    hashes, lines = straight()
+    write = sealed.write
+
+    def full(path, content, **options):
+        if str(path).endswith(resume.SUFFIX):
+            raise OSError(28, "No space left on device")
+        write(path, content, **options)
+
+    monkeypatch.setattr(sealed, "write", full)
+    path = tmp_path / "a.pth"
+    assert record(tiny_corpus, path, *FLAGS, "--save-every", "1e-9") == 0
+    out = capsys.readouterr().out
+    assert f"warning: cannot save the run's state in {path}.state: No space left on device" in out
+    assert (record.hashes, told(out)) == (hashes, lines)
