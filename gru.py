@@ -522,12 +522,13 @@ def restore(state_dict: dict[str, Tensor], sizes: dict[str, int], device: torch.
     Raises:
         ValueError: a name or a shape is not that of a model of these sizes.
     """
-    model = build(**sizes, device=device)
-    expected = model.state_dict()
+    with torch.device("meta"):  # where faulty sizes take no memory
+        expected = build(**sizes, device="meta").state_dict()
     check_names(state_dict, expected)
     for name, tensor in state_dict.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+    model = build(**sizes, device=device)
     model.load_state_dict(state_dict)
     return model.eval()
 

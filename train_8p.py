@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
-    with checkpoint.claimed(Path(settings.ckptpath)) if writes else contextlib.nullcontext():
+    with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
         run(settings, given, mixed, plan)
 
 
@@ -474,6 +474,8 @@ def train(
             rate = learning_rate(step - 1, total_steps, settings)
             validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
             run.epoch_done(step, epoch)
+    if world.is_main:
+        best.complete()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -602,6 +604,7 @@ def as_checkpoint(
             "src_lang": corpus.src_lang,
             "trg_lang": corpus.trg_lang,
             "data": corpus.fingerprint,
+            "vocabularies": checkpoint.vocabulary_digest(corpus.src_vocab.itos, corpus.trg_vocab.itos),
             "torch": str(torch.__version__),
             "world_size": world.size,
         },

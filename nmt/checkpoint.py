@@ -1,18 +1,17 @@
 """The file that a trained model lives in: its weights and all that is needed to use them.
 
 A checkpoint holds the fp32 weights under the names of `gru.py`'s state dict, both vocabularies, the sizes, the flags of
-the run and its scores. A sha256 covers all of it, because PyTorch loads a tensor with a flipped bit without a word.
-The file is written beside its place and then renamed. A run killed at any moment leaves the old file or the new one.
-Only plain tensors, numbers and strings are ever read (`weights_only=True`), so a checkpoint cannot run code.
+the run and its scores. It is a sealed file (`nmt/sealed.py`), whose mark says whether its run was completed. `load`
+also takes the files of earlier versions, which had a digest in place of the seal, and those of the original.
 """
 
+import argparse
 import contextlib
+import dataclasses
 import hashlib
-import io
 import json
 import math
 import os
-import pickle
 import shutil
 import stat
 from collections.abc import Iterator
@@ -20,15 +19,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nmt import flags, sealed
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, Log, clear_partial, locked, replacing
+from nmt.storage import InUse, Log, beside, clear_partial, locked, probe, replacing, sync_folder
+from nmt.text.vocabulary import SPECIALS
 
 import torch
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
+UNSEALED_FORMAT = 1  # of earlier versions
+SIZES = ("input_dim", "output_dim", "emb_dim", "hid_dim")
+LARGEST_SIZE = 1 << 28  # more does not fit PyTorch's counters
 # How the original trained and scored, as `train_8p.py` would say it. Its checkpoints do not.
 ORIGINAL_FLAGS = {"fixed_length": 46, "beam_size": 1, "length_penalty": 1.0}
+# The flags of a checkpoint that a score reads, and what a flag must be.
+USED_FLAGS = {
+    "fixed_length": flags.zero_or_sentence_length,
+    "beam_size": flags.positive_int,
+    "length_penalty": flags.power,
+}
 
 
 @dataclass
@@ -41,7 +51,8 @@ class Checkpoint:
         src_vocab, trg_vocab: words by id. None in a checkpoint of the original, which held none.
         flags: the run's flags, recipe resolved.
         scores: the epoch's validation figures.
-        about: languages, the data's fingerprint, versions.
+        about: languages, the fingerprints of the data and of the vocabularies, versions.
+        completed: whether the run went to its end. Files of earlier versions do not say, and count as completed.
     """
 
     state_dict: dict[str, Tensor]
@@ -51,9 +62,10 @@ class Checkpoint:
     flags: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    completed: bool = True
 
     def digest(self) -> str:
-        """sha256 over everything that the checkpoint says."""
+        """sha256 over everything that the checkpoint says. Files of format 1 hold it."""
         said = [self.sizes, self.src_vocab, self.trg_vocab, self.flags, self.scores, self.about]
         hasher = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict.items()):
@@ -62,8 +74,11 @@ class Checkpoint:
         return hasher.hexdigest()
 
 
+CONTENT = [entry.name for entry in dataclasses.fields(Checkpoint) if entry.name != "completed"]  # the file's keys
+
+
 def vocabulary_digest(src_words: list[str], trg_words: list[str]) -> str:
-    """sha256 over both vocabularies."""
+    """The fingerprint of two vocabularies: sha256 over their words in the order of their ids."""
     return hashlib.sha256(json.dumps([src_words, trg_words]).encode()).hexdigest()
 
 
@@ -73,37 +88,58 @@ def vocabulary_digest(src_words: list[str], trg_words: list[str]) -> str:
 class BestFile:
     """The best model of a run, on disk.
 
+    While the run goes on, the file is marked as unfinished. So a run that ends early does not push out what a
+    completed run left.
+
     Args:
         path: the file.
         log: takes the lines that say what was kept and written.
+        merit: of the model in the file, where a run goes on.
+        owns: whether the run goes on, and the file at `path` is its own.
 
     Attributes:
         merit: of the model in the file, the higher the better.
     """
 
-    def __init__(self, path: Path, log: Log):
-        self._path, self._log = path, log
-        self.merit = -math.inf
+    def __init__(self, path: Path, log: Log, *, merit: float = -math.inf, owns: bool = False):
+        self._path, self._log, self._owns = path, log, owns
+        self._has_written = False
+        self.merit = merit
 
     def state(self) -> dict[str, Any]:
         """What a run goes on from, see `nmt.resume.Part`."""
         return {"merit": self.merit}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over what `state` gave. An unfinished file at the path is this run's, if the run had written one."""
         self.merit = state["merit"]
+        self._owns = self.merit > -math.inf
 
     def replace(self, merit: float, checkpoint: Checkpoint) -> None:
-        """Writes a better model. The first one of a run sets the file of an earlier run aside.
+        """Writes a better model. The first one of a run may set the file of an earlier run aside.
 
         Raises:
             UserError: io.
         """
-        if self.merit == -math.inf and (previous := set_aside(self._path)):
-            self._log(f"note: {self._path} was there already: the old one is now {previous.name}")
-        self.merit = merit
-        save(self._path, checkpoint)
+        if not self._has_written:
+            make_room(self._path, self._log, owned=self._owns)
+        save(self._path, dataclasses.replace(checkpoint, completed=False))
+        self._has_written, self.merit = True, merit
         self._log(f"saved: {self._path} (the best so far)")
+
+    def complete(self) -> None:
+        """Marks the file, if it is this run's, as that of a completed run. For rank 0, when the training has ended.
+
+        Raises:
+            UserError: io, or checkpoint if the file is no longer there.
+        """
+        if not (self._has_written or self._owns):
+            return
+        try:
+            sealed.complete(self._path)
+        except OSError as error:
+            what = f"cannot mark the checkpoint as that of a completed run: {error.strerror or error}"
+            raise UserError("io", what, str(self._path), "the model in it is whole: keep a copy of it") from error
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -112,12 +148,10 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         UserError: io, with the old file untouched.
     """
-    content = vars(checkpoint) | {"format": FORMAT, "sha256": checkpoint.digest()}
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
+    content = {name: getattr(checkpoint, name) for name in CONTENT}
+    weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.state_dict.items()}
     try:
-        with replacing(followed(path)) as file:
-            file.write(buffer.getbuffer())
+        sealed.write(path, content | {"format": FORMAT, "state_dict": weights}, completed=checkpoint.completed)
     except OSError as error:
         what = f"cannot write the checkpoint: {error.strerror or error}"
         raise UserError("io", what, str(path), "make room there, or give --ckptpath") from error
@@ -129,17 +163,21 @@ def followed(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def claimed(path: str | Path) -> Iterator[None]:
     """Keeps `path` for one run, and makes sure before the training that it can be written.
 
     It clears what a killed run may have left half written. The lock is a file beside the checkpoint, and it goes with
     the process.
 
+    Args:
+        path: as the user gave it. A `Path` would lose a slash at its end.
+
     Raises:
-        UserError: io, if another run writes there, or if it cannot be written or locked.
+        UserError: usage, if it is the name of a folder; io, if another run writes there, or if it cannot be written or
+            locked.
     """
     check_writable(path)
-    path = followed(path)
+    path = followed(Path(path))
     lock = path.with_name(f".{path.name}.lock")
     with contextlib.ExitStack() as held:
         try:
@@ -153,24 +191,38 @@ def claimed(path: Path) -> Iterator[None]:
         except OSError as error:
             todo = "remove that file if no run uses it, or give --ckptpath a file elsewhere"
             raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
-        clear_partial(path)
+        try:
+            for kept in (path, previous_of(path)):
+                clear_partial(kept)
+            probe(kept)  # the longer name
+        except OSError as error:
+            todo = "give --ckptpath a file elsewhere, or one with a shorter name"
+            raise UserError("io", f"cannot write the checkpoint: {error.strerror}", str(path), todo) from error
         yield
 
 
-def check_writable(path: Path) -> None:
-    """Raises an io UserError if no checkpoint can be written to `path`."""
+def check_writable(path: str | Path) -> None:
+    """Raises a UserError if no checkpoint can be written to `path`: usage for the name of a folder, otherwise io."""
+    if os.fspath(path).endswith((os.sep, f"{os.sep}.")) and not os.path.isdir(path):
+        raise UserError("usage", "the name of a folder, and there is none", f"--ckptpath {path}", "name a file")
+    path, where = Path(path), os.fspath(path)
     what, folder = None, followed(path).parent
     # os.path's questions and not Path's, which raise where one may not look.
     if os.path.isdir(path):
         what = "a folder, not a file"
     elif os.path.exists(path) and not os.path.isfile(path):
         what = "a device or a pipe, not a file"
+    elif not os.path.isdir(path.parent):  # `none/../model` is not there, although its folder is
+        what = f"cannot write into {path.parent}"
     elif not os.access(folder, os.W_OK | os.X_OK):
         what = f"cannot write into {folder}"
-    elif os.path.exists(path) and not may_replace(path, folder):
+    elif os.path.isdir(previous := previous_of(followed(path))):
+        what = f"earlier checkpoints are kept as {previous}, which is a folder"
+    elif any(os.path.exists(file) and not may_replace(file, folder) for file in (followed(path), previous)):
         what = f"another user's file, and only they may replace it in {folder}"
     if what:
-        raise UserError("io", what, str(path), "give --ckptpath a file in a folder that exists and can be written to")
+        todo = "give --ckptpath a file in a folder that exists and can be written to"
+        raise UserError("io", what, where, todo)
 
 
 def may_replace(path: Path, folder: Path) -> bool:
@@ -179,84 +231,129 @@ def may_replace(path: Path, folder: Path) -> bool:
     return not about.st_mode & stat.S_ISVTX or user in (0, about.st_uid, os.stat(path).st_uid)
 
 
-def set_aside(path: Path) -> Path | None:
-    """Keeps an earlier run's checkpoint as `NAME.previous` too, because the next save takes its name.
+def previous_of(path: Path, name: str = "previous") -> Path:
+    """Where a checkpoint of an earlier run is kept."""
+    return path.with_name(f"{path.name}.{name}")
+
+
+def make_room(path: Path, log: Log, *, owned: bool = False) -> None:
+    """Sets aside what stands at `path`, if it is of value, and says so.
+
+    What the last completed run left stays, as the file or as `NAME.previous`, however many runs end early after it.
+
+    Args:
+        path: the checkpoint that a run is about to write.
+        log: takes a line.
+        owned: whether an unfinished checkpoint there is that of this run.
+
+    Raises:
+        UserError: io.
+    """
+    if not os.path.exists(path):
+        return
+    there = f"note: {path} was there already"
+    previous = previous_of(followed(path))
+    completed, kept = is_completed(path), os.path.exists(previous) and is_completed(previous)
+    if owned and completed is False:
+        return
+    if completed or not kept:
+        what = ", of a run that did not end" if completed is False else ""
+        log(f"{there}{what}: the old one is now {set_aside(path).name}")
+    elif completed is None:
+        name = set_aside(path, "unreadable").name
+        log(f"{there}, and is no checkpoint that can be read: it is now {name}; {previous.name} stays")
+    else:
+        log(f"{there}, of a run that did not end: it is replaced; {previous.name} is of one that did, and stays")
+
+
+def is_completed(path: Path) -> bool | None:
+    """Whether the checkpoint at `path` is of a completed run. None if it is none, or cannot be read."""
+    try:
+        return load(path).completed
+    except UserError:
+        return None
+
+
+def set_aside(path: Path, name: str = "previous") -> Path:
+    """Keeps a checkpoint under a second name too, because the next save takes its own.
 
     Returns:
-        The path `NAME.previous`, or None if there is no earlier checkpoint.
+        That path. What stood there is replaced in one step.
 
     Raises:
         UserError: io.
     """
     path = followed(path)
-    if not path.exists():
-        return None
-    previous = path.with_name(path.name + ".previous")
+    kept = previous_of(path, name)
+    link = beside(path)
     try:
-        previous.unlink(missing_ok=True)
         try:
-            os.link(path, previous)
+            os.link(path, link)
         except OSError:  # a file system without links
-            shutil.copy2(path, previous)
+            with open(path, "rb") as old, replacing(kept) as new:
+                shutil.copyfileobj(old, new)
+        else:
+            try:
+                os.replace(link, kept)
+            finally:
+                link.unlink(missing_ok=True)  # where both were one file before, it is still there
+            sync_folder(path.parent)
     except OSError as error:
-        raise UserError(
-            "io", f"cannot keep the earlier checkpoint: {error}", str(previous), "move it away, or give --ckptpath"
-        ) from error
-    return previous
+        what = f"cannot keep the earlier checkpoint: {error.strerror or error}"
+        raise UserError("io", what, str(kept), "move it away, or give --ckptpath") from error
+    return kept
 
 
 # ---------------------------------------------------------------- reading
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint of this program, or the original's bare state dict.
+    """Reads a checkpoint of this program, or the original's bare state dict. What it holds has passed `check`.
 
     Raises:
-        UserError: checkpoint, if the file is missing, broken, of another kind, or holds code.
+        UserError: checkpoint, if the file is missing, broken, of another kind, contradicts itself, or holds code.
     """
     where = str(path)
-    if os.path.isdir(path):
-        raise UserError("checkpoint", "a folder, not a file", where, "give the path of a checkpoint")
+    with sealed.opened(path) as file:
+        seal = sealed.verified(file, where)
+        content = sealed.parsed(file, where)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError("checkpoint", "no such file", where, "give the path of a checkpoint") from error
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            "checkpoint",
-            "damaged, or holds other things than tensors, numbers and strings; nothing of it was run",
-            where,
-            "use a file that train_8p.py wrote, or a plain state dict",
-        ) from error
-    except PermissionError as error:
-        raise UserError("checkpoint", f"cannot be read: {error.strerror}", where, "check its permissions") from error
-    except Exception as error:  # a damaged file makes the reader trip over anything
-        what = "incomplete, or no checkpoint at all"
-        raise UserError("checkpoint", what, where, "use an earlier copy, or train again") from error
-    if isinstance(content, dict) and "format" in content:
-        return read_own(content, where)
-    return read_original(content, where)
+        if not isinstance(content, dict) or not set(content) & {*CONTENT, "format"} - {"state_dict"}:
+            return read_original(content, where)
+        return read_own(content, seal, where)
+    except UserError:
+        raise
+    except Exception as error:  # what contradicts itself makes its reader trip over anything
+        raise damaged(first_line(error), where) from error
 
 
-def read_own(content: dict, where: str) -> Checkpoint:
-    """Checks the digest of one of our checkpoints."""
-    if content["format"] != FORMAT:
-        raise UserError(
-            "checkpoint", f"format {content['format']!r}, expected {FORMAT}", where, "use the version that wrote it"
-        )
-    try:
-        checkpoint = Checkpoint(**{name: content[name] for name in Checkpoint.__dataclass_fields__})
-        actual = checkpoint.digest()
-        expected = content["sha256"]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            "checkpoint", f"damaged ({first_line(error)})", where, "use an earlier copy, or train again"
-        ) from error
-    if actual != expected:
-        raise UserError(
-            "checkpoint", f"damaged: sha256 {actual}, expected {expected}", where, "use an earlier copy, or train again"
-        )
-    return checkpoint
+def damaged(what: str, where: str) -> UserError:
+    return UserError("checkpoint", f"damaged: {what}", where, sealed.OTHER_COPY)
+
+
+def read_own(content: dict, seal: sealed.Seal | None, where: str) -> Checkpoint:
+    """Reads a checkpoint of this program, of any version.
+
+    Args:
+        content: of the file.
+        seal: that of the file, which has been verified.
+        where: its path, for errors.
+    """
+    number = content.get("format")
+    if type(number) is not int:
+        raise damaged("it does not say its format", where)
+    if number not in (FORMAT, UNSEALED_FORMAT):
+        todo = "use the version that wrote it"
+        raise UserError("checkpoint", f"format {number}, expected at most {FORMAT}", where, todo)
+    if number == FORMAT and seal is None:
+        raise UserError("checkpoint", sealed.INCOMPLETE, where, sealed.OTHER_COPY)
+    if missing := [name for name in CONTENT if name not in content]:
+        raise damaged(f"it has no {missing[0]}", where)
+    checkpoint = Checkpoint(**{name: content[name] for name in CONTENT})
+    check(checkpoint, where)
+    if number == UNSEALED_FORMAT and (actual := checkpoint.digest()) != content.get("sha256"):
+        raise damaged(f"sha256 {actual}, expected {content.get('sha256')}", where)
+    return dataclasses.replace(checkpoint, completed=seal is None or seal.completed)
 
 
 def read_original(content: object, where: str) -> Checkpoint:
@@ -266,5 +363,124 @@ def read_original(content: object, where: str) -> Checkpoint:
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         todo = "give a file that train_8p.py wrote, or a plain state dict"
         raise UserError("checkpoint", "holds no state dict", where, todo)
-    state = {str(name).removeprefix("module."): tensor.float().contiguous() for name, tensor in content.items()}
+    state = {}
+    for name, tensor in content.items():
+        if fault := fault_of_tensor(tensor.detach()):
+            raise damaged(f"{name} {fault}", where)
+        state[str(name).removeprefix("module.")] = tensor.detach().float().contiguous()
+    if fault := next(faults_of_values(state), None):
+        raise damaged(fault, where)
     return Checkpoint(state, sizes={}, flags=dict(ORIGINAL_FLAGS))
+
+
+# ---------------------------------------------------------------- what a checkpoint must be
+
+
+def check(checkpoint: Checkpoint, where: str) -> None:
+    """Raises a checkpoint UserError unless all parts are what they should be and fit each other.
+
+    Whether the weights are those of a model of these sizes, `gru.restore` says.
+    """
+    if fault := next(faults(checkpoint), None):
+        raise damaged(fault, where)
+
+
+def faults(checkpoint: Checkpoint) -> Iterator[str]:
+    """What is wrong with a checkpoint of this program. A fault may rest on those before it, so read the first alone."""
+    parts = {name: getattr(checkpoint, name) for name in ("state_dict", "sizes", "flags", "scores", "about")}
+    for name, part in parts.items():
+        if not isinstance(part, dict) or any(type(key) is not str for key in part):
+            yield f"{name} is no dict with names"
+    yield from faults_of_sizes(checkpoint.sizes)
+    for side, words, size in (
+        ("src_vocab", checkpoint.src_vocab, checkpoint.sizes["input_dim"]),
+        ("trg_vocab", checkpoint.trg_vocab, checkpoint.sizes["output_dim"]),
+    ):
+        if fault := fault_of_words(words, size):
+            yield f"{side} {fault}"
+    assert checkpoint.src_vocab is not None and checkpoint.trg_vocab is not None
+    for name in ("src_lang", "trg_lang"):
+        if type(checkpoint.about.get(name)) is not str:
+            yield f"about has no {name}"
+    actual = vocabulary_digest(checkpoint.src_vocab, checkpoint.trg_vocab)
+    if (expected := checkpoint.about.get("vocabularies", actual)) != actual:
+        yield f"the fingerprint of its vocabularies is {actual}, expected {expected}"
+    for name, value in checkpoint.scores.items():
+        if type(value) not in (int, float) or not math.isfinite(value):
+            yield f"the score {name} is no number"
+    for name, part in (("flags", checkpoint.flags), ("about", checkpoint.about)):
+        if not is_plain(part):
+            yield f"{name} holds other things than numbers and text"
+    yield from faults_of_flags(checkpoint.flags)
+    for name, tensor in checkpoint.state_dict.items():
+        if fault := fault_of_tensor(tensor):
+            yield f"{name} {fault}"
+        if tensor.dtype != torch.float32:
+            yield f"{name} is of {tensor.dtype}, expected torch.float32"
+        if tensor.requires_grad or not tensor.is_contiguous():
+            yield f"{name} is no plain tensor"
+    yield from faults_of_values(checkpoint.state_dict)
+
+
+def faults_of_sizes(sizes: dict[str, Any]) -> Iterator[str]:
+    if sorted(sizes) != sorted(SIZES):
+        yield f"its sizes are {', '.join(sorted(sizes))}, expected {', '.join(sorted(SIZES))}"
+    for name, size in sizes.items():
+        if type(size) is not int or not 0 < size <= LARGEST_SIZE:
+            yield f"{name} is no size"
+
+
+def fault_of_words(words: Any, size: int) -> str | None:
+    """What is wrong with a vocabulary that should have so many words."""
+    if type(words) is not list or any(type(word) is not str for word in words):
+        return "is no list of words"
+    if len(words) != size:
+        return f"has {len(words)} words, expected {size}"
+    if words[: len(SPECIALS)] != SPECIALS:
+        return f"does not begin with {' '.join(SPECIALS)}"
+    if len(set(words)) != len(words):
+        return "has a word twice"
+    if any("\ud800" <= character <= "\udfff" for word in words for character in word):
+        return "has a word that is no text"
+    return None
+
+
+def faults_of_flags(values: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with the flags that a score reads."""
+    for name in sorted(USED_FLAGS.keys() & values.keys()):
+        try:
+            USED_FLAGS[name](str(values[name]))
+        except argparse.ArgumentTypeError as error:
+            yield f"the flag {name}: {error}"
+
+
+def fault_of_tensor(tensor: Any) -> str | None:
+    """What makes a value no plain tensor of floats that says as much as it takes up."""
+    if type(tensor) is not Tensor:
+        return f"is of type {type(tensor).__name__}, expected a tensor"
+    if vars(tensor):
+        return "has attributes of its own"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return "is no plain tensor"
+    if tensor.is_nested or tensor.is_quantized or tensor.is_neg():
+        return "is no plain tensor"
+    if not tensor.is_floating_point():
+        return f"is of {tensor.dtype}, expected floats"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "repeats its values"
+    return None
+
+
+def faults_of_values(state_dict: dict[str, Tensor]) -> Iterator[str]:
+    for name, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            yield f"{name} holds NaN or infinity"
+
+
+def is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether a value is None, a number, text, or lists and dicts of such, not nested deeply."""
+    if type(value) is dict:
+        return depth > 0 and all(type(key) is str and is_plain(inner, depth - 1) for key, inner in value.items())
+    if type(value) is list:
+        return depth > 0 and all(is_plain(inner, depth - 1) for inner in value)
+    return value is None or type(value) in (bool, int, float, str)

@@ -14,7 +14,7 @@ from typing import Any
 
 from nmt import devices
 from nmt.distributed import World
-from nmt.errors import UserError
+from nmt.errors import UserError, printable
 
 import torch
 from torch import Tensor
@@ -34,8 +34,12 @@ def only_rank_0_speaks(rank: int) -> None:
 
 
 def say(line: str) -> None:
-    """Prints a line of the log at once, above the bar if there is one."""
-    tqdm.write(line, file=sys.stdout)
+    """Prints a line of the log at once, above the bar if there is one.
+
+    It stays one line: control characters other than tabs are escaped. So no file name, no word of a corpus and no
+    other text from outside can make a line that looks like a result.
+    """
+    tqdm.write("\t".join(map(printable, line.split("\t"))), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -32,6 +32,7 @@ import torch
 
 SEAL = re.compile(rb"\nsha256 ([0-9a-f]{64}) ([cu])\n")
 SEAL_SIZE = 75
+INCOMPLETE = "incomplete, or no checkpoint at all"
 OTHER_COPY = "use an earlier copy, or train again"
 
 
@@ -118,7 +119,7 @@ def read(path: str | Path) -> dict:
     """
     with opened(path) as file:
         if verified(file, path) is None:
-            raise UserError("checkpoint", "incomplete, or no file of this program: no seal", str(path), OTHER_COPY)
+            raise UserError("checkpoint", INCOMPLETE, str(path), OTHER_COPY)
         content = parsed(file, path)
     if not isinstance(content, dict):
         raise UserError("checkpoint", f"holds a {type(content).__name__}, expected a dict", str(path), OTHER_COPY)
@@ -189,7 +190,7 @@ def parsed(file: BinaryIO, where: str | Path) -> object:
     except OSError:
         raise
     except Exception as error:  # a damaged file makes the reader trip over anything
-        raise UserError("checkpoint", "incomplete, or no checkpoint at all", str(where), OTHER_COPY) from error
+        raise UserError("checkpoint", INCOMPLETE, str(where), OTHER_COPY) from error
 
 
 def _seal_of(file: BinaryIO) -> Seal | None:

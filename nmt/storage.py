@@ -61,6 +61,11 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def beside(path: Path) -> Path:
+    """A new name for a file that is to take the place of `path`, and that `clear_partial` finds if it never does."""
+    return path.with_name(f"{path.name}{PARTIAL}{os.urandom(4).hex()}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Writes a file that takes the place of `path` in one step, when all of it is on the disk.
@@ -75,7 +80,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}{PARTIAL}{os.urandom(4).hex()}")
+    temporary = beside(path)
     file = open(temporary, "xb")  # noqa: SIM115  (closed below)
     try:
         with file:
@@ -87,6 +92,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def probe(path: Path) -> None:
+    """Raises an OSError if `replacing` could not make its file beside `path`. Whether there is room it cannot say."""
+    temporary = beside(path)
+    open(temporary, "xb").close()
+    temporary.unlink()
 
 
 def clear_partial(path: Path) -> None:
@@ -159,7 +171,7 @@ def locked(path: Path, log: Log | None) -> Iterator[BinaryIO]:
             except BlockingIOError as error:
                 if log is None:
                     file.seek(0)
-                    raise InUse(file.read().decode().strip()) from error
+                    raise InUse(file.read().decode(errors="replace").strip() or "unknown") from error
                 log(f"waiting for another process that prepares the same data ({path})")
                 fcntl.flock(file, fcntl.LOCK_EX)
             # The holder before us may have removed the file that we waited for. Its lock keeps nobody out.

@@ -22,7 +22,7 @@ run_wrapper() {
 }
 
 fail() { # exit code, message
-    printf '%s\n' "$2" >&2
+    printf '%s\n' "${2//[$'\n\r\e']/?}" >&2 # one line, whatever the names in it are
     exit "$1"
 }
 
@@ -358,7 +358,7 @@ fail_as_the_run() { # exit code
         how="ended by signal $(($1 - 128)) (9: perhaps out of memory)"
     fi
     if [[ -n $how ]]; then reason="$how${reason:+; the last line was: $reason}"; fi
-    printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$log" >&2
+    printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$(quoted "$log")" >&2
     fail "$1" "${reason:-train_8p.py printed nothing}"
 }
 

@@ -1,20 +1,27 @@
 """A checkpoint holds what is needed, survives what can be survived, and is refused if it is not what was written."""
 
+import copy
+import dataclasses
 import errno
 import fcntl
+import itertools
+import math
 import os
 import random
+import resource
 import stat
 from pathlib import Path
 
 import gru
+import scoring
 import train_8p
-from nmt import checkpoint, storage
-from nmt.errors import UserError
+from nmt import checkpoint, sealed, storage
+from nmt.errors import UserError, run_main
 
 import pytest
 import torch
 from conftest import refused
+from test_sealed import SWEEPS, flipping, killed, with_seal
 
 SIZES = {"input_dim": 6, "output_dim": 7, "emb_dim": 3, "hid_dim": 4}
 
@@ -30,6 +37,12 @@ def make(seed: int = 0) -> checkpoint.Checkpoint:
         scores={"bleu": 12.5},
         about={"src_lang": "de", "trg_lang": "en"},
     )
+
+
+def save_unsealed(path: Path, saved: checkpoint.Checkpoint) -> None:
+    """Saves as earlier versions of this program did: with a digest, and without a seal."""
+    content = {name: getattr(saved, name) for name in checkpoint.CONTENT}
+    torch.save(content | {"format": 1, "sha256": saved.digest()}, path)
 
 
 @pytest.fixture
@@ -67,7 +80,31 @@ def test_a_save_that_fails_keeps_the_old_checkpoint_and_says_so(saved, monkeypat
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
+def test_a_disk_that_is_full_is_told_and_the_old_checkpoint_stays(saved):
+    """Row 11: a process that may write no file of more than 2,000 bytes."""
+    before = saved.read_bytes()
+    assert len(before) > 2000
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+            checkpoint.save(saved, make(seed=1))
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writer)
+    with open(reader) as said:
+        assert said.read().startswith(
+            f"error[io]: cannot write the checkpoint: File too large; {saved}; make room there"
+        )
+    assert saved.read_bytes() == before
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
 def test_a_truncated_checkpoint_is_refused(saved):
+    """Row 12."""
     content = saved.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:length])
@@ -75,23 +112,47 @@ def test_a_truncated_checkpoint_is_refused(saved):
         assert length == 1 or message.startswith("error[checkpoint]: incomplete, or no checkpoint at all; ")
 
 
-def test_a_flipped_bit_is_refused_or_without_effect(saved):
-    content, expected = saved.read_bytes(), make()
-    generator = random.Random(1)
-    refused = 0
-    for _ in range(200):
-        position = generator.randrange(len(content))
-        flipped = bytearray(content)
-        flipped[position] ^= 1 << generator.randrange(8)
-        saved.write_bytes(flipped)
+def test_no_random_truncation_is_accepted(saved):
+    """Row 12, 100 times."""
+    content, generator = saved.read_bytes(), random.Random(2)
+    for length in sorted((generator.randrange(len(content)) for _ in range(100)), reverse=True):
+        os.truncate(saved, length)
+        refused("checkpoint", checkpoint.load, saved, says=str(saved))
+
+
+def test_no_flipped_bit_is_accepted(saved):
+    """Row 14: all bits of the seal and of the keys, and 200 others."""
+    content, generator = saved.read_bytes(), random.Random(1)
+    positions = list(range(len(content) - sealed.SEAL_SIZE, len(content)))
+    for key in (b"format", b"state_dict", b"encoder.rnn.weight_hh_l0"):
+        positions += range(content.index(key), content.index(key) + len(key))
+    flips = list(itertools.product(positions, range(8)))
+    flips += [(generator.randrange(len(content)), generator.randrange(8)) for _ in range(200)]
+    for position, bit in flips:
+        with flipping(saved, position, bit):
+            refused("checkpoint", checkpoint.load, saved, says=str(saved))
+
+
+def test_a_flipped_bit_of_an_earlier_versions_file_is_refused_or_without_effect(saved):
+    """Row 14: 200 bits, and all of the keys. One in `format` once made it count as the original's, without a check."""
+    save_unsealed(saved, make())
+    content, expected, generator = saved.read_bytes(), make(), random.Random(1)
+    assert checkpoint.load(saved).digest() == expected.digest()
+    assert checkpoint.load(saved).completed
+    flips = [(generator.randrange(len(content)), generator.randrange(8)) for _ in range(200)]
+    for key in (b"format", b"sha256", *(name.encode() for name in checkpoint.CONTENT)):
+        start = content.index(key)
+        flips += itertools.product(range(start, start + len(key)), range(8))
+    found = []
+    for position, bit in flips:
         try:
-            loaded = checkpoint.load(saved)
+            with flipping(saved, position, bit):
+                found.append(checkpoint.load(saved).digest())
         except UserError as error:
             assert error.exit_code == 4
-            refused += 1
-        else:
-            assert loaded.digest() == expected.digest()
-    assert refused > 0
+    assert saved.read_bytes() == content
+    assert set(found) <= {expected.digest()}
+    assert len(found) < 100
 
 
 def test_every_flipped_bit_of_the_weights_is_refused(saved):
@@ -107,6 +168,7 @@ def test_every_flipped_bit_of_the_weights_is_refused(saved):
 
 
 def test_a_text_file_is_no_checkpoint(tmp_path):
+    """Row 13."""
     path = tmp_path / "text"
     path.write_text("hello")
     refused("checkpoint", checkpoint.load, path, says=str(path))
@@ -131,6 +193,7 @@ class Harmful:
 
 
 def test_code_in_a_checkpoint_does_not_run(tmp_path):
+    """Row 16."""
     path, touched = tmp_path / "model", tmp_path / "touched"
     torch.save({"format": checkpoint.FORMAT, "state_dict": Harmful(touched)}, path)
     torch.load(path, weights_only=False)
@@ -163,6 +226,218 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
     refused("checkpoint", checkpoint.load, tmp_path / "other", says=["holds no state dict", f"{tmp_path}/other"])
 
 
+# ---------------------------------------------------------------- what contradicts itself
+
+WEIGHT = "decoder.fc_out.weight"
+
+
+def with_weight(change):
+    """A change of one weight of a file's content."""
+
+    def call(content):
+        content["state_dict"][WEIGHT] = change(content["state_dict"][WEIGHT])
+
+    return call
+
+
+def with_value(part, name, value):
+    """A change of one value of a file's content."""
+    return lambda content: content[part].__setitem__(name, value)
+
+
+def without(part, name):
+    return lambda content: content[part].pop(name)
+
+
+def with_part(part, value):
+    return lambda content: content.__setitem__(part, value)
+
+
+def with_attribute(tensor):
+    tensor.is_contiguous = 3
+    return tensor
+
+
+CONTRADICTIONS = {
+    "a size that is not that of the weights": with_value("sizes", "hid_dim", 5),
+    "a size that no machine has room for": with_value("sizes", "emb_dim", 1 << 28),
+    "a size above all counters": with_value("sizes", "emb_dim", 1 << 80),
+    "a size of zero": with_value("sizes", "emb_dim", 0),
+    "a size of True": with_value("sizes", "emb_dim", True),
+    "a size that is text": with_value("sizes", "emb_dim", "3"),
+    "a size missing": without("sizes", "emb_dim"),
+    "a size too many": with_value("sizes", "layers", 1),
+    "no sizes": with_part("sizes", {}),
+    "sizes that are a list": with_part("sizes", [6, 7, 3, 4]),
+    "a vocabulary too short": lambda content: content["src_vocab"].pop(),
+    "a vocabulary too long": lambda content: content["trg_vocab"].append("cat"),
+    "a word twice": with_value("src_vocab", 5, "der"),
+    "a special word twice": with_value("src_vocab", 5, "<pad>"),
+    "a word that is a number": with_value("src_vocab", 5, 5),
+    "a word that is bytes": with_value("src_vocab", 5, b"hund"),
+    "a word that is half a character": with_value("src_vocab", 5, "\ud800"),
+    "a special word missing": with_value("trg_vocab", 1, "pad"),
+    "special words in another order": lambda content: content["trg_vocab"].reverse(),
+    "no vocabulary": with_part("src_vocab", None),
+    "a vocabulary that is a text": with_part("src_vocab", "abcdef"),
+    "a vocabulary that is a dict": with_part("src_vocab", {"der": 0}),
+    "no weights": with_part("state_dict", {}),
+    "weights that are a list": lambda content: content.__setitem__("state_dict", list(content["state_dict"].values())),
+    "a weight missing": without("state_dict", WEIGHT),
+    "a weight too many": with_value("state_dict", "attention.weight", torch.zeros(2)),
+    "a weight with a number as its name": with_value("state_dict", 3, torch.zeros(2)),
+    "a weight of another shape": with_weight(lambda weight: weight.reshape(-1)),
+    "a weight that is a number": with_weight(lambda weight: 3.0),
+    "a weight that is a list": with_weight(lambda weight: weight.tolist()),
+    "float64": with_weight(torch.Tensor.double),
+    "float16": with_weight(torch.Tensor.half),
+    "integers": with_weight(torch.Tensor.int),
+    "complex numbers": with_weight(lambda weight: weight.to(torch.complex64)),
+    "a negated view": with_weight(torch._neg_view),
+    "a sparse weight": with_weight(torch.Tensor.to_sparse),
+    "a compressed sparse weight": with_weight(torch.Tensor.to_sparse_csr),
+    "a weight without values": with_weight(lambda weight: weight.to("meta")),
+    "a quantised weight": with_weight(lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)),
+    "a nested weight": with_weight(lambda weight: torch.nested.nested_tensor([weight, weight])),
+    "a weight that is not contiguous": with_weight(lambda weight: weight.T.contiguous().T),
+    "a weight that repeats one value": with_weight(lambda weight: torch.zeros(1, 1).expand(weight.shape)),
+    "requires_grad": with_weight(lambda weight: weight.clone().requires_grad_()),
+    "a parameter": with_weight(torch.nn.Parameter),
+    "a weight with attributes": with_weight(with_attribute),
+    "NaN": with_weight(lambda weight: weight.index_fill(0, torch.tensor([1]), math.nan)),
+    "infinity": with_weight(lambda weight: weight.index_fill(0, torch.tensor([1]), -math.inf)),
+    "flags that are no dict": with_part("flags", ["lr", 0.1]),
+    "a flag without a name": with_value("flags", 3, 0.1),
+    "a flag that is a tensor": with_value("flags", "lr", torch.zeros(2)),
+    "a beam of -1": with_value("flags", "beam_size", -1),
+    "a beam of None": with_value("flags", "beam_size", None),
+    "a length penalty that is a list": with_value("flags", "length_penalty", [1.0]),
+    "a length penalty of NaN": with_value("flags", "length_penalty", math.nan),
+    "a fixed length that is text": with_value("flags", "fixed_length", "long"),
+    "scores that are no dict": with_part("scores", 12.5),
+    "a score that is text": with_value("scores", "bleu", "12.5"),
+    "a score of NaN": with_value("scores", "bleu", math.nan),
+    "about nothing": with_part("about", None),
+    "about without languages": with_part("about", {}),
+    "a language that is a number": with_value("about", "src_lang", 49),
+    "another vocabulary's fingerprint": with_value("about", "vocabularies", "0" * 64),
+    "deep nesting": with_value("about", "deep", [[[[[[[]]]]]]]),
+    "a missing part": lambda content: content.pop("scores"),
+    "a format of its own": with_part("format", "x"),
+    "a format of True": with_part("format", True),
+    "a format of more than one number": with_part("format", torch.ones(2)),
+    "a later format": with_part("format", 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, where such tensors are made
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_file_that_contradicts_itself_ends_the_program_with_4_in_one_line(saved, capsys, change, number):
+    """Rows 14 and 15, kind Q: files that somebody signed, as this version does or as earlier ones did."""
+    content = {name: copy.deepcopy(getattr(make(), name)) for name in checkpoint.CONTENT} | {"format": number}
+    change(content)
+    if number == 2:
+        sealed.write(saved, content)
+    else:
+        signed = dataclasses.replace(make(), **{name: content.get(name) for name in checkpoint.CONTENT})
+        try:
+            digest = signed.digest()
+        except Exception:
+            digest = "0" * 64
+        torch.save(content | {"sha256": digest}, saved)
+    assert run_main(train_8p.main, ["--device", "cpu", "--evaluate", str(saved)]) == 4
+    out, err = capsys.readouterr()
+    assert err.startswith("error[checkpoint]: ")
+    assert err.count("\n") == 1
+    assert str(saved) in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("count", [pytest.param(200, id="200"), pytest.param(2000, id="2000", marks=pytest.mark.slow)])
+def test_random_bytes_in_a_signed_file_end_in_no_traceback(saved, count):
+    """What somebody writes who knows how to seal. It loads if it still makes sense, otherwise one line refuses it."""
+    content, generator, refusals = saved.read_bytes()[: -sealed.SEAL_SIZE], random.Random(count), 0
+    end = content.index(b".format_version")  # before it stand the keys, the words and what the tensors are
+    for _ in range(count):
+        changed = bytearray(content)
+        for _ in range(generator.choice([1, 2, 5])):
+            changed[generator.randrange(end)] = generator.randrange(256)
+        saved.write_bytes(with_seal(bytes(changed)))
+        try:
+            scoring.restore(checkpoint.load(saved), saved)
+        except UserError as error:
+            assert error.exit_code == 4
+            refusals += 1
+    assert count // 2 < refusals < count
+
+
+def test_a_file_that_contradicts_nothing_loads(saved):
+    """Without this, the test of contradictions could pass by refusing everything."""
+    assert scoring.restore(checkpoint.load(saved), saved) is not None
+    save_unsealed(saved, make())
+    assert scoring.restore(checkpoint.load(saved), saved) is not None
+
+
+def test_two_words_that_changed_places_are_told_with_both_fingerprints(saved):
+    """Row 15: a vocabulary of the same size, in another order."""
+    trained = make()
+    expected = checkpoint.vocabulary_digest(trained.src_vocab, trained.trg_vocab)
+    words = [*trained.src_vocab[:4], *reversed(trained.src_vocab[4:])]
+    actual = checkpoint.vocabulary_digest(words, trained.trg_vocab)
+    assert len({expected, actual, checkpoint.vocabulary_digest(trained.trg_vocab, trained.src_vocab)}) == 3
+    about = trained.about | {"vocabularies": expected}
+    checkpoint.save(saved, dataclasses.replace(trained, about=about))
+    assert checkpoint.load(saved).about["vocabularies"] == expected
+    checkpoint.save(saved, dataclasses.replace(trained, src_vocab=words, about=about))
+    refused("checkpoint", checkpoint.load, saved, says=[actual, expected, str(saved)])
+
+
+ORIGINALS = {
+    "NaN": with_weight(lambda weight: torch.full_like(weight, math.nan)),
+    "too large for float32": with_weight(lambda weight: torch.full_like(weight, 1e300, dtype=torch.float64)),
+    "repeats its values": with_weight(lambda weight: torch.zeros(1, 1).expand(weight.shape)),
+    "expected floats": with_weight(torch.Tensor.int),
+    "plain tensor": with_weight(torch.Tensor.to_sparse),
+    "is missing": without("state_dict", WEIGHT),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ORIGINALS.values(), ids=ORIGINALS)
+def test_an_originals_state_dict_that_cannot_be_one_is_refused(tmp_path, change):
+    """Kind Q."""
+    content = {"epoch": 3, "state_dict": dict(make().state_dict)}
+    change(content)
+    torch.save(content, tmp_path / "original")
+
+    def read():
+        return scoring.restore(checkpoint.load(tmp_path / "original"), tmp_path / "original")
+
+    refused("checkpoint", read, says=[WEIGHT, f"{tmp_path}/original"])
+
+
+def test_what_no_check_foresees_ends_in_one_line_too(tmp_path):
+    """A tensor brings attributes along, and this one hides a method that reading it calls."""
+    state = dict(make().state_dict)
+    state[WEIGHT] = state[WEIGHT].clone()
+    state[WEIGHT].detach = 3
+    torch.save(state, tmp_path / "original")
+    assert torch.load(tmp_path / "original", weights_only=True)[WEIGHT].detach == 3, "the fault must be real"
+    refused("checkpoint", checkpoint.load, tmp_path / "original", says=["damaged: TypeError", f"{tmp_path}/original"])
+
+
+def test_an_originals_parameters_in_half_precision_load(tmp_path):
+    state = {name: torch.nn.Parameter(tensor.half()) for name, tensor in make().state_dict.items()}
+    torch.save(state, tmp_path / "original")
+    loaded = checkpoint.load(tmp_path / "original")
+    assert not any(tensor.requires_grad for tensor in loaded.state_dict.values())
+    assert {tensor.dtype for tensor in loaded.state_dict.values()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- what stays of earlier runs
+
+
 def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_better(saved):
     lines = []
     best = checkpoint.BestFile(saved, lines.append)
@@ -179,6 +454,164 @@ def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_bett
     ]
 
 
+def previous_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.previous")
+
+
+def a_run(path: Path, number: int, *, completed: bool, saves: int = 2) -> list[str]:
+    """What a run leaves. Its models have its number as a score.
+
+    Returns:
+        The lines that it logged about the files of earlier runs.
+    """
+    lines = []
+    best = checkpoint.BestFile(path, lines.append)
+    for merit in range(saves):
+        best.replace(merit, dataclasses.replace(make(), scores={"number": number}))
+    if completed:
+        best.complete()
+    return [line for line in lines if line.startswith("note: ")]
+
+
+def numbers(path: Path) -> list[int]:
+    """The runs whose models are at `path` and at `NAME.previous`."""
+    return [checkpoint.load(file).scores["number"] for file in (path, previous_of(path)) if file.exists()]
+
+
+def test_runs_that_do_not_end_push_out_no_finished_model(tmp_path):
+    """Row 50: ten runs in a row are killed after their first save. Two were once enough."""
+    path = tmp_path / "model"
+    assert a_run(path, 1, completed=True) == []
+    assert checkpoint.load(path).completed
+    assert a_run(path, 2, completed=False) == [f"note: {path} was there already: the old one is now model.previous"]
+    assert not checkpoint.load(path).completed
+    for number in range(3, 12):
+        assert a_run(path, number, completed=False) == [
+            f"note: {path} was there already, of a run that did not end: it is replaced; "
+            "model.previous is of one that did, and stays"
+        ]
+        assert numbers(path) == [number, 1]
+    a_run(path, 12, completed=True)
+    assert numbers(path) == [12, 1]
+    a_run(path, 13, completed=False)
+    assert numbers(path) == [13, 12]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "model.previous"]
+
+
+def test_where_no_run_ended_the_last_ones_best_is_kept_aside(tmp_path):
+    """Row 50."""
+    path = tmp_path / "model"
+    for number in (1, 2, 3):
+        note = f"note: {path} was there already, of a run that did not end: the old one is now model.previous"
+        assert a_run(path, number, completed=False) == ([note] if number > 1 else [])
+    assert numbers(path) == [3, 2]
+
+
+def test_files_of_earlier_versions_and_of_the_original_count_as_completed(tmp_path):
+    """Row 50."""
+    path = tmp_path / "model"
+    for save in (save_unsealed, lambda path, saved: torch.save(saved.state_dict, path)):
+        previous_of(path).unlink(missing_ok=True)
+        save(path, make(seed=4))
+        for number in (1, 2):
+            a_run(path, number, completed=False)
+        kept = checkpoint.load(previous_of(path)).state_dict
+        torch.testing.assert_close(kept, dict(make(seed=4).state_dict), rtol=0, atol=0)
+
+
+def test_a_file_that_is_no_checkpoint_pushes_out_no_finished_model_and_is_kept_too(tmp_path):
+    """Row 50."""
+    path = tmp_path / "model"
+    a_run(previous_of(path), 1, completed=True)
+    path.write_text("a damaged checkpoint, or a text of the user's")
+    assert "it is now model.unreadable; model.previous stays" in "".join(a_run(path, 2, completed=False))
+    assert numbers(path) == [2, 1]
+    assert (tmp_path / "model.unreadable").read_text().startswith("a damaged")
+    previous_of(path).write_text("nothing of value")
+    a_run(path, 3, completed=False)
+    assert numbers(path) == [3, 2]
+
+
+def test_a_run_that_goes_on_replaces_its_own_file_and_no_other(tmp_path):
+    """Row 50: the file of a run that is resumed is its own, unless a run was completed there in the meantime."""
+    path, lines = tmp_path / "model", []
+    a_run(path, 1, completed=True)
+    a_run(path, 2, completed=False)
+    best = checkpoint.BestFile(path, lines.append)
+    best.restore(checkpoint.BestFile(path, lines.append, merit=3.0, owns=True).state())
+    assert best.merit == 3.0
+    best.replace(4.0, dataclasses.replace(make(), scores={"number": 3}))
+    assert lines == [f"saved: {path} (the best so far)"]
+    assert numbers(path) == [3, 1]
+    checkpoint.BestFile(path, lines.append, merit=4.0, owns=True).complete()
+    assert checkpoint.load(path).completed, "none of its later epochs was better"
+    checkpoint.BestFile(path, lines.append, owns=True).replace(5.0, make())
+    assert "the old one is now model.previous" in lines[1]
+    assert checkpoint.load(previous_of(path)).scores == {"number": 3}
+
+
+def test_a_run_that_wrote_nothing_owns_and_marks_nothing(tmp_path):
+    path, lines = tmp_path / "model", []
+    checkpoint.BestFile(path, print).complete()
+    a_run(path, 1, completed=False)
+    resumed = checkpoint.BestFile(path, lines.append)
+    resumed.restore(checkpoint.BestFile(path, print).state())  # it was stopped before its first epoch ended
+    resumed.complete()
+    assert not checkpoint.load(path).completed
+    resumed.replace(0.0, make())
+    assert "the old one is now model.previous" in lines[0]
+
+
+def test_a_mark_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    best = checkpoint.BestFile(path, print)
+    best.replace(1.0, make())
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sealed, "complete", full)
+    refused("io", best.complete, says=["completed run: No space left", str(path)])
+
+
+@pytest.mark.parametrize("kills", SWEEPS)
+def test_a_killed_run_leaves_the_last_completed_model_and_its_own_last_or_next(tmp_path, kills):
+    """Rows 10 and 50: run after run is killed at a random moment. Their checkpoints load, and none is lost."""
+    path, generator = tmp_path / "model", random.Random(kills)
+    lives, finished, saved_last = itertools.count(1), 0, 0
+    a_run(path, 0, completed=True)
+
+    def runs(acknowledge):
+        for number in itertools.count(first):
+            best = checkpoint.BestFile(path, lambda line: None)
+            for merit in range(2):
+                best.replace(merit, dataclasses.replace(make(), scores={"number": number}))
+                acknowledge(b"saved %d\n" % number)
+            if number % 3 == 0:
+                best.complete()
+                acknowledge(b"completed %d\n" % number)
+
+    for _ in range(kills):
+        first = 1000 * next(lives)
+        words = killed(runs, generator).split()
+        told = [(words[index], int(words[index + 1])) for index in range(0, len(words), 2)]
+        finished = max([finished, *(number for event, number in told if event == b"completed")])
+        saved_last = max([saved_last, *(number for event, number in told if event == b"saved")])
+        with checkpoint.claimed(path):
+            pass
+        standing = {file: checkpoint.load(file) for file in (path, previous_of(path)) if file.exists()}
+        assert {file.name for file in standing} == {file.name for file in tmp_path.iterdir()}
+        completed = [saved.scores["number"] for saved in standing.values() if saved.completed]
+        assert max(completed) in (finished, *(number for number in completed if number > finished and number % 3 == 0))
+        assert max(completed) >= finished
+        assert standing[path].scores["number"] >= saved_last
+        finished, saved_last = max(completed), standing[path].scores["number"]
+    assert saved_last > 1000
+
+
+# ---------------------------------------------------------------- the place
+
+
 def test_an_unwritable_place_is_refused_before_training(tmp_path):
     refused("io", checkpoint.claimed(tmp_path / "no" / "folder" / "model").__enter__, says="cannot write into")
     for folder in (tmp_path, Path(), Path("/"), Path("..")):
@@ -188,6 +621,25 @@ def test_an_unwritable_place_is_refused_before_training(tmp_path):
     (tmp_path / ".model.lock").mkdir()
     refused("io", checkpoint.claimed(tmp_path / "model").__enter__, says="cannot lock")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.lock", "pipe"]
+
+
+def test_the_name_of_a_folder_that_is_not_there_is_a_usage_error(tmp_path):
+    """Kind L: it once made a file of that name."""
+    for name in ("folder/", "folder//", "folder/.", "folder/below/"):
+        says = ["the name of a folder", f"--ckptpath {tmp_path}/{name}"]
+        refused("usage", checkpoint.claimed(f"{tmp_path}/{name}").__enter__, says=says)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_in_which_the_save_would_fail_is_refused_before_training(tmp_path):
+    """A way through a folder that is not there, a name too long for its later companions, a folder at one of those."""
+    for path in (f"{tmp_path}/none/../model", f"{tmp_path}/none/..", tmp_path / ("m" * 245), tmp_path / ("m" * 300)):
+        refused("io", checkpoint.claimed(path).__enter__, says="cannot")
+    with pytest.raises(OSError, match="too long"), storage.replacing(tmp_path / ("m" * 245)):
+        raise AssertionError("the fault must be real")
+    previous_of(tmp_path / "model").mkdir()
+    refused("io", checkpoint.claimed(tmp_path / "model").__enter__, says="model.previous, which is a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.previous"]
 
 
 def test_a_place_that_one_may_not_look_into_is_refused(tmp_path, as_nobody):
@@ -252,6 +704,7 @@ def test_what_a_link_leads_to_is_written_and_the_link_stays(saved):
 
 
 def test_a_second_run_with_the_same_checkpoint_is_refused(tmp_path):
+    """Row 32."""
     path = tmp_path / "model"
     with checkpoint.claimed(path):
         refused("io", checkpoint.claimed(path).__enter__, says=f"in use by pid {os.getpid()}")
@@ -269,11 +722,40 @@ def test_what_a_killed_save_left_is_cleared(tmp_path):
         assert not stray.exists()
 
 
-def test_an_earlier_runs_checkpoint_is_set_aside(saved):
-    previous = checkpoint.set_aside(saved)
-    assert previous.name == "model.pth.tar.previous"
+@pytest.mark.parametrize("has_links", [True, False])
+def test_an_earlier_runs_checkpoint_is_set_aside(saved, monkeypatch, has_links):
+    def unsupported(*args):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", unsupported)
+    for _ in range(2):  # a run may be killed between this and its first save
+        previous = checkpoint.set_aside(saved)
+        assert previous.name == "model.pth.tar.previous"
     before = previous.read_bytes()
     assert saved.read_bytes() == before, "a run that is killed now leaves the old one under its name, too"
+    assert len(list(saved.parent.iterdir())) == 2
     checkpoint.save(saved, make(seed=1))
     assert previous.read_bytes() == before != saved.read_bytes()
-    assert checkpoint.set_aside(saved.with_name("absent")) is None
+
+
+def test_setting_aside_that_fails_keeps_both_files(saved, monkeypatch):
+    previous = previous_of(saved)
+    checkpoint.save(previous, make(seed=1))
+    replace = os.replace
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    refused(
+        "io", checkpoint.set_aside, saved, says=["cannot keep the earlier checkpoint: No space left", str(previous)]
+    )
+    monkeypatch.setattr(os, "replace", replace)
+    assert [checkpoint.load(path).digest() for path in (saved, previous)] == [make().digest(), make(seed=1).digest()]
+    assert len(list(saved.parent.iterdir())) == 2
+
+
+def test_nothing_is_set_aside_where_there_is_nothing(tmp_path):
+    checkpoint.make_room(tmp_path / "absent", pytest.fail)
+    assert list(tmp_path.iterdir()) == []

@@ -44,3 +44,17 @@ def test_rank_0_alone_is_heard(capsys, monkeypatch):
         nmt.log.say(f"rank {rank}")
         monkeypatch.undo()
     assert capsys.readouterr().out == "rank 0\n"
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\x0b", "\x1b[1A", "\x85", "\u2028", "\0", "\udcff"])
+def test_text_from_outside_makes_no_second_line(capsys, character):
+    nmt.log.say(f"saved: a{character}BLEU score = 99.0")
+    out = capsys.readouterr().out
+    assert out.splitlines() == [out.removesuffix("\n")]
+    assert out.isascii()
+    assert out.startswith("saved: a\\")
+
+
+def test_a_line_keeps_its_tabs_and_its_letters(capsys):
+    nmt.log.say("Epoch: [0]\tZeit 1 für 東京\t")
+    assert capsys.readouterr().out == "Epoch: [0]\tZeit 1 für 東京\t\n"

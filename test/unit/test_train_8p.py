@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +212,8 @@ def test_the_checkpoint_can_be_used_without_the_data(trained):
     assert saved.src_vocab[:4] == saved.trg_vocab[:4] == ["<unk>", "<pad>", "<sos>", "<eos>"]
     assert "hund" in saved.src_vocab
     assert saved.flags["recipe"] == "tuned"
+    assert saved.about["vocabularies"] == checkpoint.vocabulary_digest(saved.src_vocab, saved.trg_vocab)
+    assert saved.completed
     assert saved.scores["bleu"] >= 0
     assert all(tensor.dtype == torch.float32 for tensor in saved.state_dict.values())
 
@@ -376,6 +380,66 @@ def test_a_second_run_keeps_the_first_ones_checkpoint_aside(tiny_corpus, tmp_pat
     assert code == 0
     assert "seq2seq-gru-model.pth.tar.previous" in out
     assert Path("seq2seq-gru-model.pth.tar.previous").read_bytes() == first
+
+
+@pytest.mark.slow
+def test_two_runs_that_are_killed_after_their_first_save_leave_a_finished_model(tiny_corpus, tmp_path):
+    """Row 50. `test_checkpoint.py` has the quick form, without the program."""
+    path = tmp_path / "model"
+    arguments = ("--data-dir", str(tiny_corpus), "-b", "16", "--ckptpath", str(path))
+    command = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, *arguments]
+    assert subprocess.run([*command, "--epochs", "1"], capture_output=True).returncode == 0
+    finished = path.read_bytes()
+    for _ in range(2):
+        with subprocess.Popen([*command, "--epochs", "5000"], stdout=subprocess.PIPE, text=True) as process:
+            assert any(line.startswith("saved: ") for line in process.stdout)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL, "the fault must be real"
+        assert not checkpoint.load(path).completed
+        assert path.with_name("model.previous").read_bytes() == finished
+    done = subprocess.run([*command, "--epochs", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "of a run that did not end: it is replaced; model.previous is of one that did, and stays" in done.stdout
+    assert path.with_name("model.previous").read_bytes() == finished
+    assert checkpoint.load(path).completed
+
+
+def test_a_disk_that_is_full_at_a_later_save_ends_the_run_with_5_and_the_best_so_far(
+    tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """Row 11. The disk fills in the second of the best epochs, after half of the file."""
+    path, saves, fsync = tmp_path / "model", [], os.fsync
+    bleus = iter([1.0, 2.0])
+
+    def full(descriptor):
+        if "/model.partial-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            saves.append(descriptor)
+            if len(saves) == 2:
+                raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(scoring, "validate", lambda *_: scoring.Validation(scoring.Losses(1.0, 1.0), next(bleus), []))
+    code, out, err = run("--data-dir", str(tiny_corpus), "-b", "16", "--ckptpath", str(path), capsys=capsys)
+    assert len(saves) == 2
+    assert code == 5
+    assert err.startswith("error[io]: cannot write the checkpoint: No space left on device; ")
+    assert err.count("\n") == 1
+    assert checkpoint.load(path).scores["bleu"] == 1.0
+    assert not checkpoint.load(path).completed
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "model", "model.state"]
+
+
+def test_the_name_of_a_checkpoint_forges_no_line_of_the_log(tiny_corpus, tmp_path, capsys):
+    path = tmp_path / "m\nBLEU score = 99.0000\n* FPS@all 1.000\n"
+    flags = ("--data-dir", str(tiny_corpus), "-b", "16", "--epochs", "1", "--ckptpath", str(path))
+    for _ in range(2):  # the second says what it replaces, too
+        code, out, err = run(*flags, capsys=capsys)
+        assert code == 0, err
+        assert path.exists()
+        assert len(logs.FINAL_SCORE.findall(out)) == 3
+        assert len(logs.RATE.findall(out)) == 1
+        assert "99" not in logs.parse(out).final.values()
 
 
 def test_the_same_seed_gives_the_same_run(tiny_corpus, tmp_path, capsys):
@@ -556,6 +620,8 @@ def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, cap
         (["--evaluate", "{empty}/absent"], 4),
         (["--evaluate", "{empty}/absent", "--data-dir", "{empty}/absent/too"], 4),
         (["--ckptpath", "{empty}/no/such/folder/model"], 5),
+        (["--ckptpath", "{empty}/folder/"], 2),  # kind L
+        (["--ckptpath", "{empty}/none/../model"], 5),
         (["--opt-level", "O3", "--amp", "--loss-scale", "32"], 2),
         (["--amp", "--amp-backend", "apex", "--amp-dtype", "bfloat16"], 2),
         (["--lr", "nan"], 2),

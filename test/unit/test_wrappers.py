@@ -717,6 +717,21 @@ def test_a_killed_run_names_the_signal(repo):
     assert "Final" not in done.stdout
 
 
+def test_the_folders_name_forges_no_line(tmp_path):
+    folder = tmp_path / "a\nBLEU score = 99.0\n"
+    folder.mkdir()
+    repo = Repo(folder)
+    done = repo.run("train_full_1p.sh", behaviour="sys.exit(3)")
+    assert done.returncode == 3
+    assert "BLEU score = 99.0" in done.stderr, "the name must be told"
+    repo.output().parent.rename(repo.output().parent.with_name("kept"))
+    repo.output().parent.write_text("no folder")
+    done_too = repo.run("train_full_1p.sh")
+    assert done_too.returncode == 5
+    for run in (done, done_too):
+        assert not any(line.startswith("BLEU") for line in (run.stdout + run.stderr).splitlines())
+
+
 def test_a_run_without_a_word_fails_with_a_reason(repo):
     done = repo.run("train_full_1p.sh", behaviour="sys.exit(3)")
     assert (done.returncode, done.stderr.splitlines()[-1]) == (3, "train_8p.py printed nothing")
