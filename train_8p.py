@@ -111,6 +111,8 @@ class Settings:
     mirror: str | None = flags.row(DATA, None, "URL", "second address to download Multi30k's files from")
     cache_dir: str | None = flags.row(DATA, None, "DIR",
         "folder of tokenised corpora; left out: gru-for-pytorch/ in the user's cache folder")
+    min_freq: int = flags.row(DATA, 2, flags.positive_int,
+        "how often a word must stand in train to be in the vocabulary")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -139,9 +141,11 @@ class Settings:
     beam_size: int = of_recipe(1, 10, flags.positive_int, "hypotheses in the beam of the final score", trains=False)
     length_penalty: float = of_recipe(1.0, 1.2, flags.power,
         "a hypothesis's log probability is divided by its length to this power", trains=False, unit="POWER")
+    max_length: int | None = flags.row(TRAINING, None, flags.translation_length,
+        "most tokens of a translation; left out: 50, or as many as the longest source or reference has above that")
 
-    emb_dim: int = flags.row(MODEL, 256, flags.positive_int, "size of the embeddings", trains=True)
-    hid_dim: int = flags.row(MODEL, 512, flags.positive_int, "size of the hidden states", trains=True)
+    emb_dim: int = flags.row(MODEL, 256, flags.size, "size of the embeddings", trains=True)
+    hid_dim: int = flags.row(MODEL, 512, flags.size, "size of the hidden states", trains=True)
 
     npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the NPU of this index", unit="INDEX")
     gpu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the GPU of this index", unit="INDEX")
@@ -157,7 +161,7 @@ class Settings:
         "env:// or tcp://HOST:PORT; left out: MASTER_PORT or a free port")
     dist_backend: str | None = flags.row(PROCESSES, None, ("hccl", "nccl", "gloo"),
         "how the ranks talk; left out: the device's own backend")
-    dist_timeout: float = flags.row(PROCESSES, 600.0, flags.positive_float,
+    dist_timeout: float = flags.row(PROCESSES, 600.0, flags.seconds,
         "seconds that the ranks wait for each other when they meet, and in each collective", unit="SECONDS")
     bleu_npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int,
         "index of the device that scores; left out: the first that --npu, --gpu or --device-list names, otherwise 0",
@@ -220,7 +224,7 @@ import scoring
 from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
-from nmt.log import EpochLog, only_rank_0_speaks, say
+from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
 
 import torch
 
@@ -239,7 +243,7 @@ def main(argv: list[str]) -> None:
         say(f"note: {note}")  # on every node, because it concerns that node
     only_rank_0_speaks(world.rank)
     settings = replace(settings, bleu_npu=plan.scoring_index)
-    if settings.evaluate:
+    if settings.evaluate is not None:
         if unused := flags.given_in_vain(settings):
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
         evaluate(settings, plan, Path(settings.evaluate))
@@ -265,6 +269,8 @@ def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan) -> 
     if world.is_main and not settings.performance:
         path = Path(settings.ckptpath)
         saved = checkpoint.load(path)
+        if settings.best == "bleu" and saved.scores.get("bleu") == 0:
+            say("note: BLEU was 0 on the validation pairs in every epoch: the best epoch is the one of the lowest loss")
         score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
         say(f"done: {time.monotonic() - start:.0f} s")
 
@@ -439,20 +445,24 @@ def validate(
         rate: its last learning rate.
 
     Raises:
-        UserError: diverged, on every rank, if a loss is not finite.
+        UserError: diverged, on every rank, if a loss or a weight is not finite, or the validation loss has exploded.
     """
-    found = scoring.validate(model, loader, corpus.trg_vocab, world)
+    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length)
     losses = found.losses
-    if not (math.isfinite(train_loss) and losses.are_finite):
-        raise UserError(
-            "diverged",
-            f"the training loss is {train_loss}, the validation losses are {losses.forced} and {losses.free_running}",
-            f"epoch {epoch}",
-            "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept",
-        )
+    what = ""
+    if not (math.isfinite(train_loss) and losses.are_finite and may_recover(losses.forced)):
+        what = f"the training loss is {train_loss:g}, the validation losses {losses.forced:g}, {losses.free_running:g}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        what = "a weight is not finite"  # perhaps of a word that no validation pair has
+    if what:
+        todo = "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept"
+        raise UserError("diverged", what, f"epoch {epoch}", todo)
     for line in found.lines(epoch, train_loss, rate):
         say(line)
-    merit = found.bleu if settings.best == "bleu" else -losses.free_running
+    # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
+    merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
+    if world.is_main and settings.best == "bleu" and best.merit[:1] == (found.bleu,):
+        say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
     if world.is_main and merit > best.merit:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
@@ -503,8 +513,8 @@ def score(
     vocabs = scoring.vocabularies(saved, model, corpus, path)
     world = World(device_type=plan.device_type, index=plan.scoring_index)
     world.start()
-    how = settings.named("fixed_length beam_size length_penalty")
-    made_with = checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions of this program had no beam
+    how = settings.named("fixed_length max_length beam_size length_penalty")
+    made_with = {"max_length": None} | checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions had not all of them
     how |= {name: made_with[name] for name, value in how.items() if value is None}
     test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
     for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how):
@@ -520,7 +530,7 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
         log("note: no --data-dir was given: using the bundled sample corpus")
     return data.load(
         SAMPLE if settings.data_dir is None else settings.data_dir,
-        **settings.named("src_lang trg_lang train_name val_name test_name workers cache_dir mirror"),
+        **settings.named("src_lang trg_lang train_name val_name test_name min_freq workers cache_dir mirror"),
         verify=verify,
         log=log,
     )
@@ -628,6 +638,9 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
         f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
     )
     yield from map(printable, corpus.notes)
+    yield from unknown_words(corpus, settings.min_freq)
+    if not settings.performance:
+        yield from scoring.note_on_length(corpus.val, settings.max_length, "validation")
     if mixed.note:
         yield printable(f"note: {mixed.note}")
     # On NPUs it is not known: the published run learned.
@@ -637,6 +650,19 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
             f"note: with --fixed-length {settings.fixed_length} the encoder may never learn to carry a sentence "
             "through the padding; of the runs without an NPU, only those in float32 on a CPU did (docs/results.md)"
         )
+
+
+def unknown_words(corpus: data.Corpus, min_freq: int) -> Iterator[str]:
+    """The lines that say of a language that most words of its training text are unknown."""
+    for lang, side in ((corpus.src_lang, corpus.train.src), (corpus.trg_lang, corpus.train.trg)):
+        ids = side.ids[:1_000_000]  # of a large corpus they tell enough
+        words = ((ids != data.SOS) & (ids != data.EOS)).sum()
+        part = float((ids == data.UNK).sum() / words)
+        if part > 0.5:
+            yield (
+                f"note: {part:.0%} of the {lang} words of train are unknown, because they stand there fewer than "
+                f"{min_freq} times; a lower --min-freq keeps more"
+            )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import shutil
@@ -73,20 +72,21 @@ class BestFile:
         log: takes the lines that say what was kept and written.
 
     Attributes:
-        merit: of the model in the file, the higher the better.
+        merit: of the model in the file, the higher the better. Its first number counts, the next ones decide ties.
+            Empty before the first model.
     """
 
     def __init__(self, path: Path, log: Log):
         self._path, self._log = path, log
-        self.merit = -math.inf
+        self.merit: tuple[float, ...] = ()
 
-    def replace(self, merit: float, checkpoint: Checkpoint) -> None:
+    def replace(self, merit: tuple[float, ...], checkpoint: Checkpoint) -> None:
         """Writes a better model. The first one of a run sets the file of an earlier run aside.
 
         Raises:
             UserError: io.
         """
-        if self.merit == -math.inf and (previous := set_aside(self._path)):
+        if not self.merit and (previous := set_aside(self._path)):
             self._log(f"note: {self._path} was there already: the old one is now {previous.name}")
         self.merit = merit
         save(self._path, checkpoint)

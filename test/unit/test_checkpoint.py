@@ -166,7 +166,7 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
 def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_better(saved):
     lines = []
     best = checkpoint.BestFile(saved, lines.append)
-    for merit, seed in ((1.0, 1), (2.0, 2)):
+    for merit, seed in (((1.0, 3.0), 1), ((1.0, 3.5), 2)):
         assert merit > best.merit
         best.replace(merit, make(seed))
     previous = saved.with_name(f"{saved.name}.previous")
