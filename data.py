@@ -250,7 +250,7 @@ def _has_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
             what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"
             raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
         return files.any_corpus(data_dir, langs)
-    except PermissionError as error:
+    except OSError as error:  # no permission, or a name that is too long
         what, todo = f"cannot read: {error.strerror}", "name a folder that you may read with --data-dir"
         raise UserError("io", what, str(error.filename or data_dir), todo) from error
 

@@ -16,7 +16,7 @@ from nmt.search import beam_search, greedy
 import sacrebleu
 import torch
 
-MAX_LENGTH = 50  # most tokens of a translation, as in the original
+MAX_LENGTH = 50  # most tokens of a translation of short sentences, as in the original
 BATCH_SIZE = 256
 
 
@@ -29,7 +29,8 @@ class Scores:
 
     Attributes:
         bleu: `torchtext.data.metrics.bleu_score`, the metric of the published figure.
-        sacrebleu, chrf: sacreBLEU's BLEU and chrF of the same tokens, joined by spaces.
+        sacrebleu: sacreBLEU's BLEU of the same tokens.
+        chrf: its chrF of the tokens joined by spaces. It does not count white space.
         sacrebleu_signature, chrf_signature: how sacreBLEU was asked to count.
     """
 
@@ -43,24 +44,66 @@ class Scores:
 def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scores:
     """Scores translations against one reference each.
 
+    A token may hold any characters. Both BLEUs would split it at its spaces, so they get a number for each token. For
+    tokens without white space that changes no figure.
+
     Args:
         translations: tokens of each sentence.
         references: as many, in the same order.
 
-    >>> round(evaluate([["a", "dog", "runs", "fast"]], [["a", "dog", "runs", "fast"]]).bleu, 6)
+    >>> round(evaluate([["los", "ee. uu.", "hoy", "."]], [["los", "ee. uu.", "hoy", "."]]).bleu, 6)
     100.0
     """
     from torchtext.data.metrics import bleu_score  # slow to import, and a performance run does not need it
 
-    texts = [" ".join(tokens) for tokens in translations], [[" ".join(tokens) for tokens in references]]
+    numbers: dict[str, str] = {}
+
+    def numbered(sentences: list[list[str]]) -> list[list[str]]:
+        return [[numbers.setdefault(token, str(len(numbers))) for token in tokens] for tokens in sentences]
+
+    def joined(sentences: list[list[str]]) -> list[str]:
+        return [" ".join(tokens) for tokens in sentences]
+
+    plain, plain_references = numbered(translations), numbered(references)
     bleu, chrf = sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()  # force: tokenised on purpose
     return Scores(
-        bleu=100 * bleu_score(translations, [[reference] for reference in references]),
-        sacrebleu=bleu.corpus_score(*texts).score,
+        bleu=100 * bleu_score(plain, [[reference] for reference in plain_references]),
+        sacrebleu=bleu.corpus_score(joined(plain), [joined(plain_references)]).score,
         sacrebleu_signature=str(bleu.get_signature()),
-        chrf=chrf.corpus_score(*texts).score,
+        chrf=chrf.corpus_score(joined(translations), [joined(references)]).score,
         chrf_signature=str(chrf.get_signature()),
     )
+
+
+# ---------------------------------------------------------------- how long a translation may be
+
+
+def longest_translation(split: data.Split, max_length: int | None) -> int:
+    """Most tokens of a translation of this split.
+
+    Args:
+        split: the pairs.
+        max_length: the user's limit. None: `MAX_LENGTH`, or the length of the longest source or reference above that.
+    """
+    if max_length is not None:
+        return max_length
+    longest = max(int(side.lengths.max()) for side in (split.src, split.trg))
+    return max(MAX_LENGTH, longest - 2)  # without `<sos>` and `<eos>`
+
+
+def note_on_length(split: data.Split, max_length: int | None, name: str) -> Iterator[str]:
+    """The line of the log about references that are too long, if there are any.
+
+    Args:
+        split, max_length: as in `longest_translation`.
+        name: the split's, for the line.
+    """
+    usual = MAX_LENGTH if max_length is None else max_length
+    longer = int((split.trg.lengths - 2 > usual).sum())
+    if longer:
+        limit = longest_translation(split, max_length)
+        how = f"translations may have {limit}" if max_length is None else "their translations end there"
+        yield f"note: {longer} of {len(split)} {name} references have more than {usual} tokens: {how}"
 
 
 # ---------------------------------------------------------------- what a model gives
@@ -78,6 +121,7 @@ def translate(
     vocab: data.Vocabulary,
     world: World,
     *,
+    max_length: int = MAX_LENGTH,
     beam_size: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[str]]:
@@ -88,19 +132,20 @@ def translate(
         src: the source sentences.
         vocab: the target vocabulary.
         world: the ranks. Every rank calls this.
+        max_length: most tokens of a translation.
         beam_size, length_penalty: as in `beam_search`. A beam of 1 is greedy.
 
     Returns:
         The tokens of each sentence without those of white space, in the order of `src`, on every rank.
     """
     by_length = torch.argsort(src.lengths, stable=True)
-    ids = torch.zeros(len(src.lengths), MAX_LENGTH, dtype=torch.int64)
+    ids = torch.zeros(len(src.lengths), max_length, dtype=torch.int64)
     length_step = 1 if kernels.computes_steps(world.device) else data.LENGTH_STEP
     for indices in batches(by_length, world, BATCH_SIZE // beam_size):
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         if beam_size == 1:
-            found = greedy(model, tokens, lengths, data.SOS, data.EOS, MAX_LENGTH)
+            found = greedy(model, tokens, lengths, data.SOS, data.EOS, max_length)
         else:
             hypotheses = beam_search(
                 model,
@@ -109,7 +154,7 @@ def translate(
                 data.SOS,
                 data.EOS,
                 beam_size=beam_size,
-                max_len=MAX_LENGTH,
+                max_len=max_length,
                 length_penalty=length_penalty,
             )
             found = hypotheses.ids[:, :, 0]
@@ -203,7 +248,9 @@ class Validation:
             yield printable(f"  model      {translation}")
 
 
-def validate(model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, world: World) -> Validation:
+def validate(
+    model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, world: World, max_length: int | None = None
+) -> Validation:
     """Scores a model on the pairs of a loader.
 
     Args:
@@ -211,13 +258,14 @@ def validate(model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, wo
         loader: of the validation pairs.
         vocab: the target vocabulary.
         world: the ranks. Every rank calls this.
+        max_length: as in `longest_translation`.
     """
     model.eval()
     split = loader.split
     found = losses(model, loader, world)
     if not found.are_finite:
         return Validation(found)  # such a model translates nothing
-    translations = translate(model, split.src, vocab, world)
+    translations = translate(model, split.src, vocab, world, max_length=longest_translation(split, max_length))
     if not world.is_main:
         return Validation(found)
     references = split.references
@@ -305,6 +353,7 @@ def report(
     *,
     name: str,
     fixed_length: int,
+    max_length: int | None,
     beam_size: int,
     length_penalty: float,
 ) -> Iterator[str]:
@@ -317,6 +366,7 @@ def report(
         world: one process.
         name: the model's, for the log.
         fixed_length: for the losses alone, see `data.Loader`.
+        max_length: as in `longest_translation`.
         beam_size, length_penalty: of the final score. Greedy decoding is scored beside it.
     """
     if beam_size > len(trg_vocab):
@@ -330,9 +380,12 @@ def report(
     yield f"test free-running loss {found.free_running:.4f} (perplexity {perplexity(found.free_running):.2f})"
     if beam_size > 1:
         yield f"length penalty of the beam: {length_penalty:g}"
-    references = test.references
+    yield from note_on_length(test, max_length, "test")
+    references, limit = test.references, longest_translation(test, max_length)
     for size in sorted({1, beam_size}):
-        translations = translate(model, test.src, trg_vocab, world, beam_size=size, length_penalty=length_penalty)
+        translations = translate(
+            model, test.src, trg_vocab, world, max_length=limit, beam_size=size, length_penalty=length_penalty
+        )
         scores = evaluate(translations, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
         yield f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}"

@@ -127,6 +127,8 @@ class Settings:
     mirror: str | None = flags.row(DATA, None, "URL", "second address to download Multi30k's files from")
     cache_dir: str | None = flags.row(DATA, None, "DIR",
         "folder of tokenised corpora; left out: gru-for-pytorch/ in the user's cache folder")
+    min_freq: int = flags.row(DATA, 2, flags.positive_int,
+        "how often a word must stand in train to be in the vocabulary")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -155,9 +157,11 @@ class Settings:
     beam_size: int = of_recipe(1, 10, flags.positive_int, "hypotheses in the beam of the final score", trains=False)
     length_penalty: float = of_recipe(1.0, 1.2, flags.power,
         "a hypothesis's log probability is divided by its length to this power", trains=False, unit="POWER")
+    max_length: int | None = flags.row(TRAINING, None, flags.translation_length,
+        "most tokens of a translation; left out: 50, or as many as the longest source or reference has above that")
 
-    emb_dim: int = flags.row(MODEL, 256, flags.positive_int, "size of the embeddings", trains=True)
-    hid_dim: int = flags.row(MODEL, 512, flags.positive_int, "size of the hidden states", trains=True)
+    emb_dim: int = flags.row(MODEL, 256, flags.size, "size of the embeddings", trains=True)
+    hid_dim: int = flags.row(MODEL, 512, flags.size, "size of the hidden states", trains=True)
 
     npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the NPU of this index", unit="INDEX")
     gpu: int | None = flags.row(PROCESSES, None, flags.non_negative_int, "run on the GPU of this index", unit="INDEX")
@@ -173,7 +177,7 @@ class Settings:
         "env:// or tcp://HOST:PORT; left out: MASTER_PORT or a free port")
     dist_backend: str | None = flags.row(PROCESSES, None, ("hccl", "nccl", "gloo"),
         "how the ranks talk; left out: the device's own backend")
-    dist_timeout: float = flags.row(PROCESSES, 600.0, flags.positive_float,
+    dist_timeout: float = flags.row(PROCESSES, 600.0, flags.seconds,
         "seconds that the ranks wait for each other when they meet, and in each collective", unit="SECONDS")
     bleu_npu: int | None = flags.row(PROCESSES, None, flags.non_negative_int,
         "index of the device that scores; left out: the first that --npu, --gpu or --device-list names, otherwise 0",
@@ -210,7 +214,7 @@ RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo",
 OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
-DECISIVE = ("src_lang", "trg_lang", "fixed_length")
+DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length")
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
@@ -252,7 +256,7 @@ import scoring
 from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
-from nmt.log import EpochLog, only_rank_0_speaks, say
+from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
 from nmt.signals import StopRequest
 
 import torch
@@ -275,7 +279,7 @@ def main(argv: list[str]) -> None:
     for note in notes:
         say(f"note: {note}")
     settings = replace(settings, bleu_npu=plan.scoring_index)
-    if settings.evaluate:
+    if settings.evaluate is not None:
         if unused := flags.given_in_vain(settings):
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
         evaluate(settings, plan, Path(settings.evaluate))
@@ -337,6 +341,8 @@ def run(settings: Settings, given: dict[str, Any], mixed: precision.Choice, plan
     if world.is_main and not settings.performance:
         path = Path(settings.ckptpath)
         saved = checkpoint.load(path)
+        if settings.best == "bleu" and saved.scores.get("bleu") == 0:
+            say("note: BLEU was 0 on the validation pairs in every epoch: the best epoch is the one of the lowest loss")
         score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
         resume.state_path(settings.ckptpath).unlink(missing_ok=True)  # only a run that is not complete needs it
         say(f"done: {time.monotonic() - start:.0f} s")
@@ -418,9 +424,9 @@ def train(
     loader, val_loader = (
         data.Loader(split, device, fixed_length=settings.fixed_length) for split in (corpus.train, corpus.val)
     )
-    best = checkpoint.BestFile(Path(settings.ckptpath), log=say)
-
-    run = open_run(settings, given, world, corpus, {"trainer": trainer, "average": average, "best": best}, stop)
+    state = state_of_run(settings, given, world, corpus)
+    best = checkpoint.BestFile(Path(settings.ckptpath), state.run, log=say)
+    run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
 
     first_batches = epoch_steps(settings, corpus, epoch=0)
     total_steps = settings.epochs * len(first_batches)
@@ -565,20 +571,24 @@ def validate(
         rate: its last learning rate.
 
     Raises:
-        UserError: diverged, on every rank, if a loss is not finite.
+        UserError: diverged, on every rank, if a loss or a weight is not finite, or the validation loss has exploded.
     """
-    found = scoring.validate(model, loader, corpus.trg_vocab, world)
+    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length)
     losses = found.losses
-    if not (math.isfinite(train_loss) and losses.are_finite):
-        raise UserError(
-            "diverged",
-            f"the training loss is {train_loss}, the validation losses are {losses.forced} and {losses.free_running}",
-            f"epoch {epoch}",
-            "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept",
-        )
+    what = ""
+    if not (math.isfinite(train_loss) and losses.are_finite and may_recover(losses.forced)):
+        what = f"the training loss is {train_loss:g}, the validation losses {losses.forced:g}, {losses.free_running:g}"
+    elif not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        what = "a weight is not finite"  # perhaps of a word that no validation pair has
+    if what:
+        todo = "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept"
+        raise UserError("diverged", what, f"epoch {epoch}", todo)
     for line in found.lines(epoch, train_loss, rate):
         say(line)
-    merit = found.bleu if settings.best == "bleu" else -losses.free_running
+    # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
+    merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
+    if world.is_main and settings.best == "bleu" and best.merit[:1] == (found.bleu,):
+        say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
     if world.is_main and merit > best.merit:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
@@ -630,8 +640,8 @@ def score(
     vocabs = scoring.vocabularies(saved, model, corpus, path)
     world = World(device_type=plan.device_type, index=plan.scoring_index)
     world.start()
-    how = settings.named("fixed_length beam_size length_penalty")
-    made_with = checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions of this program had no beam
+    how = settings.named("fixed_length max_length beam_size length_penalty")
+    made_with = {"max_length": None} | checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions had not all of them
     how |= {name: made_with[name] for name, value in how.items() if value is None}
     test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
     for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how):
@@ -647,34 +657,25 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
         log("note: no --data-dir was given: using the bundled sample corpus")
     return data.load(
         SAMPLE if settings.data_dir is None else settings.data_dir,
-        **settings.named("src_lang trg_lang train_name val_name test_name workers cache_dir mirror"),
+        **settings.named("src_lang trg_lang train_name val_name test_name min_freq workers cache_dir mirror"),
         verify=verify,
         log=log,
     )
 
 
-def open_run(
-    settings: Settings,
-    given: dict[str, Any],
-    world: World,
-    corpus: data.Corpus,
-    parts: dict[str, resume.Part],
-    stop: StopRequest,
-) -> resume.Run:
-    """The run at its beginning, or where its saved state stands.
+def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
+    """Where the run stands: at its beginning, or as its file says.
 
     Args:
         settings: resolved.
         given: the flags of the command.
         world, corpus: as in `train`.
-        parts: what has a state.
-        stop: as in `train`.
 
     Raises:
-        UserError: from `resume.check_same`.
+        UserError: as from `resume.load` and `resume.check_same`.
     """
     decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]} - set(INDIFFERENT)
-    start = resume.State(
+    now = resume.State(
         run=secrets.token_hex(8),
         given=given,
         settings={name: getattr(settings, name) for name in sorted(decisive | set(DECISIVE))},
@@ -687,17 +688,32 @@ def open_run(
             "torch": str(torch.__version__),
         },
     )
+    if settings.resume is None:
+        return now
+    path = Path(settings.resume)
+    state = resume.load(path)
+    if others := resume.check_same(state, now, path):
+        say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
+    say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}")
+    return replace(state, given=now.given, settings=now.settings, about=now.about)
+
+
+def open_run(
+    settings: Settings, state: resume.State, world: World, parts: dict[str, resume.Part], stop: StopRequest
+) -> resume.Run:
+    """The run, whose parts stand where `state` says.
+
+    Args:
+        settings: resolved.
+        state: from `state_of_run`.
+        world: as in `train`. Rank 0 writes the state, has the best model and decides when to stop.
+        parts: what has a state.
+        stop: as in `train`.
+    """
     path = resume.state_path(settings.ckptpath)
-    if settings.resume:
-        file = Path(settings.resume)
-        state = resume.load(file)
-        if others := resume.check_same(state, start, file):
-            say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
-        say(printable(f"resumed: {file}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}"))
-        start = dataclasses.replace(state, given=given, settings=start.settings, about=start.about)
     return resume.Run(
-        start,
-        parts,
+        state,
+        parts if world.is_main else {name: part for name, part in parts.items() if name != "best"},
         path=path if world.is_main and not settings.performance else None,
         owns=settings.resume is not None and path.resolve() == Path(settings.resume).resolve(),
         minutes=settings.save_every,
@@ -815,6 +831,9 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
         f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
     )
     yield from map(printable, corpus.notes)
+    yield from unknown_words(corpus, settings.min_freq)
+    if not settings.performance:
+        yield from scoring.note_on_length(corpus.val, settings.max_length, "validation")
     if mixed.note:
         yield printable(f"note: {mixed.note}")
     # On NPUs it is not known: the published run learned.
@@ -824,6 +843,19 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
             f"note: with --fixed-length {settings.fixed_length} the encoder may never learn to carry a sentence "
             "through the padding; of the runs without an NPU, only those in float32 on a CPU did (docs/results.md)"
         )
+
+
+def unknown_words(corpus: data.Corpus, min_freq: int) -> Iterator[str]:
+    """The lines that say of a language that most words of its training text are unknown."""
+    for lang, side in ((corpus.src_lang, corpus.train.src), (corpus.trg_lang, corpus.train.trg)):
+        ids = side.ids[:1_000_000]  # of a large corpus they tell enough
+        words = ((ids != data.SOS) & (ids != data.EOS)).sum()
+        part = float((ids == data.UNK).sum() / words)
+        if part > 0.5:
+            yield (
+                f"note: {part:.0%} of the {lang} words of train are unknown, because they stand there fewer than "
+                f"{min_freq} times; a lower --min-freq keeps more"
+            )
 
 
 if __name__ == "__main__":

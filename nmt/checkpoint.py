@@ -93,37 +93,45 @@ class BestFile:
 
     Args:
         path: the file.
+        run: the run's name, by which it knows its own file.
         log: takes the lines that say what was kept and written.
-        merit: of the model in the file, where a run goes on.
-        owns: whether the run goes on, and the file at `path` is its own.
 
     Attributes:
-        merit: of the model in the file, the higher the better.
+        merit: of the model in the file, the higher the better. Its first number counts, the next ones decide ties.
+            Empty before the first model.
     """
 
-    def __init__(self, path: Path, log: Log, *, merit: float = -math.inf, owns: bool = False):
-        self._path, self._log, self._owns = path, log, owns
+    def __init__(self, path: Path, run: str, log: Log):
+        self._path, self._run, self._log = path, run, log
         self._has_written = False
-        self.merit = merit
+        self.merit: tuple[float, ...] = ()
 
     def state(self) -> dict[str, Any]:
         """What a run goes on from, see `nmt.resume.Part`."""
-        return {"merit": self.merit}
+        return {"merit": list(self.merit)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave. An unfinished file at the path is this run's, if the run had written one."""
-        self.merit = state["merit"]
-        self._owns = self.merit > -math.inf
+        """Takes over what `state` gave.
 
-    def replace(self, merit: float, checkpoint: Checkpoint) -> None:
+        Raises:
+            UserError: checkpoint, the run's best model is not in its file any more.
+        """
+        self.merit = tuple(state["merit"])
+        if self.merit and run_of(self._path) != self._run:
+            what = "not the best model of the run that is to go on"
+            todo = f"give --ckptpath the path of that model, perhaps {previous_of(self._path)}"
+            raise UserError("checkpoint", what, str(self._path), todo)
+
+    def replace(self, merit: tuple[float, ...], checkpoint: Checkpoint) -> None:
         """Writes a better model. The first one of a run may set the file of an earlier run aside.
 
         Raises:
             UserError: io.
         """
         if not self._has_written:
-            make_room(self._path, self._log, owned=self._owns)
-        save(self._path, dataclasses.replace(checkpoint, completed=False))
+            make_room(self._path, self._run, self._log)
+        about = checkpoint.about | {"run": self._run}
+        save(self._path, dataclasses.replace(checkpoint, about=about, completed=False))
         self._has_written, self.merit = True, merit
         self._log(f"saved: {self._path} (the best so far)")
 
@@ -133,7 +141,7 @@ class BestFile:
         Raises:
             UserError: io, or checkpoint if the file is no longer there.
         """
-        if not (self._has_written or self._owns):
+        if not self.merit:
             return
         try:
             sealed.complete(self._path)
@@ -236,26 +244,24 @@ def previous_of(path: Path, name: str = "previous") -> Path:
     return path.with_name(f"{path.name}.{name}")
 
 
-def make_room(path: Path, log: Log, *, owned: bool = False) -> None:
-    """Sets aside what stands at `path`, if it is of value, and says so.
+def make_room(path: Path, run: str, log: Log) -> None:
+    """Sets aside what stands at `path`, if it is of value and not the run's own, and says so.
 
     What the last completed run left stays, as the file or as `NAME.previous`, however many runs end early after it.
 
     Args:
         path: the checkpoint that a run is about to write.
+        run: the run's name.
         log: takes a line.
-        owned: whether an unfinished checkpoint there is that of this run.
 
     Raises:
         UserError: io.
     """
-    if not os.path.exists(path):
+    if not os.path.exists(path) or run_of(path) == run:
         return
     there = f"note: {path} was there already"
     previous = previous_of(followed(path))
     completed, kept = is_completed(path), os.path.exists(previous) and is_completed(previous)
-    if owned and completed is False:
-        return
     if completed or not kept:
         what = ", of a run that did not end" if completed is False else ""
         log(f"{there}{what}: the old one is now {set_aside(path).name}")
@@ -264,6 +270,14 @@ def make_room(path: Path, log: Log, *, owned: bool = False) -> None:
         log(f"{there}, and is no checkpoint that can be read: it is now {name}; {previous.name} stays")
     else:
         log(f"{there}, of a run that did not end: it is replaced; {previous.name} is of one that did, and stays")
+
+
+def run_of(path: Path) -> str | None:
+    """The name of the run that wrote the checkpoint at `path`. None if there is none, or it has no name."""
+    try:
+        return load(path).about.get("run")
+    except UserError:
+        return None
 
 
 def is_completed(path: Path) -> bool | None:

@@ -119,8 +119,8 @@ def row(
     Args:
         group: the flag's group in the help.
         default: the value where the flag is left out. A dict holds each recipe's value, and the default is None.
-        takes: how the flag's text is read: a function of this module, a tuple of choices, the name of a free text, or
-            None for a flag without a value.
+        takes: how the flag's text is read: a function of this module, a tuple of choices, None for a flag without
+            a value, or a name for the value of a free text, which `free_text` reads.
         help: what the flag does.
         unit: names the value in the help.
         also: other spellings of the flag, with spaces between.
@@ -152,7 +152,7 @@ def parser_of(table: type, **options: Any) -> StrictParser:
         elif isinstance(takes, tuple):
             settings |= {"choices": takes, "type": takes if isinstance(takes, Choices) else None}
         elif isinstance(takes, str):
-            settings["metavar"] = takes
+            settings |= {"type": free_text, "metavar": takes}
         else:
             settings |= {"type": takes, "metavar": about["unit"] or UNITS.get(takes, "N")}
         if about["group"] not in groups:
@@ -180,6 +180,18 @@ def given_in_vain(settings: Any) -> list[str]:
 # ---------------------------------------------------------------- how a flag's text is read
 
 
+def free_text(text: str) -> str:
+    """A path, a name or an address. It may hold anything but a NUL byte, which no path may have.
+
+    An empty one is most often a variable that a script has not set. The program must not take it for a flag left out.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("the flag has an empty value: give it one or leave it out")
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has a NUL byte")
+    return text
+
+
 def integer(text: str) -> int:
     """A decimal integer in ASCII digits."""
     if not INTEGER.fullmatch(text):
@@ -201,11 +213,27 @@ def non_negative_int(text: str) -> int:
     return value
 
 
+def size(text: str) -> int:
+    """A number of features. The largest one is more than memory holds, and no product of sizes overflows."""
+    value = positive_int(text)
+    if value > 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most {1 << 16}")
+    return value
+
+
 def zero_or_sentence_length(text: str) -> int:
-    """0, or room for `<sos>`, a word and `<eos>`."""
+    """0, or room for `<sos>`, a word and `<eos>`, up to 1000 tokens."""
     value = non_negative_int(text)
-    if value in (1, 2):
-        raise argparse.ArgumentTypeError(f"{text!r} must be 0 or at least 3")
+    if value in (1, 2) or value > 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0, or from 3 to 1000")
+    return value
+
+
+def translation_length(text: str) -> int:
+    """A number of tokens from 1 to 1000. The longest sentence of a corpus has 254."""
+    value = positive_int(text)
+    if value > 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 1000")
     return value
 
 
@@ -218,16 +246,27 @@ def seed(text: str) -> int:
 
 
 def decimal(text: str) -> float:
-    """A finite decimal number in ASCII digits."""
+    """A decimal number in ASCII digits. float32 can hold it, which most of them become."""
     if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite decimal number in the digits 0-9")
-    return float(text)
+    value = float(text)
+    if abs(value) > 3e38:
+        raise argparse.ArgumentTypeError(f"{text!r} must lie between -3e38 and 3e38, for float32")
+    return value
 
 
 def positive_float(text: str) -> float:
     value = decimal(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A positive time of at most thirty years. A clock can count it."""
+    value = positive_float(text)
+    if value > 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} must be at most 1e9")
     return value
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from nmt.errors import UserError, first_line
 from nmt.products import mm, rounded, with_spare_rows
@@ -102,12 +103,30 @@ class GRU(nn.GRU):
 
     The parameters and the formulas are `nn.GRU`'s. On a CPU `run` is `GRUSteps`, elsewhere the device's own kernels: on
     CUDA cuDNN's.
+
+    Args:
+        input_size: of the input with the part that is the same at all steps.
+        hidden_size: of the state.
+        options, named: `nn.GRU`'s others. Those that make another network are refused on every device.
+
+    Raises:
+        ValueError: such an option.
     """
 
     weight_ih_l0: nn.Parameter
     weight_hh_l0: nn.Parameter
     bias_ih_l0: nn.Parameter
     bias_hh_l0: nn.Parameter
+
+    def __init__(self, input_size: int, hidden_size: int, *options: Any, **named: Any):
+        super().__init__(input_size, hidden_size, *options, **named)
+        plain = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0, "bidirectional": False}
+        other = [f"{name}={getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        if other:
+            raise ValueError(
+                f"GRU(..., {', '.join(other)}): `run` computes one layer in one direction, time first, with biases and "
+                "without dropout; for another network use torch.nn.GRU and call it where `run` is called"
+            )
 
     def context_gates(self, batch: int, context: Tensor | None = None) -> Tensor:
         """The part of the gates' sums that does not change from step to step, for `run`.

@@ -21,7 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 WARM_UP_STEPS = 5  # of a run: in them kernels are chosen and memory is claimed
-LINES_WITHOUT_A_LOSS = 3  # so many lines in a row without a finite loss end the run
+# Nats a target token, of a run that may still learn. A guess among a million words costs 14. A learning rate ten times
+# too high costs up to 50 for some steps, and the run may recover. A rate a thousand times too high costs far more.
+HIGHEST_LOSS = 100.0
+LINES_WITHOUT_A_LOSS = 3  # so many lines in a row without a loss up to that end the run
 
 # By default tqdm makes a lock between processes, and a rank that is killed leaves it behind. Only rank 0 writes.
 tqdm.set_lock(threading.RLock())
@@ -49,6 +52,11 @@ def mean(sums: Tensor) -> float:
     return float(loss / tokens)
 
 
+def may_recover(loss: float) -> bool:
+    """Whether a mean loss is that of a run that may still learn: finite, and at most `HIGHEST_LOSS`."""
+    return math.isfinite(loss) and loss <= HIGHEST_LOSS
+
+
 class EpochLog:
     """Times one epoch and prints its lines.
 
@@ -69,7 +77,7 @@ class EpochLog:
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
         self._first = 0  # the step of the epoch that this process began with
-        self._step = self._pairs = self._not_finite = 0
+        self._step = self._pairs = self._lines_above = 0
         self._seconds = 0.0  # that other processes took for the pairs that are counted
         # The sum of the losses and the number of target tokens: since the last line, on the device, and since the epoch
         # began, on the host, because NPUs have no float64.
@@ -99,7 +107,7 @@ class EpochLog:
             pairs: the step's pairs over all ranks.
 
         Raises:
-            UserError: diverged, if the loss was not finite on several lines in a row.
+            UserError: diverged, if the loss was not finite, or above `HIGHEST_LOSS`, on several lines in a row.
         """
         self._step += 1
         self._since_line += torch.stack((total_loss, total_tokens))
@@ -131,11 +139,11 @@ class EpochLog:
             )
         else:
             self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
-        self._not_finite = 0 if math.isfinite(loss) else self._not_finite + 1
-        if self._not_finite == LINES_WITHOUT_A_LOSS:
+        self._lines_above = 0 if may_recover(loss) else self._lines_above + 1
+        if self._lines_above == LINES_WITHOUT_A_LOSS:
             raise UserError(
                 "diverged",
-                f"the loss was {loss} on {LINES_WITHOUT_A_LOSS} lines in a row",
+                f"no loss up to {HIGHEST_LOSS:g} on {LINES_WITHOUT_A_LOSS} lines in a row, the last one is {loss:g}",
                 f"epoch {self._epoch}, step {self._step}",
                 "lower --lr, or --loss-scale if one is in use; the best checkpoint so far is kept",
             )
@@ -154,13 +162,13 @@ class EpochLog:
             "seconds": self._seconds + (self._now() - self._timed_from if timed else 0.0),
             "since_line": self._since_line.tolist(),
             "totals": self._totals.tolist(),
-            "not_finite": self._not_finite,
+            "lines_above": self._lines_above,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Takes over what `state` gave. Call it before the first step."""
         self._step = self._first = self._line_step = state["step"]
-        self._pairs, self._seconds, self._not_finite = state["pairs"], state["seconds"], state["not_finite"]
+        self._pairs, self._seconds, self._lines_above = state["pairs"], state["seconds"], state["lines_above"]
         self._since_line.copy_(torch.tensor(state["since_line"]))
         self._totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         if self._steps - self._step <= self._warm_up:

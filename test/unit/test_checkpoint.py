@@ -440,8 +440,8 @@ def test_an_originals_parameters_in_half_precision_load(tmp_path):
 
 def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_better(saved):
     lines = []
-    best = checkpoint.BestFile(saved, lines.append)
-    for merit, seed in ((1.0, 1), (2.0, 2)):
+    best = checkpoint.BestFile(saved, "run", lines.append)
+    for merit, seed in (((1.0, 3.0), 1), ((1.0, 3.5), 2)):
         assert merit > best.merit
         best.replace(merit, make(seed))
     previous = saved.with_name(f"{saved.name}.previous")
@@ -465,9 +465,9 @@ def a_run(path: Path, number: int, *, completed: bool, saves: int = 2) -> list[s
         The lines that it logged about the files of earlier runs.
     """
     lines = []
-    best = checkpoint.BestFile(path, lines.append)
+    best = checkpoint.BestFile(path, f"run {number}", lines.append)
     for merit in range(saves):
-        best.replace(merit, dataclasses.replace(make(), scores={"number": number}))
+        best.replace((merit,), dataclasses.replace(make(), scores={"number": number}))
     if completed:
         best.complete()
     return [line for line in lines if line.startswith("note: ")]
@@ -532,40 +532,57 @@ def test_a_file_that_is_no_checkpoint_pushes_out_no_finished_model_and_is_kept_t
     assert numbers(path) == [3, 2]
 
 
-def test_a_run_that_goes_on_replaces_its_own_file_and_no_other(tmp_path):
-    """Row 50: the file of a run that is resumed is its own, unless a run was completed there in the meantime."""
+def test_a_run_that_goes_on_replaces_its_own_file(tmp_path):
+    """Row 50: the file of a run that is resumed is its own, also if it was completed after the state was saved."""
     path, lines = tmp_path / "model", []
     a_run(path, 1, completed=True)
-    a_run(path, 2, completed=False)
-    best = checkpoint.BestFile(path, lines.append)
-    best.restore(checkpoint.BestFile(path, lines.append, merit=3.0, owns=True).state())
-    assert best.merit == 3.0
-    best.replace(4.0, dataclasses.replace(make(), scores={"number": 3}))
-    assert lines == [f"saved: {path} (the best so far)"]
-    assert numbers(path) == [3, 1]
-    checkpoint.BestFile(path, lines.append, merit=4.0, owns=True).complete()
-    assert checkpoint.load(path).completed, "none of its later epochs was better"
-    checkpoint.BestFile(path, lines.append, owns=True).replace(5.0, make())
-    assert "the old one is now model.previous" in lines[1]
-    assert checkpoint.load(previous_of(path)).scores == {"number": 3}
+    for completed in (False, True):
+        a_run(path, 2, completed=completed)
+        best = checkpoint.BestFile(path, "run 2", lines.append)
+        best.restore({"merit": [1.0, 3.0]})
+        assert best.merit == (1.0, 3.0)
+        best.replace((4.0,), dataclasses.replace(make(), scores={"number": 3}))
+        assert lines == [f"saved: {path} (the best so far)"]
+        assert numbers(path) == [3, 1]
+        assert not checkpoint.load(path).completed
+        lines.clear()
+
+
+def test_a_run_that_goes_on_can_be_completed_although_none_of_its_later_epochs_is_better(tmp_path):
+    path = tmp_path / "model"
+    a_run(path, 1, completed=False)
+    best = checkpoint.BestFile(path, "run 1", print)
+    best.restore({"merit": [4.0]})
+    best.complete()
+    assert checkpoint.load(path).completed
+
+
+@pytest.mark.parametrize("there", ["another run's", "nothing"])
+def test_a_run_does_not_go_on_without_its_best_model(tmp_path, there):
+    path = tmp_path / "model"
+    if there != "nothing":
+        a_run(path, 1, completed=True)
+    best = checkpoint.BestFile(path, "run 2", print)
+    refused("checkpoint", best.restore, {"merit": [4.0]}, says=[str(path), "--ckptpath", "model.previous"])
+    best.restore({"merit": []})  # it had none yet
 
 
 def test_a_run_that_wrote_nothing_owns_and_marks_nothing(tmp_path):
     path, lines = tmp_path / "model", []
-    checkpoint.BestFile(path, print).complete()
+    checkpoint.BestFile(path, "run 0", print).complete()
     a_run(path, 1, completed=False)
-    resumed = checkpoint.BestFile(path, lines.append)
-    resumed.restore(checkpoint.BestFile(path, print).state())  # it was stopped before its first epoch ended
+    resumed = checkpoint.BestFile(path, "run 2", lines.append)
+    resumed.restore(checkpoint.BestFile(path, "run 2", print).state())  # it was stopped before its first epoch ended
     resumed.complete()
     assert not checkpoint.load(path).completed
-    resumed.replace(0.0, make())
+    resumed.replace((0.0,), make())
     assert "the old one is now model.previous" in lines[0]
 
 
 def test_a_mark_that_cannot_be_written_is_told(tmp_path, monkeypatch):
     path = tmp_path / "model"
-    best = checkpoint.BestFile(path, print)
-    best.replace(1.0, make())
+    best = checkpoint.BestFile(path, "run", print)
+    best.replace((1.0,), make())
 
     def full(path):
         raise OSError(28, "No space left on device")
@@ -583,9 +600,9 @@ def test_a_killed_run_leaves_the_last_completed_model_and_its_own_last_or_next(t
 
     def runs(acknowledge):
         for number in itertools.count(first):
-            best = checkpoint.BestFile(path, lambda line: None)
+            best = checkpoint.BestFile(path, f"run {number}", lambda line: None)
             for merit in range(2):
-                best.replace(merit, dataclasses.replace(make(), scores={"number": number}))
+                best.replace((merit,), dataclasses.replace(make(), scores={"number": number}))
                 acknowledge(b"saved %d\n" % number)
             if number % 3 == 0:
                 best.complete()
@@ -757,5 +774,5 @@ def test_setting_aside_that_fails_keeps_both_files(saved, monkeypatch):
 
 
 def test_nothing_is_set_aside_where_there_is_nothing(tmp_path):
-    checkpoint.make_room(tmp_path / "absent", pytest.fail)
+    checkpoint.make_room(tmp_path / "absent", "run", pytest.fail)
     assert list(tmp_path.iterdir()) == []

@@ -27,6 +27,7 @@ def test_auto_takes_npu_else_cuda_else_cpu(monkeypatch):
 
 
 def test_an_absent_npu_is_refused_with_the_imports_own_reason(monkeypatch):
+    """Row 36."""
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
     message = refused("usage", devices.choose_device_type, "npu")
     assert "libhccl.so" in message
@@ -34,6 +35,7 @@ def test_an_absent_npu_is_refused_with_the_imports_own_reason(monkeypatch):
 
 
 def test_an_absent_gpu_is_refused(monkeypatch):
+    """Row 36."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "try --device cpu" in refused("usage", devices.choose_device_type, "cuda")
 

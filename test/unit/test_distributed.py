@@ -44,6 +44,7 @@ def test_each_argument_of_a_plan_is_a_flag_with_the_same_default():
 
 @pytest.mark.parametrize("named", [{"device": "npu"}, {"npu": 0}])
 def test_each_flag_that_asks_for_an_npu_is_refused_where_there_is_none(monkeypatch, named):
+    """Row 36."""
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
     message = refused("usage", plan, **named)
     assert "libhccl.so" in message
@@ -51,6 +52,7 @@ def test_each_flag_that_asks_for_an_npu_is_refused_where_there_is_none(monkeypat
 
 
 def test_the_flag_gpu_is_refused_where_there_is_no_gpu(monkeypatch):
+    """Row 36."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "try --device cpu" in refused("usage", plan, gpu=0)
 
@@ -60,6 +62,7 @@ def test_the_flag_gpu_is_refused_where_there_is_no_gpu(monkeypatch):
     [{"multiprocessing_distributed": True, "device_list": [0, 99]}, {"device_list": [99]}, {"bleu_npu": 99}],
 )
 def test_a_device_that_is_not_there_is_refused(flags):
+    """Row 35."""
     assert "99" in refused("usage", plan, device="cpu", **flags)
 
 

@@ -157,6 +157,36 @@ def test_run_equals_nn_gru(counts):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bidirectional": True}, "bidirectional=True"),
+        ({"num_layers": 2}, "num_layers=2"),
+        ({"batch_first": True}, "batch_first=True"),
+        ({"bias": False}, "bias=False"),
+        ({"num_layers": 2, "dropout": 0.5}, "num_layers=2, dropout=0.5"),
+    ],
+)
+def test_a_gru_that_run_does_not_compute_is_refused(device, options, said):
+    """Kind O. On a CPU it trained, saved, and left the option out without a word."""
+    assert torch.nn.GRU(3, 4, device=device, **options), "PyTorch has it"
+    with pytest.raises(ValueError, match="use torch.nn.GRU") as refusal:
+        kernels.GRU(3, 4, device=device, **options)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_gru_takes_nn_grus_options_with_their_defaults():
+    """Kind O. `proj_size` is none of a GRU's, and PyTorch says so."""
+    rnn = kernels.GRU(3, 4, 1, True, False, 0.0, False, dtype=torch.float64)
+    assert rnn.weight_ih_l0.dtype == torch.float64
+    with pytest.raises(ValueError, match="num_layers=2"):
+        kernels.GRU(3, 4, 2)
+    with pytest.raises(ValueError, match="proj_size"):
+        kernels.GRU(3, 4, proj_size=2)
+
+
 def test_batches_of_other_sizes_have_products_of_the_same_shapes(monkeypatch):
     """oneDNN compiles a kernel for each shape, which takes longer than the product."""
     model = gru.build(SRC_VOCAB, TRG_VOCAB, emb_dim=32, hid_dim=32).bfloat16()

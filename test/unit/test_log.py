@@ -1,5 +1,6 @@
 """The log: the clock, the means of a line, and who prints it."""
 
+import math
 import sys
 
 import nmt.log
@@ -7,7 +8,7 @@ from nmt.distributed import World
 
 import pytest
 import torch
-from conftest import step_lines
+from conftest import refused, step_lines
 
 
 def log_of(steps: int, before: int = 0, print_freq: int = 100) -> nmt.log.EpochLog:
@@ -35,6 +36,29 @@ def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):
         log.step_done(torch.tensor(loss_sum), torch.tensor(count), 1)
     lines = step_lines(capsys.readouterr().out)
     assert [(float(since), round(float(whole), 3)) for *_, since, whole in lines] == [(1.0, 1.0), (10.0, 4.857)]
+
+
+EXPLODED = [math.nan, math.inf, 101.0, 1e13]
+
+
+@pytest.mark.parametrize("loss", EXPLODED)
+def test_a_loss_that_explodes_and_stays_ends_the_run(loss):
+    """Row 44: finite or not."""
+    log = log_of(9, print_freq=1)
+    tokens = torch.tensor(4.0)
+    for each in (3.0, loss, loss):
+        log.step_done(each * tokens, tokens, 1)
+    said = refused("diverged", log.step_done, loss * tokens, tokens, 1)
+    assert f"the last one is {loss:g}" in said
+    assert "epoch 0, step 4" in said
+
+
+@pytest.mark.parametrize("loss", EXPLODED)
+def test_a_loss_that_comes_back_ends_no_run(loss):
+    """Row 44: a single bad batch is not divergence."""
+    log = log_of(9, print_freq=1)
+    for each in (loss, loss, 99.0, loss, loss, 3.0):
+        log.step_done(torch.tensor(each), torch.tensor(1.0), 1)
 
 
 def test_rank_0_alone_is_heard(capsys, monkeypatch):

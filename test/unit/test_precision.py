@@ -284,7 +284,7 @@ def test_the_clipped_gradients_are_the_unscaled_ones(model, level):
 @pytest.mark.parametrize("level", ["O0", "O1", "O2"])
 @pytest.mark.parametrize("pairs", [5, 1], ids=["nan", "inf"])
 def test_a_step_whose_gradients_overflow_changes_no_weight_and_is_counted(model, level, scale, pairs):
-    """Infinite gradients of several pairs add up to NaN, those of one stay infinite."""
+    """Row 45. Infinite gradients of several pairs add up to NaN, those of one stay infinite."""
     trainer = start(model, level, scale=scale)
     before = model.weight.detach().clone()
     one_step(trainer, torch.randn(pairs, 4), factor=float("inf"), max_norm=1.0)
@@ -307,6 +307,7 @@ def test_overflows_of_single_steps_do_not_end_a_run_however_short_its_epochs_are
 
 @pytest.mark.parametrize(("scale", "steps"), [(32.0, 3), ("dynamic", 17)])
 def test_a_run_whose_gradients_always_overflow_has_diverged(model, scale, steps):
+    """Row 45: a dynamic scale has its floor, a static one its number of steps in vain."""
     trainer = start(model, "O2", scale=scale)
     for _ in range(steps - 1):
         one_step(trainer, torch.randn(5, 4), factor=float("inf"))

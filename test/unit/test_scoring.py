@@ -1,7 +1,9 @@
 """BLEU and losses: against cases by hand and against sacreBLEU."""
 
+import collections
 import dataclasses
 import math
+from typing import NamedTuple
 
 import data
 import gru
@@ -9,12 +11,18 @@ import scoring
 from nmt import checkpoint, kernels, search
 from nmt.distributed import World
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+import sacrebleu
 import torch
 from conftest import refused
+from hypothesis import given
+from torchtext.data.metrics import bleu_score
 
 BEAM = {"beam_size": 3, "length_penalty": 0.5}
 VOCAB = data.Vocabulary(["<unk>", "<pad>", "<sos>", "<eos>", "a", "b", "c", " "])
+repeatable = hypothesis.settings(deadline=None, max_examples=50, derandomize=True)  # at each run the same cases
 
 
 def test_bleu_of_a_case_by_hand():
@@ -33,6 +41,75 @@ def test_short_translations_pay_the_brevity_penalty():
 
 def test_an_empty_translation_scores_nothing():
     assert scoring.evaluate([[], ["a"]], [["a", "b"], ["c"]]).bleu == 0
+
+
+# ---------------------------------------------------------------- tokens of any characters
+
+
+def plain_bleu(translations: list[list[str]], references: list[list[str]]) -> float:
+    """BLEU with one reference, 0 to 100, counted n-gram by n-gram."""
+    right, total = [0] * 4, [0] * 4
+    for translation, reference in zip(translations, references, strict=True):
+        for size in range(1, 5):
+            counts, allowed = (
+                collections.Counter(tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1))
+                for tokens in (translation, reference)
+            )
+            right[size - 1] += (counts & allowed).total()
+            total[size - 1] += counts.total()
+    if 0 in right:
+        return 0.0
+    length, reference_length = (sum(map(len, sentences)) for sentences in (translations, references))
+    brevity = math.exp(min(0.0, 1 - reference_length / length))
+    return 100 * brevity * math.prod(r / t for r, t in zip(right, total, strict=True)) ** 0.25
+
+
+def test_a_token_with_a_space_is_one_token():
+    """Kind A. By itself torchtext's scorer splits it, and fails or counts words."""
+    spanish = ["en", "ee. uu."]
+    cases = [spanish, "a b c d e".split()], [spanish, "a b c d f".split()]
+    assert 100 * bleu_score(cases[0], [[reference] for reference in cases[1]]) == pytest.approx(70.71, abs=0.01)
+    with pytest.raises(IndexError):
+        bleu_score([["los", *spanish, "."]], [[["los", *spanish, "."]]])
+
+    scores = scoring.evaluate(*cases)
+    assert scores.bleu == pytest.approx(69.14, abs=0.01)
+    assert scores.bleu == pytest.approx(plain_bleu(*cases), rel=1e-6)
+    assert scores.sacrebleu == pytest.approx(scores.bleu, rel=1e-6)
+    assert scoring.evaluate([["los", *spanish, "."]], [["los", *spanish, "."]]).bleu == pytest.approx(100)
+
+
+tokens = st.one_of(st.sampled_from(["a", "b", "ee. uu.", " ", "a b"]), st.text(min_size=1, max_size=3))
+
+
+@st.composite
+def scored(draw, tokens=tokens):
+    """Translations and references, with parts that the reference has in common with the translation."""
+    sentence = st.lists(tokens, max_size=8)
+    pairs = draw(st.lists(st.tuples(sentence, sentence, st.integers(0, 8)), min_size=1, max_size=4))
+    return [one for one, _, _ in pairs], [one[:cut] + other[cut:] for one, other, cut in pairs]
+
+
+@repeatable
+@given(scored())
+def test_bleu_is_a_plain_count_of_n_grams_of_tokens_of_any_characters(case):
+    """Kind A."""
+    scores, expected = scoring.evaluate(*case), plain_bleu(*case)
+    assert scores.bleu == pytest.approx(expected, rel=1e-5)
+    if expected:  # otherwise sacreBLEU smooths
+        assert scores.sacrebleu == pytest.approx(expected, rel=1e-9)
+    assert 0 <= scores.chrf <= 100 + 1e-9
+
+
+@repeatable
+@given(scored(st.text(st.characters(exclude_categories=["Z", "C"]), min_size=1, max_size=2)))
+def test_for_tokens_without_white_space_each_score_is_the_librarys_own(case):
+    """Kind A: no figure of before has changed."""
+    texts = [" ".join(words) for words in case[0]], [[" ".join(words) for words in case[1]]]
+    scores = scoring.evaluate(*case)
+    assert scores.bleu == 100 * bleu_score(case[0], [[reference] for reference in case[1]])
+    assert scores.sacrebleu == sacrebleu.BLEU(tokenize="none", force=True).corpus_score(*texts).score
+    assert scores.chrf == sacrebleu.CHRF().corpus_score(*texts).score
 
 
 @pytest.fixture
@@ -103,11 +180,106 @@ def test_a_beam_translates_as_one_sentence_at_a_time_does(model, split):
         assert words(ids.tolist()) == whole[index]
 
 
+@hypothesis.settings(repeatable, max_examples=10)
+@given(st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=6), min_size=2, max_size=9), st.data())
+def test_bleu_does_not_depend_on_the_batch_or_on_the_number_of_ranks(sentences, draws):
+    """Each rank fills its own rows, and their sum is the whole."""
+    side = data.Side.encode(sentences, VOCAB)
+    torch.manual_seed(10)
+    model = gru.build(len(VOCAB), len(VOCAB), emb_dim=4, hid_dim=5).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    alone = scoring.translate(model, side, VOCAB, World())
+    size, parts = draws.draw(st.integers(1, 4)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "BATCH_SIZE", draws.draw(st.integers(1, 10)))
+        patch.setattr(World, "sum", lambda self, tensor: parts.append(tensor.clone()) or torch.ones_like(tensor))
+        for rank in range(size):
+            scoring.translate(model, side, VOCAB, World(rank=rank, size=size))
+    shared = [words(row) for row in sum(parts).tolist()]
+    assert scoring.evaluate(shared, sentences) == scoring.evaluate(alone, sentences)
+
+
+# ---------------------------------------------------------------- long sentences
+
+
+class Sources(NamedTuple):
+    """What `Copier` keeps: [sentences, src len] token ids."""
+
+    ids: torch.Tensor
+
+    def select(self, rows):
+        return Sources(self.ids[rows])
+
+
+class Copier:
+    """A translator that is sure of repeating its source. Its state is the place of the next token."""
+
+    def start(self, src, src_len):
+        return Sources(src.T), torch.ones(src.shape[1], 1)
+
+    def step(self, prev_token, hidden, memory):
+        ids = memory.ids.repeat_interleave(len(prev_token) // len(memory.ids), 0)
+        places = hidden.long().clamp(max=ids.shape[1] - 1)
+        return 20.0 * torch.nn.functional.one_hot(ids.gather(1, places)[:, 0], len(VOCAB)), hidden + 1
+
+
+def of_lengths(src: list[int], trg: list[int]) -> data.Split:
+    """A split whose sentences have so many words."""
+    sides = [[list("abc" * size)[:size] for size in lengths] for lengths in (src, trg)]
+    return data.Split(*(data.Side.encode(side, VOCAB) for side in sides), *sides)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_perfect_model_is_perfect_with_long_references_too(beam_size):
+    """Kind C. With the limit of 50 tokens the same model loses."""
+    split = of_lengths([60, 7, 60], [60, 7, 60])
+    bleus = []
+    for limit in (scoring.MAX_LENGTH, scoring.longest_translation(split, None)):
+        options = {"max_length": limit, "beam_size": beam_size, "length_penalty": 1.2}
+        translations = scoring.translate(Copier(), split.src, VOCAB, World(), **options)
+        bleus.append(scoring.evaluate(translations, split.references).bleu)
+    assert bleus[0] < 90
+    assert bleus[1] == pytest.approx(100)
+
+
+def test_validation_has_the_limit_of_its_pairs_or_of_the_flag(monkeypatch):
+    """Kind C."""
+    split = of_lengths([60, 7], [60, 7])
+    monkeypatch.setattr(scoring, "losses", lambda *_: scoring.Losses(1.0, 1.0))
+    monkeypatch.setattr(Copier, "eval", lambda self: self, raising=False)
+    loader = data.Loader(split, "cpu")
+    assert scoring.validate(Copier(), loader, VOCAB, World()).bleu == pytest.approx(100)
+    assert scoring.validate(Copier(), loader, VOCAB, World(), 20).bleu < 50
+
+
+@pytest.mark.parametrize(
+    ("src", "trg", "given", "limit", "note"),
+    [
+        ([40], [50], None, 50, None),
+        (
+            [40],
+            [60, 51, 50],
+            None,
+            60,
+            "2 of 3 val references have more than 50 tokens: translations may have 60",
+        ),
+        ([70], [50], None, 70, None),
+        ([70], [60], 40, 40, "1 of 1 val references have more than 40 tokens: their translations end there"),
+        ([7], [7], 300, 300, None),
+    ],
+)
+def test_a_translations_length_follows_the_longest_sentence_above_50(src, trg, given, limit, note):
+    """Kind C. Corpora of short sentences keep the original's limit, and so their figures."""
+    split = of_lengths(src * len(trg), trg)
+    assert scoring.longest_translation(split, given) == limit
+    assert list(scoring.note_on_length(split, given, "val")) == ([f"note: {note}"] if note else [])
+
+
 def test_white_space_words_of_a_translation_are_dropped(split, model, monkeypatch):
     ids = torch.tensor([4, 7, 5, 3]).unsqueeze(1)
-    monkeypatch.setattr(scoring, "MAX_LENGTH", 4)
     monkeypatch.setattr(scoring, "greedy", lambda model, src, *rest: ids.expand(4, src.shape[1]))
-    assert scoring.translate(model, split.src, VOCAB, World()) == [["a", "b"]] * 3
+    assert scoring.translate(model, split.src, VOCAB, World(), max_length=4) == [["a", "b"]] * 3
 
 
 @pytest.mark.parametrize(("ratio", "name"), [(1.0, "forced"), (0.0, "free_running")])

@@ -513,10 +513,13 @@ def test_every_setting_of_a_recipe_reaches_the_run(tiny_corpus, tmp_path, capsys
         return losses, re.findall(r"^(?:validation:|test |greedy|beam|BLEU score).*$", out, re.MULTILINE)
 
     assert {*PLAIN, "length_penalty"} == {*OTHER, "length_penalty"} == set(train_8p.RECIPES["tuned"])
-    plain = figures(PLAIN)
-    assert figures(PLAIN) == plain
+    usual = figures(PLAIN)
+    assert figures(PLAIN) == usual
     for name, value in OTHER.items():
-        losses, scores = figures(PLAIN | {name: value})
+        # BLEU is 0 in all epochs. Of twelve, the two losses are lowest in different ones.
+        base = PLAIN | ({"epochs": 12} if name == "best" else {})
+        plain = figures(base) if name == "best" else usual
+        losses, scores = figures(base | {name: value})
         if name in ("average", "best", "beam_size"):
             assert (losses == plain[0], scores == plain[1]) == (True, False), name
         else:
@@ -549,11 +552,11 @@ def test_each_epoch_and_each_round_of_a_performance_run_has_an_order_of_its_own(
 
 def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_loss(tiny_corpus, tmp_path, monkeypatch):
     bleus, losses = [1.0, 3.0, 2.0, 3.0], [4.0, 3.0, 2.0, 2.5]
-    for which, expected in (("bleu", 1), ("loss", 2)):
+    for which, expected in (("bleu", 3), ("loss", 2)):  # of the two best by BLEU, the one with the lower loss
         path = tmp_path / which
         settings = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--best", which)
         corpus = train_8p.load_corpus(settings)
-        best = checkpoint.BestFile(path, log=print)
+        best = checkpoint.BestFile(path, "run", log=print)
         model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab))
         for epoch, (bleu, loss) in enumerate(zip(bleus, losses, strict=True)):
             # Read with the reference, the loss is best elsewhere.
@@ -561,6 +564,126 @@ def test_the_best_epoch_is_that_of_the_highest_bleu_or_the_lowest_free_running_l
             monkeypatch.setattr(scoring, "validate", lambda *_, found=found: found)
             train_8p.validate(settings, World(), corpus, None, model, best, epoch, 1.0, 0.1)
         assert checkpoint.load(path).scores["epoch"] == expected
+
+
+def test_of_equally_good_epochs_by_bleu_the_one_of_the_lower_loss_is_best(tiny_corpus, tmp_path, monkeypatch, capsys):
+    """Kind B. Once it was the first of them, as here where BLEU is 0 in all."""
+    for bleus, expected in (([0.0, 0.0, 0.0, 0.0], 2), ([1.0, 9.0, 9.0, 1.0], 2), ([9.0, 3.0, 1.0, 9.0], 3)):
+        path = tmp_path / "model"
+        settings = resolved(64, "--data-dir", str(tiny_corpus), "--ckptpath", str(path))
+        corpus = train_8p.load_corpus(settings)
+        best = checkpoint.BestFile(path, "run", log=print)
+        model = gru.build(len(corpus.src_vocab), len(corpus.trg_vocab), emb_dim=2, hid_dim=3)
+        for epoch, (bleu, loss) in enumerate(zip(bleus, [4.0, 3.0, 2.0, 2.5], strict=True)):
+            found = scoring.Validation(scoring.Losses(forced=loss, free_running=9.0 - epoch), bleu, [])
+            monkeypatch.setattr(scoring, "validate", lambda *_, found=found: found)
+            train_8p.validate(settings, World(), corpus, None, model, best, epoch, 1.0, 0.1)
+        assert checkpoint.load(path).scores["epoch"] == expected
+        notes = capsys.readouterr().out.count("note: the best epoch so far has a greedy BLEU of ")
+        assert notes == {0.0: 3, 1.0: 1, 9.0: 1}[bleus[0]]
+
+
+def test_a_run_without_any_bleu_says_what_its_best_epoch_is(tmp_path, capsys):
+    """Kind B: no translation of two words has four in a row."""
+    lines = ["ein hund", "eine katze"]
+    corpus = write_corpus(tmp_path / "corpus", train=(lines * 8, lines * 8), val=(lines, lines), test=(lines, lines))
+    arguments = ("--data-dir", str(corpus), "--epochs", "2", "--ckptpath", str(tmp_path / "model"))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 0, err
+    assert "note: BLEU was 0 on the validation pairs in every epoch" in out
+    scores = [(epoch.bleu, epoch.loss) for epoch in logs.parse(out).epochs]
+    assert scores[0][0] == scores[1][0] == 0
+    assert checkpoint.load(tmp_path / "model").scores["loss"] == pytest.approx(
+        min(loss for _, loss in scores), abs=1e-3
+    )
+
+
+def test_a_limit_of_the_translations_length_reaches_each_score(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """Kind C: validation, the final score, and --evaluate, which goes by the run that made the checkpoint."""
+    limits = []
+
+    def recorder(decode):
+        def decode_and_record(*args, **options):
+            limits.append(options.get("max_len", args[-1]))
+            return decode(*args, **options)
+
+        return decode_and_record
+
+    for name in ("greedy", "beam_search"):
+        monkeypatch.setattr(scoring, name, recorder(getattr(scoring, name)))
+    data_dir, path = ["--data-dir", str(tiny_corpus)], str(tmp_path / "model")
+    for flags, expected in (([], {scoring.MAX_LENGTH}), (["--max-length", "5"], {5})):
+        code, out, err = run(*data_dir, "--epochs", "1", "--ckptpath", path, *flags, capsys=capsys)
+        assert code == 0, err
+        assert len(limits) == 3, "greedy for the validation, both for the score"
+        assert set(limits) == expected
+        for split in ("validation", "test"):
+            note = f" {split} references have more than 5 tokens: their translations end there\n"
+            assert (note in out) == bool(flags)
+        limits.clear()
+    for flags, expected in (([], {5}), (["--max-length", "7"], {7})):
+        assert run(*data_dir, "--evaluate", path, *flags, capsys=capsys)[0] == 0
+        assert set(limits) == expected
+        limits.clear()
+    saved = checkpoint.load(Path(path))
+    del saved.flags["max_length"]  # as in checkpoints of before
+    checkpoint.save(Path(path), saved)
+    assert run(*data_dir, "--evaluate", path, capsys=capsys)[0] == 0
+    assert set(limits) == {scoring.MAX_LENGTH}
+
+
+def test_an_empty_evaluate_scores_nothing_trains_nothing_and_replaces_nothing(tiny_corpus, tmp_path, capsys):
+    """Kind D. Once it trained, and exit code 0 said that all was well."""
+    path = tmp_path / "model"
+    path.write_text("of an earlier run")
+    code, out, err = run("--data-dir", str(tiny_corpus), "--ckptpath", str(path), "--evaluate", "", capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith("error[usage]: argument --evaluate: the flag has an empty value")
+    assert path.read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [".", "..", "/", "a.b", "../de", "de/../de", "cli", "é", "\udcff", "-", "x" * 5000, "\n"],
+    ids=lambda text: ascii(text)[:9],
+)
+@pytest.mark.parametrize("flag", ["--src-lang", "--trg-lang", "--train-name", "--test-name"])
+def test_a_name_of_any_form_is_one_line_with_a_documented_exit_code(tiny_corpus, capsys, flag, text):
+    """Row 33's kind for names."""
+    code, _, err = run("--data-dir", str(tiny_corpus), f"{flag}={text}", capsys=capsys)
+    assert code in (2, 3, 5)
+    assert err.startswith("error[")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--data-dir", "--evaluate", "--ckptpath"])
+def test_a_path_that_is_too_long_is_one_line(tiny_corpus, capsys, flag):
+    """Row 33's kind for paths."""
+    corpus = [] if flag == "--data-dir" else ["--data-dir", str(tiny_corpus)]
+    code, _, err = run(*corpus, f"{flag}={'x' * 5000}", capsys=capsys)
+    assert code in (3, 4, 5)
+    assert err.startswith("error[")
+    assert err.count("\n") == 1
+
+
+def test_a_language_without_known_words_is_noted_and_min_freq_keeps_them(tmp_path, capsys):
+    """Kind N: each word stands once."""
+    lines = [" ".join(f"{letter}{number}" for letter in "abcde") for number in range(8)]
+    corpus = write_corpus(tmp_path / "corpus", train=(lines, lines), val=(lines, lines), test=(lines, lines))
+    arguments = ("--data-dir", str(corpus), "--epochs", "1", "--ckptpath", str(tmp_path / "model"))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 0, err
+    assert "; 4 de and 4 en types\n" in out, "the fault"
+    for lang in ("de", "en"):
+        assert (
+            f"note: 100% of the {lang} words of train are unknown, because they stand there fewer than 2 times" in out
+        )
+    code, out, err = run(*arguments, "--min-freq", "1", capsys=capsys)
+    assert code == 0, err
+    assert "; 44 de and 44 en types\n" in out
+    assert "are unknown" not in out
+    path = str(tmp_path / "model")
+    assert run("--data-dir", str(corpus), "--evaluate", path, capsys=capsys)[0] == 0, "it has its own vocabularies"
 
 
 def test_the_modelzoo_recipe_trains(tiny_corpus, tmp_path, capsys):
@@ -589,6 +712,7 @@ def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_c
 
 
 def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """Row 44."""
     forward = gru.TrainingLoss.forward
     monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
     path = tmp_path / "model"
@@ -602,6 +726,7 @@ def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_
 
 @pytest.mark.parametrize("best", ["bleu", "loss"])
 def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, capsys, monkeypatch, best):
+    """Row 44."""
     forward = gru.TrainingLoss.forward
     monkeypatch.setattr(gru.TrainingLoss, "forward", lambda self, *args: forward(self, *args) * float("nan"))
     path = tmp_path / "model"
@@ -611,6 +736,44 @@ def test_a_nan_loss_of_short_epochs_is_never_the_best(tiny_corpus, tmp_path, cap
     assert code == 7, err
     assert "BLEU score" not in out
     assert path.read_text() == "of an earlier run"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["-b 4 -p 1", "-b 64 --epochs 1", "-b 32 --recipe modelzoo", "-b 4 --amp --amp-dtype bfloat16 --opt-level O3"],
+    ids=["lines", "one step", "modelzoo", "O3"],
+)
+def test_a_loss_that_explodes_is_7_and_the_model_of_before_stays(tiny_corpus, tmp_path, capsys, flags):
+    """Row 44: all numbers are finite. In a run of one step the validation tells."""
+    path = tmp_path / "model"
+    path.write_text("of an earlier run")
+    arguments = ("--data-dir", str(tiny_corpus), "--lr", "1e6", "--warmup", "0", *flags.split())
+    code, out, err = run(*arguments, "--ckptpath", str(path), capsys=capsys)
+    assert code == 7, err
+    assert "nan" not in out + err
+    assert "inf" not in (out + err).lower().replace("infer", "")
+    assert err.startswith("error[diverged]: ")
+    assert err.count("\n") == 1
+    assert "saved:" not in out
+    assert path.read_text() == "of an earlier run"
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """Row 44: the word of such a vector may stand in no validation pair, so that no loss tells."""
+    refresh = precision.NativeTrainer.refresh_model
+
+    def spoil(self):
+        refresh(self)
+        with torch.no_grad():
+            self.model.encoder.embedding.weight[1] = float("inf")  # `<pad>`, which is not read
+
+    monkeypatch.setattr(precision.NativeTrainer, "refresh_model", spoil)
+    path = tmp_path / "model"
+    arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "--average", "0", "--ckptpath", str(path))
+    code, out, err = run(*arguments, capsys=capsys)
+    assert code == 7
+    assert err.startswith("error[diverged]: a weight is not finite; epoch 0; ")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize(
@@ -646,6 +809,7 @@ def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, f
 def test_steps_that_overflow_are_told_and_a_run_of_nothing_else_has_diverged(
     tiny_corpus, tmp_path, capsys, monkeypatch, overflows, expected
 ):
+    """Row 45."""
     steps = iter(range(4))
     backward = precision.NativeTrainer.backward
     factor = {True: float("inf"), False: 1.0}
