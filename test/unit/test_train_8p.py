@@ -517,6 +517,20 @@ def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_cor
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_the_log_names_the_folder_that_was_read_also_from_a_warm_cache(trained, tmp_path, capsys, evaluates):
+    """Kind E: with a training, and with --evaluate. Kind M: the share of unknown words stands below."""
+    folder = write_corpus(tmp_path / "a\x1b[2Jb" / "multi30k").parent
+    flags = ["--evaluate", str(trained[0] / "seq2seq-gru-model.pth.tar")] if evaluates else ["--performance"]
+    for _ in range(2):
+        code, out, err = run("--data-dir", str(folder), *flags, capsys=capsys)
+        assert code == 0, err
+        lines = out.splitlines()
+        (place,) = (place for place, line in enumerate(lines) if line.startswith("data: "))
+        assert lines[place].endswith(f"; in {tmp_path}/a\\x1b[2Jb/multi30k")
+        assert lines[place + 1].startswith("unknown words: de train ")
+
+
 def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_corpus, capsys):
     monkeypatch.setattr(train_8p, "SAMPLE", tiny_corpus)
     code, out, _ = run("--performance", capsys=capsys)
