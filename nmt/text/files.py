@@ -80,7 +80,7 @@ def other_training_files(data_dir: Path, langs: tuple[str, str]) -> list[Path]:
     wanted = [{f"train.{lang}", f"train.{lang}.gz"} for lang in langs]
     found = [path for path in _present(data_dir) if path.name.casefold().startswith("train.")]
     names = {path.name for path in found}
-    return found if names - set.union(*wanted) and not all(names & either for either in wanted) else []
+    return found if names - (wanted[0] | wanted[1]) and not all(names & either for either in wanted) else []
 
 
 def _present(data_dir: Path) -> list[Path]:
