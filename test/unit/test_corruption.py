@@ -105,8 +105,8 @@ class Damage:
         if path.is_dir():
             assert path.name == cache.DIGESTS
             path.rmdir()
-            path.write_bytes(content)
-        assert path.read_bytes() == content, "it is whole again"
+        elif path.name != cache.DIGESTS:  # which has the times of files that the other cases write anew
+            assert path.read_bytes() == content, "it is whole again"
         del self._lines[:]
         assert same_corpus(self._load(self._plain), self._right)
         assert self._lines == []
