@@ -136,6 +136,8 @@ class Corpus:
         src_lang, trg_lang: spaCy's codes of the languages.
         fingerprint: the sha256 of the six files' contents.
         notes: lines for the log about pairs that were dropped and sentences that were cut.
+        unknown: lines for the log about the words of each split that are not in the vocabularies.
+        folder: where the files are.
     """
 
     src_vocab: Vocabulary
@@ -147,6 +149,20 @@ class Corpus:
     trg_lang: str
     fingerprint: str
     notes: list[str]
+    unknown: Sequence[str] = ()
+    folder: str = ""
+
+    def lines(self) -> Iterator[str]:
+        """What a log says about the corpus. Names of files are as they are: see `errors.printable`."""
+        types = (
+            f"{len(vocab)} {lang}" for vocab, lang in ((self.src_vocab, self.src_lang), (self.trg_vocab, self.trg_lang))
+        )
+        yield (
+            f"data: {len(self.train)} training, {len(self.val)} validation, {len(self.test)} test pairs; "
+            f"{' and '.join(types)} types; in {self.folder}"
+        )
+        yield from self.unknown
+        yield from self.notes
 
     def check_ids(self) -> None:
         """Reads all ids and refuses a wrong one. Call it before a device gets the ids.
@@ -186,6 +202,8 @@ def load(
 ) -> Corpus:
     """Loads the corpus in `data_dir`, from the cache if it is there. If no corpus is there, downloads Multi30k.
 
+    What killed runs left in the cache folder and in `data_dir` is cleared.
+
     Args:
         data_dir: holds the six files, or `multi30k/` with the six files, each plain or as `.gz`.
         src_lang, trg_lang: spaCy's codes of the languages, which are also the files' suffixes.
@@ -199,19 +217,27 @@ def load(
         log: takes lines that say what is going on.
 
     Raises:
-        UserError: data (a file is missing or unusable), usage (no tokenizer for a language), io (no download, or a
-            file that cannot be read).
+        UserError: data (a file is missing or unusable, or there are two corpora), usage (no tokenizer for a language),
+            io (no download, or a file that cannot be read).
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
     if src_lang == trg_lang:
         raise UserError("usage", f"both languages are {src_lang}", "--src-lang, --trg-lang", "give the other one too")
-    if not _has_corpus(data_dir, langs) and (langs, names) == (("de", "en"), SPLITS):
-        download.download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
+    has_corpus = _has_corpus(data_dir, langs)
+    if (langs, names) == (("de", "en"), SPLITS):
+        if others := files.other_training_files(data_dir, langs):
+            what = f"no pair of train.de and train.en, but {', '.join(map(str, others[:5]))}"
+            todo = "name its languages with --src-lang and --trg-lang, or another folder with --data-dir"
+            raise UserError("data", what, str(data_dir), todo)
+        if not has_corpus:
+            download.download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
+    download.clear_strays(data_dir)
     pairs = files.find_files(data_dir, langs, names)
     paths = [path for pair in pairs for path in pair]
 
     folder = cache.find_folder(cache_dir, log)
+    cache.clear_strays(folder)
     digests = cache.known_digests(folder, paths)
     entry = None
     if digests is not None:
@@ -236,6 +262,8 @@ def load(
         trg_lang=trg_lang,
         fingerprint=sha256(*(bytes.fromhex(digest) for digest in digests)),
         notes=entry.about["notes"],
+        unknown=entry.about["unknown"],
+        folder=str(paths[0].parent),
     )
 
 

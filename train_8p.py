@@ -354,8 +354,8 @@ def evaluate(settings: Settings, plan: distributed.Plan, path: Path) -> None:
     model = scoring.restore(saved, path)  # a faulty file is told before a download, or long tokenising
     corpus = load_corpus(settings, log=say)
     if plan.worlds[0].is_main:
-        for note in corpus.notes:
-            say(printable(note))
+        for line in corpus.lines():
+            say(line)
         score(settings, plan, path, saved, model, corpus)
 
 
@@ -826,11 +826,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     hidden = ("data_dir", "evaluate", "debug")
     values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)
     yield "flags: " + " ".join(f"{name}={value}" for name, value in values)
-    yield (
-        f"data: {len(corpus.train)} training, {len(corpus.val)} validation, {len(corpus.test)} test pairs; "
-        f"{len(corpus.src_vocab)} {corpus.src_lang} and {len(corpus.trg_vocab)} {corpus.trg_lang} types"
-    )
-    yield from map(printable, corpus.notes)
+    yield from corpus.lines()
     yield from unknown_words(corpus, settings.min_freq)
     if not settings.performance:
         yield from scoring.note_on_length(corpus.val, settings.max_length, "validation")

@@ -183,6 +183,15 @@ def locked(path: Path, log: Log | None) -> Iterator[BinaryIO]:
                 return
 
 
+def clear_unless_in_use(lock: Path, clear: Callable[[], object]) -> None:
+    """Calls `clear`, which removes what killed holders of `lock` left, unless a living process holds it.
+
+    It does nothing either in a folder that cannot be written to, or with a lock of another user's.
+    """
+    with contextlib.suppress(InUse, OSError), locked(lock, None):
+        clear()
+
+
 def _is_file_at(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))

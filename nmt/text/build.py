@@ -2,18 +2,33 @@
 
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from nmt.devices import cores
 from nmt.errors import UserError
 from nmt.storage import sha256
 from nmt.text import files, tokens
 from nmt.text.cache import Writer
-from nmt.text.vocabulary import SPECIALS, Vocabulary, add_ends
+from nmt.text.vocabulary import SPECIALS, UNK, Vocabulary, add_ends
 
 import numpy as np
 
-CACHE_FORMAT = 3  # raise it when the content of a cache changes, or the way in which lines become tokens
+CACHE_FORMAT = 4  # raise it when the content of a cache changes, or the way in which lines become tokens
+ENOUGH_WORDS = 100  # of a text, for a warning that too many are unknown
+FAR = 2  # times as many unknown words as expected, and 5 of 100 words beside
+
+
+class Share(NamedTuple):
+    """Some of the words of a text, and all."""
+
+    part: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        return self.part / self.total
 
 
 def cache_key(digests: list[str], langs: tuple[str, str], min_freq: int) -> str:
@@ -45,14 +60,16 @@ def build_corpus(
         workers: processes that tokenise, at most.
 
     Returns:
-        The rest of the corpus: `vocabs` (the words of both languages), `words` (the tokens of val and test, by split)
-        and `notes` (lines for the log).
+        The rest of the corpus: `vocabs` (the words of both languages), `words` (the tokens of val and test, by split),
+        `notes` and `unknown` (lines for the log).
 
     Raises:
         UserError: data, usage or io, as from reading and tokenising. Or data, if a split has no pairs.
         Unwritable: as from `writer`.
     """
     vocabs, words, notes = [], {}, []
+    unknown: dict[str, dict[str, Share]] = {lang: {} for lang in langs}
+    expected: dict[str, Share] = {}
     text_bytes = sum(files.text_bytes(path) for pair in paths for path in pair)
     processes = min(workers, cores(), text_bytes // tokens.BYTES_PER_PROCESS)
     with tokens.tokenising(langs, processes) as tokenise_chunks:
@@ -60,12 +77,13 @@ def build_corpus(
 
         for index, (name, pair) in enumerate(zip(files.SPLITS, paths, strict=True)):
             sides = [_SideBuilder(writer, f"{name}.{side}", keeps_words=name != "train") for side in ("src", "trg")]
-            pairs = dropped = 0
+            pairs = dropped = returns = 0
             for chunk in tokenise_chunks(files.pair_chunks(pair, digests[2 * index : 2 * index + 2])):
                 for side, side_tokens in zip(sides, (chunk.src, chunk.trg), strict=True):
                     side.add(side_tokens)
                 pairs += len(chunk.src.lengths)
                 dropped += chunk.dropped
+                returns += chunk.returns
             if not pairs:
                 where = " and ".join(map(str, pair))
                 raise UserError("data", "0 usable pairs", where, "both files need text on the same lines")
@@ -74,12 +92,48 @@ def build_corpus(
             for side, path in zip(sides, pair, strict=True):
                 if side.cut:
                     notes.append(f"warning: {side.cut} sentences of {path.name} cut to {tokens.MAX_WORDS} words")
+                if side.long_words:
+                    cut = f"with words cut to {tokens.MAX_WORD} characters"
+                    notes.append(f"warning: {side.long_words} sentences of {path.name} {cut}")
+            if returns:
+                where = f"{pair[0].name} or {pair[1].name}"
+                notes.append(f"warning: {returns} lines have a carriage return (CR) inside, in {where}")
             if name == "train":
                 vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
             for side, vocab in zip(sides, vocabs, strict=True):
                 side.finish(vocab)
             words[name] = [side.words for side in sides]
-    return {"vocabs": [vocab.itos for vocab in vocabs], "words": words, "notes": notes}
+            for lang, side, vocab in zip(langs, sides, vocabs, strict=True):
+                unknown[lang][name] = side.unknown(vocab)
+                if name == "train":
+                    expected[lang] = side.rare(min_freq)
+    return {
+        "vocabs": [vocab.itos for vocab in vocabs],
+        "words": words,
+        "notes": notes,
+        "unknown": list(_about_unknown_words(unknown, expected)),
+    }
+
+
+def _about_unknown_words(unknown: dict[str, dict[str, Share]], expected: dict[str, Share]) -> Iterator[str]:
+    """Lines for the log: which shares of the words are unknown, and a warning for each text that has far too many.
+
+    Args:
+        unknown: by language and split.
+        expected: by language, see `_SideBuilder.rare`.
+    """
+    yield "unknown words: " + "; ".join(
+        f"{lang} " + ", ".join(f"{name} {share.value:.1%}" for name, share in shares.items())
+        for lang, shares in unknown.items()
+    )
+    for lang, shares in unknown.items():
+        most = FAR * expected[lang].value + 0.05
+        for name, share in shares.items():
+            if name != "train" and share.total >= ENOUGH_WORDS and share.value > most:
+                yield (
+                    f"warning: {share.value:.1%} of the {lang} words of {name} are unknown, train leads to expect "
+                    f"{expected[lang].value:.1%}: is one of them spelled or tokenised in another way?"
+                )
 
 
 class _SideBuilder:
@@ -93,7 +147,7 @@ class _SideBuilder:
         keeps_words: whether `words` is kept.
 
     Attributes:
-        cut: how many sentences were cut.
+        cut, long_words: how many sentences were cut, or had a word cut.
         words: the tokens of each sentence, or None if they are not kept.
     """
 
@@ -102,7 +156,7 @@ class _SideBuilder:
         self._seen: dict[str, int] = {}  # word to provisional id, counted from 0 without the special words
         self._counts = np.zeros(0, np.int64)  # how often each word of `_seen` came
         self._size = 0  # ids written
-        self.cut = 0
+        self.cut = self.long_words = 0
         self.words: list[list[str]] | None = [] if keeps_words else None
         writer.append(f"{name}.offsets", np.zeros(1, np.int64))
 
@@ -116,12 +170,28 @@ class _SideBuilder:
         self._writer.append(f"{self._name}.offsets", self._size + offsets[1:])
         self._size += len(ids)
         self.cut += chunk.cut
+        self.long_words += chunk.long_words
         if self.words is not None:
             self.words += chunk.sentences()
 
     def counts(self) -> dict[str, int]:
         """How often each word came."""
         return dict(zip(self._seen, self._counts.tolist(), strict=True))
+
+    def unknown(self, vocab: Vocabulary) -> Share:
+        """The words that are not in a vocabulary."""
+        return self._share(np.array(vocab.encode(self._seen)) == UNK)
+
+    def rare(self, most: int) -> Share:
+        """The words that come at most `most` times.
+
+        Of a new text of the same kind, about this share of the words comes fewer than `most` times here. Source: Good
+        1953, "The population frequencies of species and the estimation of population parameters".
+        """
+        return self._share(self._counts <= most)
+
+    def _share(self, of_these: np.ndarray) -> Share:
+        return Share(int(self._counts[of_these].sum()), int(self._counts.sum()))
 
     def finish(self, vocab: Vocabulary) -> None:
         """Replaces the provisional ids by those of `vocab`."""

@@ -9,9 +9,11 @@ so that finding the key needs no reading of them. Nothing is pickled.
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nmt.storage import (
+    PARTIAL,
     Log,
     Unwritable,
     clear_partial,
+    clear_unless_in_use,
     locked,
     new_folder,
     replacing,
@@ -98,9 +102,19 @@ class Writer:
         arrays = {name: [self._dtypes[name], digest] for name, digest in zip(self._files, digests, strict=True)}
         write_synced(self._folder / INDEX, _checked({"arrays": arrays, "about": about}))
 
-    def close(self) -> None:
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Closes the files. That may write what is left, and fail. Then an earlier error is the one to tell."""
+        failure = None
         for file in self._files.values():
-            file.close()
+            try:
+                file.close()
+            except OSError as error:
+                failure = error
+        if failure and kind is None:
+            raise Unwritable(str(failure)) from failure
 
 
 def _settle(file: io.BufferedIOBase) -> str:
@@ -112,6 +126,7 @@ def _settle(file: io.BufferedIOBase) -> str:
 
 
 Build = Callable[[Writer], Any]
+_NAME_OF_STRAY = re.compile(r"[0-9a-f]{64}(?=\.(tmp|lock)$)")
 
 
 def read(folder: Path | None, key: str, log: Log = lambda line: None, verify: bool = True) -> Entry | None:
@@ -171,7 +186,7 @@ def _in_memory(build: Build) -> Entry:
 
 def _write(path: Path, build: Build) -> None:
     temporary = path.with_name(f"{path.name}.tmp")  # one name is enough, because we hold the lock
-    with new_folder(path, temporary), contextlib.closing(Writer(temporary)) as writer:
+    with new_folder(path, temporary), Writer(temporary) as writer:
         writer.finish(build(writer))
         shutil.rmtree(path, ignore_errors=True)  # a damaged one
 
@@ -278,6 +293,22 @@ def find_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
         return None
     log(f"caching in {spare} instead")
     return spare
+
+
+def clear_strays(folder: Path | None) -> None:
+    """Removes what killed builds left, of whatever corpus. What belongs to a living process stays: it holds the lock.
+
+    Args:
+        folder: from `find_folder`.
+    """
+    if folder is None:
+        return
+    names = os.listdir(folder)
+    for key in {found.group() for name in names if (found := _NAME_OF_STRAY.match(name))}:
+        half = folder / f"{key}.tmp"
+        clear_unless_in_use(folder / f"{key}.lock", functools.partial(shutil.rmtree, half, ignore_errors=True))
+    if any(name.startswith((f"{DIGESTS}.lock", f"{DIGESTS}{PARTIAL}")) for name in names):
+        clear_unless_in_use(folder / f"{DIGESTS}.lock", functools.partial(clear_partial, folder / DIGESTS))
 
 
 def _check_writable(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import gzip
 import http.client
 import shutil
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nmt.errors import UserError, printable
-from nmt.storage import Log, locked, new_folder, sha256, write_synced
+from nmt.storage import Log, clear_unless_in_use, locked, new_folder, sha256, write_synced
 
 BASE_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
 MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
@@ -26,6 +27,7 @@ MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
     "test.en": ("test_2016_flickr.en", 21077, "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"),
 }
 SOCKET_TIMEOUT = 10.0  # seconds of silence
+TEMPORARY, LOCK = ".multi30k.part", ".multi30k.lock"  # beside multi30k/, while it is downloaded
 
 
 def download_multi30k(
@@ -44,12 +46,12 @@ def download_multi30k(
         UserError: io, with the failure of each address.
     """
     directory = Path(directory)
-    target, temporary = directory / "multi30k", directory / ".multi30k.part"
+    target, temporary = directory / "multi30k", directory / TEMPORARY
     sources = [url.rstrip("/") for url in (base_url or BASE_URL, mirror) if url]
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory / ".multi30k.lock", log):
+        with locked(directory / LOCK, log):
             shutil.rmtree(temporary, ignore_errors=True)  # a killed download left it: we hold the lock
             if not (target / "train.de").exists():  # or another process was quicker
                 bodies = _download(sources, timeout, target, log)
@@ -63,6 +65,13 @@ def download_multi30k(
         if made:
             with contextlib.suppress(OSError):  # it is not empty, because the download is in it
                 directory.rmdir()
+
+
+def clear_strays(directory: Path) -> None:
+    """Removes what a killed download left in `directory`. What belongs to a living one stays: it holds the lock."""
+    if any((directory / name).exists() for name in (TEMPORARY, LOCK)):
+        clear = functools.partial(shutil.rmtree, directory / TEMPORARY, ignore_errors=True)
+        clear_unless_in_use(directory / LOCK, clear)
 
 
 def _download(sources: list[str], timeout: float, target: Path, log: Log) -> dict[str, bytes]:

@@ -1,14 +1,16 @@
 """Parallel text files: finds the six, reads them a chunk of lines at a time, and refuses files that are no text.
 
-Files may be larger than memory. No more than a chunk of each is held here, or one line if that is longer.
+Files may be larger than memory, and so may a line. No more than about two chunks of each file are held here.
 """
 
+import codecs
 import contextlib
 import gzip
 import hashlib
 import io
 import itertools
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,14 @@ from nmt.errors import UserError
 from nmt.storage import stream_sha256
 
 SPLITS = ("train", "val", "test")
-CHUNK_BYTES = 1 << 18  # of the source, with the same lines of the target: about 0.1 s of tokenising
+CHUNK_BYTES = 1 << 18  # of each side at most, unless a line is longer: about 0.1 s of tokenising
+LINE_BYTES = 1 << 18  # of a line that are kept, far more than `tokens.MAX_CHARACTERS` take
+
+# Characters that nobody sees: the soft hyphen, the zero-width space, the marks of direction, the word joiner and the
+# byte order mark. The zero-width joiners, U+200C and U+200D, tell words of Persian and Hindi apart. So they stay.
+UNSEEN = "\u00ad\u200b\u200e\u200f\u2060\ufeff"
+_MARGIN = UNSEEN + "".join(filter(str.isspace, map(chr, range(0x3001))))
+_INNER_RETURN = re.compile(rb"\r[^\r\n]")
 
 
 def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> list[tuple[Path, Path]]:
@@ -30,26 +39,52 @@ def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, st
         names: the files' stems for train, val and test.
 
     Raises:
-        UserError: data, no folder has them all. The message has the paths that were tried.
+        UserError: data. No folder has them all, and the message has the paths that were tried. Or both folders do.
     """
     tried: list[Path] = []
+    found: list[list[tuple[Path, Path]]] = []
     for folder in _folders(data_dir):
         missing: list[Path] = []
         pairs = [pair for name in names if (pair := _find_pair(folder, name, langs, missing))]
         if len(pairs) == len(names):
-            return pairs
-        if folder.is_dir():
+            found.append(pairs)
+        elif folder.is_dir():
             tried += missing
+    if len(found) == 2 and not _are_same(*found):
+        first, second = (pairs[0][0].parent for pairs in found)
+        todo = f"name {first} with --data-dir to use that one, or move it away to use the other"
+        raise UserError("data", f"two corpora, one in {first} and one in {second}", str(data_dir), todo)
+    if found:
+        return found[0]
     absent = tried or [data_dir]
     todo = "put it there, or name other files (--src-lang, --trg-lang, --train-name, ...) or another --data-dir"
     raise UserError("data", f"missing; tried {', '.join(map(str, absent))}", str(data_dir), todo)
 
 
+def _are_same(one: list[tuple[Path, Path]], other: list[tuple[Path, Path]]) -> bool:
+    """Whether both are the same files, found by way of a link."""
+    return all(map(os.path.samefile, itertools.chain(*one), itertools.chain(*other)))
+
+
 def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
     """Whether `data_dir`, or `multi30k` in it, has a file of one of the languages, whatever its stem."""
     suffixes = tuple(f".{lang}{packed}" for lang in langs for packed in ("", ".gz"))
-    folders = (folder for folder in _folders(data_dir) if folder.is_dir())
-    return any(path.name.endswith(suffixes) for folder in folders for path in folder.iterdir())
+    return any(path.name.endswith(suffixes) for path in _present(data_dir))
+
+
+def other_training_files(data_dir: Path, langs: tuple[str, str]) -> list[Path]:
+    """The files called `train`, if they are of other languages than `langs`, or not spelled as we look for them.
+
+    Both `data_dir` and `multi30k` in it are looked into. There are none of interest if both wanted files are there.
+    """
+    wanted = [{f"train.{lang}", f"train.{lang}.gz"} for lang in langs]
+    found = [path for path in _present(data_dir) if path.name.casefold().startswith("train.")]
+    names = {path.name for path in found}
+    return found if names - (wanted[0] | wanted[1]) and not all(names & either for either in wanted) else []
+
+
+def _present(data_dir: Path) -> list[Path]:
+    return sorted(path for folder in _folders(data_dir) if folder.is_dir() for path in folder.iterdir())
 
 
 def _folders(data_dir: Path) -> list[Path]:
@@ -120,47 +155,130 @@ class Chunk(NamedTuple):
 
 
 def pair_chunks(paths: tuple[Path, Path], digests: Sequence[str]) -> Iterator[Chunk]:
-    """Reads a split's two files from their first to their last line.
+    """Reads a split's two files from their first to their last line. Of a long line, `LINE_BYTES` are kept.
 
     Args:
         paths: source and target.
         digests: the files' `content_sha256` when the cache was looked up.
 
     Raises:
-        UserError: data (different numbers of lines, changed since, or no whole gzip file), io.
+        UserError: data (different numbers of lines, changed since, no whole gzip file, or no text), io.
     """
-    seen = hashlib.sha256(), hashlib.sha256()
     first = 1
     with _opened(paths[0]) as src_file, _opened(paths[1]) as trg_file:
+        sides = [_Lines(file, path) for file, path in zip((src_file, trg_file), paths, strict=True)]
         while True:
-            with _reading(paths[0]):
-                src = src_file.read(CHUNK_BYTES)
-                src += src_file.readline()
-            if not src:
+            lines = min([side.fill() for side in sides])
+            if first == 1:
+                for side in sides:
+                    side.check_first_line()
+            if not lines:
                 break
-            lines = count_lines(src)
-            with _reading(paths[1]):
-                trg = list(itertools.islice(trg_file, lines))
-            if first == 1:  # in UTF-16 the numbers of lines differ too, but the encoding is the fault to report
-                for path, text in zip(paths, (src, b"".join(trg[:1])), strict=True):
-                    split_lines(text.partition(b"\n")[0], path)
-            if len(trg) < lines:
-                _raise_different_counts(paths, first - 1 + lines + sum(1 for _ in src_file), first - 1 + len(trg))
-            texts = (src, b"".join(trg))
-            for digest, text in zip(seen, texts, strict=True):
-                digest.update(text)
-            yield Chunk(paths, first, texts)
+            src, trg = (side.take(lines) for side in sides)
+            yield Chunk(paths, first, (src, trg))
             first += lines
-        if more := sum(1 for _ in trg_file):
-            _raise_different_counts(paths, first - 1, first - 1 + more)
-    for path, digest, expected in zip(paths, seen, digests, strict=True):
-        if digest.hexdigest() != expected:
-            raise UserError("data", "the file changed while it was read", str(path), "start again when it is complete")
+        more = [side.count_rest() for side in sides]
+        if any(more):
+            _raise_different_counts(paths, *(first - 1 + lines for lines in more))
+    for side, expected in zip(sides, digests, strict=True):
+        if side.digest.hexdigest() != expected:
+            todo = "start again when it is complete"
+            raise UserError("data", "the file changed while it was read", str(side.path), todo)
 
 
-def count_lines(text: bytes) -> int:
-    r"""The number of lines. They end at `\n` alone, and the last one may lack it."""
-    return text.count(b"\n") + (not text.endswith(b"\n"))
+class _Lines:
+    """Reads a file's lines, about `CHUNK_BYTES` at a time.
+
+    Args:
+        file: is read to its end.
+        path: its name, for errors.
+
+    Attributes:
+        digest: the sha256 of what has been read.
+    """
+
+    def __init__(self, file: io.BufferedIOBase, path: Path):
+        self._file, self.path = file, path
+        self.digest = hashlib.sha256()
+        self._pending = b""  # read, and not yet taken
+        self._taken = 0  # lines
+        self._at_end = False
+
+    def fill(self) -> int:
+        """Reads until there is a chunk to take, or at least one line. Returns how many lines there are."""
+        while len(self._pending) < CHUNK_BYTES and not self._at_end:
+            self._read_on()
+        while b"\n" not in self._pending and not self._at_end:
+            if len(self._pending) < LINE_BYTES:
+                self._read_on()
+            else:
+                self._skip_to_line_end()
+        has_open_line = self._at_end and self._pending and not self._pending.endswith(b"\n")
+        return self._pending.count(b"\n") + bool(has_open_line)
+
+    def take(self, lines: int) -> bytes:
+        """The next lines. There are so many."""
+        rest = b"".join(self._pending.split(b"\n", lines)[lines:])
+        text = self._pending[: len(self._pending) - len(rest)]
+        self._pending = rest
+        self._taken += lines
+        return text
+
+    def check_first_line(self) -> None:
+        """Refuses a file that is no text, as its first line shows, or whose lines end in CR alone.
+
+        Such files have other numbers of lines too. But this is the fault to report.
+        """
+        if self._pending.count(b"\n") == 1 and not self._at_end:
+            self._read_on()
+        line, _, more = self._pending.partition(b"\n")
+        split_lines(line, self.path)
+        if not more and _INNER_RETURN.search(line):
+            what = "one line with carriage returns (CR) inside: only LF and CR LF end a line here"
+            raise UserError("data", what, str(self.path), "convert it, for example with: tr '\\r' '\\n' <OLD >NEW")
+
+    def count_rest(self) -> int:
+        """How many lines come after those that were taken. They are not kept."""
+        lines, last = 0, b"\n"
+        while self._pending or not self._at_end:
+            lines += self._pending.count(b"\n")
+            last = self._pending[-1:] or last
+            self._pending = b""
+            self._read_on()
+        return lines + (last != b"\n")
+
+    def _read_on(self) -> None:
+        self._pending += self._read()
+
+    def _read(self) -> bytes:
+        with _reading(self.path):
+            block = self._file.read(CHUNK_BYTES)
+        self.digest.update(block)
+        self._at_end = not block
+        return block
+
+    def _skip_to_line_end(self) -> None:
+        """Cuts the line that fills `_pending`. What is cut off has to be text too."""
+        edge = LINE_BYTES - 1
+        while edge > LINE_BYTES - 4 and self._pending[edge] & 0xC0 == 0x80:
+            edge -= 1  # to the first byte of a character
+        kept, block = self._pending[:edge], self._pending[edge:]
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        while True:
+            part, newline, rest = block.partition(b"\n")
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last block has begun
+            try:
+                decoder.decode(part, final=bool(newline) or self._at_end)
+            except UnicodeDecodeError as error:
+                byte = edge - waiting + error.start
+                raise _no_utf8(self.path, self._taken + 1, byte, error.object[error.start]) from error
+            if b"\0" in part:
+                raise _nul(self.path, self._taken + 1, edge + part.index(b"\0"))
+            if newline or self._at_end:
+                self._pending = kept + newline + rest
+                return
+            edge += len(part)
+            block = self._read()
 
 
 def _raise_different_counts(paths: tuple[Path, Path], src_lines: int, trg_lines: int) -> None:
@@ -169,7 +287,7 @@ def _raise_different_counts(paths: tuple[Path, Path], src_lines: int, trg_lines:
 
 
 def split_lines(content: bytes, name: str | Path, first: int = 1) -> list[str]:
-    r"""The stripped lines of a text. They end at `\n` alone. A byte order mark at the file's start is removed.
+    r"""The `stripped` lines of a text. They end at `\n` alone.
 
     Args:
         content: whole lines of a file.
@@ -185,30 +303,57 @@ def split_lines(content: bytes, name: str | Path, first: int = 1) -> list[str]:
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
-        raise _bad_byte(content, error.start, name, first, "is not UTF-8", "convert the file to UTF-8") from error
+        raise _no_utf8(name, *_place(content, error.start, first), content[error.start]) from error
     if "\0" in text:
-        todo = "remove it, or convert the file to UTF-8"
-        raise _bad_byte(content, content.index(b"\0"), name, first, "is a NUL", todo)
+        raise _nul(name, *_place(content, content.index(b"\0"), first))
     lines = text.split("\n")
     if not lines[-1]:
         lines.pop()  # no line begins after the last line's end
-    if first == 1 and lines:
-        lines[0] = lines[0].removeprefix("\ufeff")
-    return [line.strip() for line in lines]
+    return list(map(stripped, lines))
 
 
-def _bad_byte(content: bytes, offset: int, name: str | Path, first: int, fault: str, todo: str) -> UserError:
-    line = first + content.count(b"\n", 0, offset)
-    byte = offset - content.rfind(b"\n", 0, offset)
-    return UserError("data", f"byte {byte} of line {line}, {content[offset]:#04x}, {fault}", f"{name}:{line}", todo)
+def stripped(line: str) -> str:
+    """The line without what nobody sees at its ends: white space, and the characters of `UNSEEN`."""
+    return line.strip(_MARGIN)
 
 
-def read_pairs(chunk: Chunk) -> tuple[list[str], list[str], int]:
-    """The lines of both sides, without the pairs that have an empty side, and how many pairs those were.
+def _place(content: bytes, offset: int, first: int) -> tuple[int, int]:
+    """A byte's line, and where it stands in the line, from 0."""
+    return first + content.count(b"\n", 0, offset), offset - content.rfind(b"\n", 0, offset) - 1
+
+
+def _no_utf8(name: str | Path, line: int, byte: int, value: int) -> UserError:
+    what = f"byte {byte + 1} of line {line}, {value:#04x}, is not UTF-8"
+    return UserError("data", what, f"{name}:{line}", "convert the file to UTF-8")
+
+
+def _nul(name: str | Path, line: int, byte: int) -> UserError:
+    what = f"byte {byte + 1} of line {line}, 0x00, is a NUL"
+    return UserError("data", what, f"{name}:{line}", "remove it, or convert the file to UTF-8")
+
+
+class Pairs(NamedTuple):
+    """The lines of a chunk, without the pairs that have an empty side.
+
+    Attributes:
+        src, trg: the lines of both sides.
+        dropped: how many pairs have an empty side.
+        returns: how many lines have a carriage return (CR) inside.
+    """
+
+    src: list[str]
+    trg: list[str]
+    dropped: int
+    returns: int
+
+
+def read_pairs(chunk: Chunk) -> Pairs:
+    """The pairs of a chunk.
 
     Raises:
         UserError: data, as `split_lines`.
     """
     src, trg = (split_lines(text, path, chunk.first) for text, path in zip(chunk.texts, chunk.paths, strict=True))
     kept = [pair for pair in zip(src, trg, strict=True) if all(pair)]
-    return [line for line, _ in kept], [line for _, line in kept], len(src) - len(kept)
+    returns = sum("\r" in line for pair in kept for line in pair) if any(b"\r" in text for text in chunk.texts) else 0
+    return Pairs([line for line, _ in kept], [line for _, line in kept], len(src) - len(kept), returns)

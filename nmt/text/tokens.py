@@ -12,11 +12,13 @@ import itertools
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 import types
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,6 +31,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MAX_CHARACTERS = 10_000  # of a line
+MAX_WORD = 200  # characters between two spaces. spaCy's time for them grows with their square if it splits them
 MAX_WORDS = 254  # of a sentence, which has 256 tokens with <sos> and <eos>
 # Lines that spaCy gets as one text. A call costs more than a line, and a longer text leaves the processor's cache.
 LINES_PER_DOC = 30
@@ -36,6 +39,8 @@ WORDS_KEPT = 1_000_000  # by a tokenizer, which never forgets one by itself
 BYTES_PER_PROCESS = 10 << 20  # a process needs seconds to import spaCy, and less text is done sooner without it
 SECONDS_TO_END = 5.0  # that processes have for ending by themselves
 AHEAD = 3  # chunks that each process may have, and results for each process that may wait for their turn
+_LONG_WORD = re.compile(rf"(\S{{{MAX_WORD}}})\S+")
+_UNSEEN = re.compile(f"[{files.UNSEEN}]")
 
 
 class Tokens(NamedTuple):
@@ -46,12 +51,14 @@ class Tokens(NamedTuple):
         ids: [tokens] unsigned integers: each token's place in `words`, line after line.
         lengths: [lines] int64, in tokens.
         cut: how many lines were too long.
+        long_words: how many other lines had a word cut to `MAX_WORD`.
     """
 
     words: list[str]
     ids: np.ndarray
     lengths: np.ndarray
     cut: int
+    long_words: int
 
     def sentences(self) -> list[list[str]]:
         """The tokens of each line, white-space tokens among them."""
@@ -63,7 +70,8 @@ def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
     """The lower-cased tokens of each line, by the rules of spaCy's blank pipeline.
 
     Args:
-        lines: are stripped, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is a space.
+        lines: are stripped and `normalised`, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is
+            a space. Where spaCy splits at spaces first, what stands between two of them is cut to `MAX_WORD`.
         lang: spaCy's code of the language.
 
     Returns:
@@ -75,12 +83,21 @@ def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
     >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
     ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
     """
-    tokens = tokenise_lines([line.replace("\n", " ").strip() for line in lines], lang)
+    tokens = tokenise_lines([files.stripped(line.replace("\n", " ")) for line in lines], lang)
     return tokens.sentences(), tokens.cut
 
 
+def normalised(text: str) -> str:
+    r"""One spelling for what looks the same: Unicode's NFC, without the characters of `files.UNSEEN`.
+
+    >>> normalised("Gro\u0308\xdfe und Ta\xadge\u200bbuch")
+    'Größe und Tagebuch'
+    """
+    return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
+
+
 def tokenise_lines(lines: list[str], lang: str) -> Tokens:
-    """As `tokenise`, in compact form. The lines are stripped, and hold no line end."""
+    """As `tokenise`, in compact form. The lines are `files.stripped`, and hold no line end."""
     from spacy.attrs import LOWER
     from spacy.tokenizer import Tokenizer
 
@@ -89,8 +106,15 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
     newline = strings.add("\n")
     # A rule-based tokenizer makes a token of each line's end, and never looks past it. So many lines can be one text.
     # Others, such as the Chinese one, get one line at a time.
-    together = LINES_PER_DOC if isinstance(tokenizer, Tokenizer) else 1
-    heads = [line[:MAX_CHARACTERS].rstrip() for line in lines]
+    by_rules = isinstance(tokenizer, Tokenizer)
+    together = LINES_PER_DOC if by_rules else 1
+    heads = [line[:MAX_CHARACTERS] for line in lines]
+    has_long_word = np.zeros(len(heads), bool)
+    for place, head in enumerate(heads):
+        if by_rules and len(head) > MAX_WORD and max(map(len, head.split())) > MAX_WORD:
+            heads[place] = _LONG_WORD.sub(r"\1", head)
+            has_long_word[place] = True
+    heads = [normalised(head).rstrip() for head in heads]  # now, because its time grows with a word's square too
     texts = [head for head in heads if head]
     pieces = []
     for start in range(0, len(texts), together):
@@ -111,7 +135,8 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
     words = [strings[key] for key in distinct.tolist()]
     if len(strings) > WORDS_KEPT:
         _tokenizer.cache_clear()
-    return Tokens(words, ids.astype(np.min_scalar_type(len(words))), lengths, int(cut.sum()))
+    ids = ids.astype(np.min_scalar_type(len(words)))
+    return Tokens(words, ids, lengths, int(cut.sum()), int((has_long_word & ~cut).sum()))
 
 
 @functools.cache
@@ -127,17 +152,19 @@ def _tokenizer(lang: str):
 
 
 class TokenChunk(NamedTuple):
-    """A tokenised `files.Chunk`: the tokens of both sides, and how many pairs were dropped, having an empty side."""
+    """A tokenised `files.Chunk`: the tokens of both sides, and the counts of `files.Pairs`."""
 
     src: Tokens
     trg: Tokens
     dropped: int
+    returns: int
 
 
 def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str]) -> TokenChunk:
     """Tokenises a chunk's pairs. Raises as `files.read_pairs` and `tokenise` do."""
-    src, trg, dropped = files.read_pairs(chunk)
-    return TokenChunk(tokenise_lines(src, langs[0]), tokenise_lines(trg, langs[1]), dropped)
+    pairs = files.read_pairs(chunk)
+    src, trg = tokenise_lines(pairs.src, langs[0]), tokenise_lines(pairs.trg, langs[1])
+    return TokenChunk(src, trg, pairs.dropped, pairs.returns)
 
 
 # ---------------------------------------------------------------- processes

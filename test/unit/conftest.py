@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -128,6 +129,14 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def open_folder():
+    """As `folder`, in a place that every user can reach."""
+    with tempfile.TemporaryDirectory() as above:
+        os.chmod(above, 0o755)
+        yield write_corpus(Path(above) / "corpus", (DE, EN), UNKNOWN, UNKNOWN)
+
+
+@pytest.fixture
 def load(tmp_path):
     """`data.load` with a cache of the test's own. The lines of its log are in `load.lines`."""
     import data
@@ -152,7 +161,7 @@ def same_corpus(one, two):
         return (
             [(sentences(split.src), sentences(split.trg), split.src_tokens, split.trg_tokens) for split in splits],
             (corpus.src_vocab.itos, corpus.trg_vocab.itos),
-            (corpus.src_lang, corpus.trg_lang, corpus.notes),
+            (corpus.src_lang, corpus.trg_lang, corpus.notes, corpus.unknown),
         )
 
     return content(one) == content(two)

@@ -1,10 +1,13 @@
 """The cache's claims: a second start reads the same corpus, damage is built again, and no fault of it loses a run."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -169,6 +172,7 @@ def test_memory_of_digests_forgets_files_that_are_gone(folder, load, tmp_path, s
 
 
 def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds, settled):
+    """Row 29."""
     old = load(folder)
     path = folder / "train.de"
     status = path.stat()
@@ -205,6 +209,7 @@ def test_another_version_of_spacy_has_another_cache(folder, load, builds, monkey
 @pytest.mark.parametrize("damage", ["empty", "half", "truncated", "longer", "bit", "first bit", "text", "gone"])
 @pytest.mark.parametrize("name", ["index.json", "train.src.ids", "val.trg.offsets"])
 def test_damaged_cache_is_rebuilt_and_says_so(folder, load, builds, tmp_path, name, damage):
+    """Row 30."""
     good = load(folder)
     path = cached(tmp_path) / name
     content = path.read_bytes()
@@ -271,6 +276,7 @@ def no_cache_folder(folder, tmp_path, monkeypatch):
 
 
 def test_unwritable_cache_folder_gives_way_to_a_private_one(folder, load, builds, no_cache_folder, tmp_path):
+    """Row 28."""
     load(folder, cache_dir=no_cache_folder)
     load(folder, cache_dir=no_cache_folder)
     spare = tmp_path / "tmp" / f"gru-for-pytorch-{os.getuid()}"
@@ -309,6 +315,49 @@ def test_full_disk_leaves_the_corpus_and_no_file(folder, load, tmp_path, monkeyp
     assert any("not cached" in line and "No space left" in line for line in load.lines)
 
 
+@contextlib.contextmanager
+def no_larger_files(size):
+    """The system lets no file grow beyond so many bytes, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 50, 1000, 9000, 20_000])
+def test_disk_that_is_really_full_leaves_the_corpus_and_no_file(load, tmp_path, builds, size):
+    """The last writes come when a file is closed. Whichever fails, the run goes on in memory."""
+    folder = write_corpus(tmp_path / "large", 4000)
+    whole = load(folder, cache_dir=tmp_path / "other")
+    assert max(path.stat().st_size for path in (tmp_path / "other").glob("*/*")) > size
+    with no_larger_files(size):
+        assert same_corpus(load(folder), whole)
+    assert any("not cached" in line and "File too large" in line for line in load.lines)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(builds) == 3
+
+
+def test_interrupt_on_a_full_disk_is_an_interrupt(folder, load, tmp_path, monkeypatch):
+    """What fails while the files are closed hides no earlier error."""
+    failed = []
+
+    def interrupted(writer, *args):
+        writer.append("train.src.ids", np.zeros(100, np.int32))  # it waits to be written
+        (file,) = writer._files.values()
+        with pytest.raises(OSError, match="File too large"):
+            file.flush()
+        failed.append(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "build_corpus", interrupted)
+    with no_larger_files(0), pytest.raises(KeyboardInterrupt):
+        load(folder)
+    assert failed[0].closed
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
 def test_lock_that_cannot_be_taken_leaves_the_corpus_in_memory(folder, load, tmp_path, builds):
     """As where another user is building the same cache, or was killed while they did."""
     whole = load(folder)
@@ -331,6 +380,7 @@ def test_what_is_no_fault_of_the_cache_is_not_taken_for_one(folder, load, monkey
 
 
 def test_without_any_folder_the_corpus_stays_in_memory(folder, load, tmp_path, monkeypatch):
+    """Row 28."""
     whole = load(folder)
     monkeypatch.setattr(cache, "find_folder", lambda cache_dir, log: None)
     monkeypatch.setattr(cache, "BLOCK", 3)
@@ -341,6 +391,7 @@ def test_without_any_folder_the_corpus_stays_in_memory(folder, load, tmp_path, m
 
 
 def test_two_runs_build_one_cache(folder, tmp_path, monkeypatch):
+    """Row 31."""
     waiting, builds, build_corpus = threading.Event(), [], build.build_corpus
 
     def slow_build(*args):
@@ -368,6 +419,7 @@ def test_two_runs_build_one_cache(folder, tmp_path, monkeypatch):
 
 
 def test_killed_holder_of_the_lock_keeps_nobody_waiting(folder, load, tmp_path):
+    """Row 31."""
     load(folder)
     path = cached(tmp_path)
     half = path.with_suffix(".tmp")
@@ -390,3 +442,111 @@ def test_killed_holder_of_the_lock_keeps_nobody_waiting(folder, load, tmp_path):
     holder.wait()
     holder.stdout.close()
     assert not (cached(tmp_path) / "more").exists(), "and nothing else is left"
+
+
+def in_child(function):
+    """Calls `function` in a copy of this process. Returns its number. It ends with 0, or 1 after an error."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def waits_for_ever(pipe):
+    """A building that writes something, tells so, and goes no further."""
+
+    def build_corpus(writer, *args):
+        writer.append("train.src.ids", np.zeros(100_000, np.int32))
+        os.write(pipe, b"!")
+        time.sleep(600)
+
+    return build_corpus
+
+
+@pytest.fixture
+def killed_build(folder, tmp_path, monkeypatch):
+    """A function that starts a load of `folder` in another process. That one builds, and goes on until it is killed."""
+    started = []
+
+    def start():
+        ready, tell = os.pipe()
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "build_corpus", waits_for_ever(tell))
+            pid = in_child(lambda: data.load(folder, cache_dir=tmp_path / "cache", log=lambda line: None))
+        assert os.read(ready, 1) == b"!"
+        os.close(ready), os.close(tell)
+        started.append(pid)
+        return pid
+
+    yield start
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def kill(pid):
+    os.kill(pid, signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+
+
+def names_in(folder):
+    return sorted(path.name.partition(".")[2] for path in folder.iterdir())
+
+
+def test_run_whose_builder_is_killed_builds_itself(folder, load, tmp_path, killed_build):
+    """Row 31, with processes: one builds, the other waits, the first is killed."""
+    whole = load(folder, cache_dir=tmp_path / "other")
+    pid = killed_build()
+
+    def log(line):
+        load.lines.append(line)
+        if line.startswith("waiting"):
+            kill(pid)
+
+    assert same_corpus(load(folder, log=log), whole)
+    assert any(line.startswith("waiting") for line in load.lines)
+    assert names_in(tmp_path / "cache") == [""], "the cache alone"
+
+
+@pytest.mark.parametrize("then", ["changed text", "another corpus", "the same"])
+def test_what_a_killed_build_left_is_cleared_whatever_the_next_run_is(folder, load, tmp_path, killed_build, then):
+    """Row 31, and the house's rule that the next start leaves no temporary file."""
+    kill(killed_build())
+    assert names_in(tmp_path / "cache") == ["lock", "tmp"]
+    if then == "changed text":
+        (folder / "train.de").write_bytes((folder / "train.de").read_bytes() + b"Hund.\n")
+        (folder / "train.en").write_bytes((folder / "train.en").read_bytes() + b"Dog.\n")
+    load(folder if then != "another corpus" else write_corpus(tmp_path / "another"))
+    assert names_in(tmp_path / "cache") == [""]
+
+
+def test_what_a_living_build_writes_is_left_alone(load, tmp_path, killed_build):
+    """Row 31: by runs of other corpora, from a cache or not."""
+    pid = killed_build()
+    other = write_corpus(tmp_path / "other")
+    for _ in range(2):
+        load(other)
+        assert names_in(tmp_path / "cache") == ["", "lock", "tmp"]
+    kill(pid)
+    load(other)
+    assert names_in(tmp_path / "cache") == [""]
+
+
+def test_only_the_caches_own_strays_are_cleared(folder, load, tmp_path, settled):
+    """A cache folder may be one with other files, and a start from the cache clears it too."""
+    load(folder)
+    for name in ("notes.tmp", "x.lock", f"{'0' * 64}.tmp.old", "tmp"):
+        (tmp_path / "cache" / name).mkdir()
+    before = sorted((tmp_path / "cache").iterdir())
+    for name in (f"{'0' * 64}.tmp", f"{'1' * 64}.lock", f"{cache.DIGESTS}.lock", f"{cache.DIGESTS}{storage.PARTIAL}12"):
+        (tmp_path / "cache" / name).touch()
+    (tmp_path / "cache" / f"{'2' * 64}.tmp").mkdir()
+    (tmp_path / "cache" / f"{'2' * 64}.tmp" / "train.src.ids").touch()
+    load(folder)
+    left = sorted((tmp_path / "cache").iterdir())
+    assert left == sorted([*before, tmp_path / "cache" / f"{'0' * 64}.tmp"]), "a file is no folder of ours"

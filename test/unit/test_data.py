@@ -7,11 +7,14 @@ import tracemalloc
 
 import data
 from data import EOS, PAD, SOS
+from nmt.errors import printable
 
 import numpy as np
 import pytest
 import torch
 from conftest import DE, EN, refused, sentences, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # ---------------------------------------------------------------- the corpus
 
@@ -79,6 +82,15 @@ def no_download(*args, **options):
     raise AssertionError("nothing may be downloaded")
 
 
+def test_the_folder_that_was_read_is_told_in_one_line_whatever_its_name(tmp_path, load):
+    """Kind E."""
+    folder = write_corpus(tmp_path / "a\nBLEU score = 99\x1b[2J")
+    for _ in range(2):
+        line = printable(next(load(folder).lines()))
+        assert line.startswith("data: 64 training, 4 validation, 4 test pairs; ")
+        assert line.endswith(f" in {tmp_path}/a\\nBLEU score = 99\\x1b[2J")
+
+
 def test_a_file_or_a_mistyped_path_is_refused_and_nothing_is_made(tmp_path, load, monkeypatch):
     monkeypatch.setattr(data.download, "download_multi30k", no_download)
     (tmp_path / "file").write_text("")
@@ -105,6 +117,7 @@ def test_a_folder_that_one_may_not_look_into_is_an_io_error(tmp_path, load, clos
 
 
 def test_nothing_is_written_beside_the_data(folder, load):
+    """Row 28. That a folder may be read-only is tested with the files."""
     before = sorted(folder.iterdir())
     folder.chmod(0o555)
     load(folder)
@@ -260,6 +273,55 @@ def test_like_length_does_not_train_the_short_sentences_first():
     split = random_split(3000)
     longest = [int(split.trg.lengths[batch].max()) for batch in batches_of(split, 32)]
     assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.4
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    pairs=st.integers(1, 150),
+    batch_size=st.integers(1, 40),
+    pool=st.integers(1, 6),
+    seeds=st.tuples(st.integers(0, 1 << 31), st.integers(0, 1 << 31)),
+    like_length=st.booleans(),
+    drop_last=st.booleans(),
+    world_size=st.integers(1, 9),
+    draws=st.data(),
+)
+def test_batches_keep_their_promises(pairs, batch_size, pool, seeds, like_length, drop_last, world_size, draws):
+    """Row 5, and what a resumed run stands on.
+
+    Together the batches are the data, or all but an incomplete batch. No pair comes twice. All ranks have as many
+    steps, and their shares are disjoint and together the batch. A run that goes on at step k sees the straight run's.
+    """
+    split = random_split(pairs, longest=6)
+    flags = {"seed": seeds[0], "epoch": seeds[1], "like_length": like_length, "drop_last": drop_last}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "POOL", pool)
+        batches = [batch.tolist() for batch in data.epoch_batches(split, batch_size, **flags)]
+        seen = [index for batch in batches for index in batch]
+        assert len(set(seen)) == len(seen)
+        full = pairs // batch_size
+        is_dropped = drop_last and full > 0
+        assert len(seen) == (full * batch_size if is_dropped else pairs)
+        assert set(seen) <= set(range(pairs))
+        rest = [pairs % batch_size] * (pairs % batch_size > 0 and not is_dropped)
+        assert sorted(map(len, batches)) == sorted([batch_size] * full + rest)
+
+        shares = [
+            [data.rank_share(torch.tensor(batch), rank, world_size).tolist() for batch in batches]
+            for rank in range(world_size)
+        ]
+        for step, batch in enumerate(batches):
+            assert sorted(index for share in shares for index in share[step]) == sorted(batch)
+        loader = data.Loader(split, "cpu")
+        words = [sum(loader(torch.tensor(share[-1], dtype=torch.int64)).target_tokens for share in shares)]
+        assert words == [int((split.trg.lengths_of(torch.tensor(batches[-1])) - 1).sum())], (
+            "an empty share counts nothing"
+        )
+
+        resumed_at = draws.draw(st.integers(0, len(batches)))
+        resumed = data.epoch_batches(split, batch_size, **flags)
+        assert len(resumed) == len(batches)
+        assert [resumed[step].tolist() for step in range(resumed_at, len(resumed))] == batches[resumed_at:]
 
 
 # ---------------------------------------------------------------- padded columns

@@ -14,10 +14,11 @@ import urllib.error
 import urllib.request
 
 import data
+from nmt import storage
 from nmt.text import download
 
 import pytest
-from conftest import REPOSITORY, refused
+from conftest import REPOSITORY, refused, write_corpus
 
 TEXTS = {name: f"{name}: ein Satz\n".encode() for name in download.MULTI30K}
 BODIES = {f"{there}.gz": gzip.compress(TEXTS[name], mtime=0) for name, (there, _, _) in download.MULTI30K.items()}
@@ -196,6 +197,41 @@ def test_load_downloads_nothing_beside_a_users_own_data(tmp_path, start, monkeyp
     assert server.paths == []
 
 
+NAMES = ["train.fr", "Train.de", "TRAIN.EN.gz", "train.DE", "train.txt", "train.fr.gz", "train.tok.de"]
+
+
+@pytest.mark.parametrize("below", [".", "multi30k"])
+@pytest.mark.parametrize("name", NAMES)
+def test_load_downloads_nothing_beside_a_training_file_of_any_language(tmp_path, start, monkeypatch, name, below):
+    """Kind E: an error says what was found instead."""
+    server = start()
+    monkeypatch.setattr(download, "BASE_URL", server.url)
+    (tmp_path / below).mkdir(exist_ok=True)
+    (tmp_path / below / name).write_text("un chien\n")
+    before = sorted(tmp_path.rglob("*"))
+    says = [f"no pair of train.de and train.en, but {tmp_path / below / name};", "--src-lang", "--data-dir"]
+    refused("data", data.load, tmp_path, cache_dir=tmp_path / "cache", log=print, says=says)
+    assert server.paths == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_pair_of_which_one_language_is_wanted_is_told_whole(tmp_path, start, monkeypatch):
+    """Kind E: somebody's French-English corpus, without --src-lang."""
+    monkeypatch.setattr(download, "BASE_URL", start().url)
+    for lang in ("fr", "en"):
+        (tmp_path / f"train.{lang}").write_text("a\n")
+    says = f"but {tmp_path}/train.en, {tmp_path}/train.fr;"
+    refused("data", data.load, tmp_path, cache_dir=tmp_path / "cache", log=print, says=says)
+
+
+def test_other_training_files_beside_a_whole_corpus_are_left_alone(tmp_path):
+    """Kind E."""
+    write_corpus(tmp_path)
+    (tmp_path / "train.fr").write_text("un chien\n" * 64)
+    corpus = data.load(tmp_path, cache_dir=tmp_path / "cache", log=print)
+    assert (len(corpus.train), corpus.folder) == (64, str(tmp_path))
+
+
 FAULTS = {
     not_found: "HTTP Error 404",
     html_page: f"{VICTIM} has 26 bytes, expected {len(BODIES[VICTIM])}",
@@ -208,6 +244,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_fault_of_one_file_keeps_nothing_and_is_told(tmp_path, start, fault):
+    """Rows 40 and 41."""
     server = start(one=fault)
     words = [f"no corpus in {tmp_path},", FAULTS[fault], server.url, "by hand", "--mirror", "leave --data-dir out"]
     message = fetch_refused(tmp_path, server.url, *words)
@@ -216,11 +253,13 @@ def test_fault_of_one_file_keeps_nothing_and_is_told(tmp_path, start, fault):
 
 
 def test_wrong_hash_is_told_with_the_actual_one(tmp_path, start):
+    """Row 41."""
     fetch_refused(tmp_path, start(one=wrong_hash).url, hashlib.sha256(BODIES[VICTIM][:-1] + b"!").hexdigest())
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_mirror_is_tried_next(tmp_path, start, fault):
+    """Rows 40 and 41."""
     first, second, lines = start(one=fault), start(), []
     fetch(tmp_path, first.url, mirror=f"{second.url}/some/where/", log=lines.append)
     assert contents(tmp_path) == TEXTS
@@ -230,6 +269,7 @@ def test_mirror_is_tried_next(tmp_path, start, fault):
 
 
 def test_every_failure_is_listed(tmp_path, start):
+    """Row 40."""
     gone = start()
     gone.close()
     mirror = start(all=not_found).url
@@ -259,6 +299,7 @@ def test_broken_address_is_refused(tmp_path, url):
 
 
 def test_endless_file_is_read_no_further_than_its_size(tmp_path, start):
+    """Row 41."""
     sent = []
 
     def endless(handler):
@@ -274,6 +315,7 @@ def test_endless_file_is_read_no_further_than_its_size(tmp_path, start):
 
 @pytest.mark.parametrize("fault", [hang, drip_body, drip_headers])
 def test_total_deadline_ends_a_server_that_never_does(tmp_path, start, fault, monkeypatch):
+    """Row 42."""
     small = {name: (there, 10**9, sha256) for name, (there, _, sha256) in download.MULTI30K.items()}
     monkeypatch.setattr(download, "MULTI30K", small)
     server = start(all=fault)
@@ -282,16 +324,19 @@ def test_total_deadline_ends_a_server_that_never_does(tmp_path, start, fault, mo
 
 
 def test_fetching_itself_ends_at_the_deadline(start):
+    """Row 42."""
     with pytest.raises(TimeoutError, match="by the deadline"):
         download._fetch(f"{start(all=drip_body).url}/train.de.gz", 40, time.monotonic() + 0.3)
 
 
 def test_hanging_first_address_leaves_time_for_the_mirror(tmp_path, start):
+    """Rows 40 and 42."""
     fetch(tmp_path, start(all=hang).url, mirror=start().url, timeout=4.0)
     assert contents(tmp_path) == TEXTS
 
 
 def test_blocked_name_lookup_ends_at_the_deadline(tmp_path, monkeypatch):
+    """Row 42."""
     release = threading.Event()
     monkeypatch.setattr(download, "_fetch", lambda *args: release.wait(30))
     fetch_refused(tmp_path, "http://name.invalid", "not done within 0.2 s", timeout=0.2)
@@ -299,6 +344,7 @@ def test_blocked_name_lookup_ends_at_the_deadline(tmp_path, monkeypatch):
 
 
 def test_redirect_within_http_is_followed(tmp_path, start):
+    """Row 43."""
     other = start()
     fetch(tmp_path, start(all=lambda handler: redirect(other.url + handler.path)(handler)).url)
     assert contents(tmp_path) == TEXTS
@@ -307,6 +353,7 @@ def test_redirect_within_http_is_followed(tmp_path, start):
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://127.0.0.1/val.en.gz"])
 def test_redirect_to_another_scheme_is_refused(tmp_path, start, url):
+    """Row 43."""
     fetch_refused(tmp_path, start(one=redirect(url)).url, url)
 
 
@@ -321,6 +368,7 @@ def test_redirect_to_another_scheme_is_refused(tmp_path, start, url):
     ],
 )
 def test_redirect_from_https_goes_to_https_alone(old, new, followed):
+    """Row 43."""
     request = urllib.request.Request(f"{old}://a.invalid/x")
     target = f"{new}://b.invalid/x"
     follow = download._NoDowngrade().redirect_request
@@ -332,6 +380,7 @@ def test_redirect_from_https_goes_to_https_alone(old, new, followed):
 
 
 def test_proxy_of_the_environment_is_used(tmp_path, start, monkeypatch):
+    """Row 43."""
     proxy = start()
     monkeypatch.setenv("http_proxy", proxy.url)
     fetch(tmp_path, "http://mirror.invalid/raw")
@@ -357,6 +406,24 @@ def test_killed_download_leaves_nothing_for_the_next(tmp_path, start):
     (tmp_path / ".multi30k.part" / "train.de").write_text("half")
     fetch(tmp_path, start().url)
     assert contents(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("then", ["own files", "files by hand"])
+def test_what_a_killed_download_left_is_cleared_by_a_run_that_downloads_nothing(tmp_path, then):
+    """The house's rule: the next start leaves no temporary file, whatever that start is. A living one keeps its own."""
+    folder = write_corpus(tmp_path / ("data" if then == "own files" else "data/multi30k"))
+    folder = tmp_path / "data"
+    (folder / download.TEMPORARY).mkdir()
+    (folder / download.TEMPORARY / "train.de").write_text("half")
+    (folder / download.LOCK).touch()
+    flags = {"cache_dir": tmp_path / "cache", "log": print}
+    with storage.locked(folder / download.LOCK, None):
+        data.load(folder, **flags)
+        assert (folder / download.TEMPORARY / "train.de").exists()
+        assert (folder / download.LOCK).exists()
+    (folder / download.LOCK).touch()
+    data.load(folder, **flags)
+    assert not list(folder.glob(".multi30k*"))
 
 
 def test_two_downloads_into_one_folder_fetch_once(tmp_path, start):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 from nmt.text import files, tokens
@@ -17,7 +18,9 @@ from nmt.text.vocabulary import EOS
 
 import pytest
 import spacy
-from conftest import DE, EN, REPOSITORY, TEST_PATHS, refused, write_corpus
+from conftest import DE, EN, MULTI30K, REPOSITORY, TEST_PATHS, needs_multi30k, refused, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def chunks(lines, size=3):
@@ -62,6 +65,7 @@ def test_lines_that_are_not_stripped_keep_their_words_to_themselves():
 
 
 def test_long_line_is_cut_before_it_is_tokenised(tmp_path, load, monkeypatch):
+    """Row 26."""
     seen = []
 
     class Spy:
@@ -80,6 +84,95 @@ def test_long_line_is_cut_before_it_is_tokenised(tmp_path, load, monkeypatch):
     assert corpus.train.src.lengths.tolist() == [256, 3, 3, 6]
     assert corpus.train.src.ids[corpus.train.src.offsets[1:] - 1].tolist() == [EOS] * 4
     assert corpus.notes == ["warning: 3 sentences of train.de cut to 254 words"]
+
+
+# What spaCy splits character by character, and some that it does not.
+PUNCTUATION = ["/", "(", "%", '"', "'", "…", ".", "-", "*", "&", "😀", ":)", "a/", "$1,", "@a.", "–", "„", "z.B."]
+
+
+@pytest.mark.parametrize("lang", ["de", "en", "xx"])
+def test_time_for_a_line_without_spaces_does_not_grow_with_its_square(lang, monkeypatch):
+    """Kind G: what spaCy gets between two spaces is bounded. 18 lines took 90 s, and take 0.2 s."""
+    longest = []
+    tokenizer = tokens._tokenizer(lang)
+    monkeypatch.setattr(tokens, "LINES_PER_DOC", 1)
+    tokens.tokenise(["Ein Hund bellt."], lang)
+    start = time.process_time()
+    for text in PUNCTUATION:
+        line = (text * 10_000)[:10_000]
+        ((words,), cut) = tokens.tokenise([line], lang)
+        longest.append(max(map(len, words)))
+        kept = [token.lower_ for token in tokenizer(line[: tokens.MAX_WORD])]
+        assert (words, cut) == (kept, 0)
+    assert time.process_time() - start < 9
+    assert max(longest) <= tokens.MAX_WORD
+
+
+def test_words_are_cut_one_by_one_and_their_lines_are_counted_once(tmp_path, load):
+    """Kind G. A word of 200 characters is whole, and so is what stands after a longer one."""
+    a, b = "a" * 200, "b" * 201
+    lines = [f"Ein {b} bellt {b}{a}.", f"Ein {a} bellt.", "/" * 10_000, DE[3]]
+    corpus = load(write_corpus(tmp_path / "long", train=(lines, EN), val=(lines[:2], EN[:2])), min_freq=1)
+    assert corpus.val.src_tokens == [["ein", "b" * 200, "bellt", "b" * 200], ["ein", a, "bellt", "."]]
+    assert corpus.train.src.lengths.tolist() == [6, 6, 202, 6]
+    note = "sentences of {}.de with words cut to 200 characters"
+    assert corpus.notes == [f"warning: 2 {note.format('train')}", f"warning: 1 {note.format('val')}"]
+
+
+def test_language_without_spaces_has_lines_and_no_words_to_cut():
+    """Kind G: the Chinese tokenizer takes its time for each character, not for their square."""
+    assert tokens.tokenise(["狗叫" * 125], "zh") == ([["狗", "叫"] * 125], 0)
+
+
+# ---------------------------------------------------------------- one spelling
+
+
+LETTERS = "aäöüßéÅﬁ가힣क़" + "\u0308\u0301\u0323\u212b\u200c\u200d" + files.UNSEEN + " \u00a0.,-"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.sampled_from(LETTERS), max_size=30), st.sampled_from(["NFC", "NFD"]), st.sampled_from(files.UNSEEN))
+def test_text_that_looks_the_same_has_the_same_tokens(text, form, unseen):
+    """Kind M: composed or not, and with any character that nobody sees between any two."""
+    base = unicodedata.normalize("NFC", "".join(letter for letter in text if letter not in files.UNSEEN))
+    expected = tokens.tokenise([base], "de")
+    for other in (text, unicodedata.normalize(form, base), unseen.join(unicodedata.normalize(form, base))):
+        assert tokens.tokenise([other], "de") == expected
+    assert tokens.normalised(tokens.normalised(text)) == tokens.normalised(text)
+
+
+def test_joiners_that_make_words_stay():
+    """Kind M: U+200C and U+200D have a meaning in Persian, in Hindi and in pictures."""
+    assert tokens.normalised("می\u200cخواهم 👩\u200d💻") == "می\u200cخواهم 👩\u200d💻"
+
+
+def test_line_of_unseen_characters_is_empty(tmp_path, load):
+    """Kind M and row 25."""
+    corpus = load(write_corpus(tmp_path / "a", train=([*DE, f" {files.UNSEEN}\u00a0\u200b"], [*EN, "A cat."])))
+    assert corpus.notes == ["1 pairs dropped: empty in train.de or train.en"]
+
+
+def test_marks_upon_marks_are_normalised_in_bounded_time():
+    """Kinds G and M: sorting them takes the square of their number."""
+    line = "a" + "\u0301\u0323" * 100_000
+    start = time.process_time()
+    assert tokens.tokenise([line], "de")[1] == 1
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [pytest.param(MULTI30K, marks=needs_multi30k, id="multi30k"), pytest.param(REPOSITORY / "sample", id="sample")],
+)
+def test_usual_text_is_not_changed(folder):
+    """Kinds G and M: no line of these corpora is normalised to another or has a word that is cut."""
+    paths = [path for path in folder.iterdir() if path.suffix in (".de", ".en")]
+    assert len(paths) == 6
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        assert tokens.normalised(text) == text
+        assert max(map(len, text.split())) <= tokens.MAX_WORD
+        assert [line.strip() for line in text.split("\n")] == list(map(files.stripped, text.split("\n")))
 
 
 @pytest.mark.parametrize("lang", ["qq", "ja", "punctuation", ""])

@@ -34,7 +34,7 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
     monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
     monkeypatch.setattr(World, "start", lambda *_: done.append("group"))
     monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
-    train_8p.run_rank(World(), parse(), precision.Choice())
+    train_8p.run_rank(World(), parse(), {}, precision.Choice())
     assert done == ["data", "model", "group", "training"]
 
 
@@ -702,6 +702,20 @@ def test_a_performance_run_goes_round_until_25_steps_and_leaves_nothing(tiny_cor
     assert "BLEU" not in out.replace("best=bleu", "")
     assert out.count("* FPS@all ") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_the_log_names_the_folder_that_was_read_also_from_a_warm_cache(trained, tmp_path, capsys, evaluates):
+    """Kind E: with a training, and with --evaluate. Kind M: the share of unknown words stands below."""
+    folder = write_corpus(tmp_path / "a\x1b[2Jb" / "multi30k").parent
+    flags = ["--evaluate", str(trained[0] / "seq2seq-gru-model.pth.tar")] if evaluates else ["--performance"]
+    for _ in range(2):
+        code, out, err = run("--data-dir", str(folder), *flags, capsys=capsys)
+        assert code == 0, err
+        lines = out.splitlines()
+        (place,) = (place for place, line in enumerate(lines) if line.startswith("data: "))
+        assert lines[place].endswith(f"; in {tmp_path}/a\\x1b[2Jb/multi30k")
+        assert lines[place + 1].startswith("unknown words: de train ")
 
 
 def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_corpus, capsys):
