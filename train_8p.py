@@ -49,7 +49,7 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
 from nmt import flags
-from nmt.errors import UserError, prepare_imports, printable, run_main, telling_memory
+from nmt.errors import UserError, prepare_imports, run_main, telling_memory
 from nmt.signals import end_imports_at_sigterm, end_with_parent
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
@@ -315,7 +315,7 @@ def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any],
         raise UserError("usage", "a performance run keeps no state", "--resume", "leave one of the two flags out")
     path = resume.state_path(settings.ckptpath) if wanted == "auto" else Path(wanted)
     if wanted == "auto" and not path.exists():
-        return replace(settings, resume=None), given, [printable(f"there is no {path}: a new run begins")]
+        return replace(settings, resume=None), given, [f"there is no {path}: a new run begins"]
     if wanted != "auto" and "ckptpath" not in given and path.name.endswith(resume.SUFFIX):
         given["ckptpath"] = str(path).removesuffix(resume.SUFFIX)
     saved = {name: value for name, value in resume.load(path).given.items() if name not in OF_THE_COMMAND}
@@ -831,7 +831,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     if not settings.performance:
         yield from scoring.note_on_length(corpus.val, settings.max_length, "validation")
     if mixed.note:
-        yield printable(f"note: {mixed.note}")
+        yield f"note: {mixed.note}"
     # On NPUs it is not known: the published run learned.
     learns = world.device_type == "npu" or (world.device_type == "cpu" and mixed.dtype is torch.float32)
     if settings.fixed_length and not learns and not settings.performance:

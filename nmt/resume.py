@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nmt import sealed
-from nmt.errors import UserError, first_line, printable
+from nmt.errors import UserError, first_line
 from nmt.signals import Stopped, StopRequest
 from nmt.storage import Log, clear_partial
 
@@ -118,7 +118,7 @@ def check_same(state: State, now: State, path: Path) -> list[str]:
                 "give the same files with --data-dir, or start a new run with another --ckptpath",
             )
     return [
-        printable(f"{name}: {value}, in the run {state.about.get(name)}")
+        f"{name}: {value}, in the run {state.about.get(name)}"
         for name, value in now.about.items()
         if state.about.get(name) != value
     ]
@@ -217,10 +217,10 @@ class Run:
             sealed.write(self._path, vars(state) | {"state_format": FORMAT})
         except OSError as error:
             # The training itself is in order, and ending it would lose more than going on.
-            self._log(printable(f"warning: cannot save the run's state in {self._path}: {error.strerror or error}"))
+            self._log(f"warning: cannot save the run's state in {self._path}: {error.strerror or error}")
         else:
             self._owns = True
-            self._log(printable(f"state: step {step} is saved in {self._path}"))
+            self._log(f"state: step {step} is saved in {self._path}")
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
@@ -240,4 +240,4 @@ def set_aside(path: Path, log: Log) -> None:
         raise UserError(
             "io", f"cannot keep the state of an earlier run: {error.strerror}", str(kept), "move it away"
         ) from error
-    log(printable(f"note: an unfinished run left {path}: it is now {kept.name}; --resume {kept} goes on with it"))
+    log(f"note: an unfinished run left {path}: it is now {kept.name}; --resume {kept} goes on with it")
