@@ -129,10 +129,13 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def open_folder():
-    """As `folder`, in a place that every user can reach."""
+def open_folder(monkeypatch):
+    """As `folder`, in a place that every user can reach. Temporary files go beside it."""
     with tempfile.TemporaryDirectory() as above:
         os.chmod(above, 0o755)
+        (Path(above) / "tmp").mkdir()
+        (Path(above) / "tmp").chmod(0o777)
+        monkeypatch.setattr(tempfile, "tempdir", f"{above}/tmp")
         yield write_corpus(Path(above) / "corpus", (DE, EN), UNKNOWN, UNKNOWN)
 
 

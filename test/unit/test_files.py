@@ -6,6 +6,8 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from nmt.errors import UserError
 from nmt.text import files
@@ -315,7 +317,9 @@ def test_read_only_data_folder_works_and_is_cached_elsewhere(open_folder, load, 
         with pytest.raises(PermissionError):
             (open_folder / "new").touch()
         assert same_corpus(load(open_folder, cache_dir=open_folder / "cache"), whole)
+    open_folder.chmod(0o755)
     assert any("cache folder cannot be used" in line for line in load.lines)
+    assert len(list(Path(tempfile.gettempdir()).glob("gru-for-pytorch-*/*/index.json"))) == 1
     assert sorted(open_folder.iterdir()) == before
 
 
