@@ -70,7 +70,7 @@ def training(corpus: Path, folder: Path, *flags: str, launcher=()):
             process.communicate(timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_or_stopped_is_named_with_its_step(tiny_corpus, tmp_path, fault):
     """Rows 1 and 2. The other rank waits for it in a collective, and shows no traceback."""
     with training(tiny_corpus, tmp_path, "--dist-timeout", "4") as (process, ranks):
