@@ -119,6 +119,18 @@ def test_the_real_ranks_do_not_outlive_what_started_them(tiny_corpus, tmp_path, 
         assert eventually(lambda: gone(ranks), within=5)
 
 
+@pytest.mark.slow
+def test_a_rank_of_torchruns_that_lost_another_shows_no_traceback(tiny_corpus, tmp_path):
+    """Row 1. The traceback that remains is torchrun's own."""
+    with training(tiny_corpus, tmp_path, launcher=TORCHRUN) as (process, ranks):
+        os.kill(ranks[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 1, "torchrun's, whatever it was"
+        assert "error[distributed]: lost another rank: " in err or "stopped by SIGTERM" in err
+        assert 'train_8p.py", line' not in err
+        assert gone(ranks)
+
+
 AGENT = """
 import os, subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:], env=os.environ | {"TORCHELASTIC_RUN_ID": "x"}, stdout=subprocess.DEVNULL)
