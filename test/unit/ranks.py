@@ -14,6 +14,10 @@ from nmt.errors import Stopped, UserError, run_main
 
 DEADLINE = 120
 
+if __name__ == "__mp_main__" and "SLOW_IMPORT" in os.environ:  # as torch's is
+    os.write(1, f"{os.getpid()}\n".encode())
+    time.sleep(0.4)
+
 
 def die(index: int, how: str) -> None:
     """A rank with a fault, beside one that would wait for it for ever."""

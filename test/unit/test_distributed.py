@@ -315,7 +315,8 @@ def test_a_gpu_connects_when_the_ranks_meet(monkeypatch, backend, connects):
     calls = []
     monkeypatch.setattr(devices, "prepare", lambda device, processes: calls.append((device, processes)))
     monkeypatch.setattr(distributed.dist, "init_process_group", lambda *args, **options: calls.append(options))
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    for name, value in {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     World(device_type="cuda", index=1, rank=1, size=2, local_size=2, backend=backend).start()
     assert calls[0] == (torch.device("cuda", 1), 2), "before the group is made, and so before the first collective"
     assert calls[1].get("device_id") == (torch.device("cuda", 1) if connects else None)

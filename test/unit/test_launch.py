@@ -125,11 +125,11 @@ def test_a_rank_of_another_node_is_not_known_here(capfd):
 
 
 @contextlib.contextmanager
-def launched(how: str, grace: float = 3.0, prefix: tuple[str, ...] = ()):
+def launched(how: str, grace: float = 3.0, prefix: tuple[str, ...] = (), **environment: str):
     """A launcher in a group of its own, and the ids of its two ranks, which are at work."""
     process = subprocess.Popen(
         [*prefix, sys.executable, RANKS, how, str(grace)],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -159,6 +159,18 @@ def test_the_ranks_have_time_to_save_after_a_signal(number, name, to_group):
         (os.killpg if to_group else os.kill)(process.pid, number)
         _, err = process.communicate(timeout=DEADLINE)
         assert (process.returncode, err) == (128 + number, f"stopped by {name}: the state is saved\n")
+        assert gone(pids)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_ranks_import_ends_them_without_tracebacks(number):
+    """Row 8. Python's own handler would raise in the midst of an import."""
+    with launched("well", SLOW_IMPORT="1") as (process, pids):
+        os.killpg(process.pid, number)
+        out, err = process.communicate(timeout=DEADLINE)
+        assert (process.returncode, out) == (128 + number, ""), "no rank has got to its work"
+        assert err in ("stopped by SIGTERM\n", "stopped by Ctrl-C\n")
         assert gone(pids)
 
 

@@ -70,7 +70,7 @@ def training(corpus: Path, folder: Path, *flags: str, launcher=()):
             process.communicate(timeout=DEADLINE)
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_or_stopped_is_named_with_its_step(tiny_corpus, tmp_path, fault):
     """Rows 1 and 2. The other rank waits for it in a collective, and shows no traceback."""
     with training(tiny_corpus, tmp_path, "--dist-timeout", "4") as (process, ranks):
@@ -117,6 +117,18 @@ def test_the_real_ranks_do_not_outlive_what_started_them(tiny_corpus, tmp_path, 
             assert eventually(lambda: state(ranks[1]) == "T")
         process.kill()
         assert eventually(lambda: gone(ranks), within=5)
+
+
+@pytest.mark.slow
+def test_a_rank_of_torchruns_that_lost_another_shows_no_traceback(tiny_corpus, tmp_path):
+    """Row 1. The traceback that remains is torchrun's own."""
+    with training(tiny_corpus, tmp_path, launcher=TORCHRUN) as (process, ranks):
+        os.kill(ranks[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 1, "torchrun's, whatever it was"
+        assert "error[distributed]: lost another rank: " in err or "stopped by SIGTERM" in err
+        assert 'train_8p.py", line' not in err
+        assert gone(ranks)
 
 
 AGENT = """
