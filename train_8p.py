@@ -655,8 +655,9 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
     """The corpus that the flags name, see `data.load`."""
     if settings.data_dir is None:
         log("note: no --data-dir was given: using the bundled sample corpus")
+    sample = SAMPLE.relative_to(Path.cwd()) if SAMPLE.is_relative_to(Path.cwd()) else SAMPLE
     return data.load(
-        SAMPLE if settings.data_dir is None else settings.data_dir,
+        sample if settings.data_dir is None else settings.data_dir,
         **settings.named("src_lang trg_lang train_name val_name test_name min_freq workers cache_dir mirror"),
         verify=verify,
         log=log,
