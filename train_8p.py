@@ -319,11 +319,12 @@ def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any],
     if wanted != "auto" and "ckptpath" not in given and path.name.endswith(resume.SUFFIX):
         given["ckptpath"] = str(path).removesuffix(resume.SUFFIX)
     saved = {name: value for name, value in resume.load(path).given.items() if name not in OF_THE_COMMAND}
-    unknown = sorted(saved.keys() - vars(settings).keys())
-    if unknown:
-        what = f"the run has flags that this version does not know: {', '.join(unknown)}"
-        raise UserError("checkpoint", what, str(path), "go on with the version that wrote it")
-    given = saved | given
+    try:  # as if they had been typed again, so that each is one that this version takes
+        again = vars(build_parser().parse_args(flags.as_arguments(saved)))
+    except UserError as error:
+        what = f"the flags of the run are none of this version: {error.args[1]}"
+        raise UserError("checkpoint", what, str(path), "go on with the version that wrote it") from error
+    given = {name: again[name] for name in saved} | given
     return Settings(**given | {"resume": str(path)}), given, []
 
 
@@ -693,7 +694,12 @@ def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus
         return now
     path = Path(settings.resume)
     state = resume.load(path)
-    if others := resume.check_same(state, now, path):
+    others = resume.check_same(state, now, path)
+    steps = len(epoch_steps(settings, corpus, epoch=0))
+    if state.step != state.epoch * steps + state.position or state.position > steps or state.epoch > settings.epochs:
+        where = f"step {state.step} in epoch {state.epoch} at {state.position}, of {settings.epochs} epochs of {steps}"
+        raise UserError("checkpoint", f"contradicts itself: {where}", str(path), "use an earlier copy, or train again")
+    if others:
         say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
     say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}")
     return replace(state, given=now.given, settings=now.settings, about=now.about)
@@ -824,7 +830,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     }
     yield "run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items())
     yield f"device: {world.describe()}"
-    hidden = ("data_dir", "evaluate", "debug")
+    hidden = ("data_dir", "evaluate", "resume", "debug")
     values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)
     yield "flags: " + " ".join(f"{name}={value}" for name, value in values)
     yield from corpus.lines()

@@ -171,6 +171,16 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_arguments(values: dict[str, Any]) -> list[str]:
+    """The arguments that give these values to rows of a table.
+
+    >>> as_arguments({"amp": True, "batch_size": 8, "device_list": [0, 1]})
+    ['--amp', '--batch-size=8', '--device-list=0,1']
+    """
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    return [flag_of(name) + ("" if value is True else f"={value}") for name, value in texts.items()]
+
+
 def given_in_vain(settings: Any) -> list[str]:
     """The flags of a table that were given and that only training reads. A default's own value does not count."""
     rows = [row for row in dataclasses.fields(settings) if row.metadata["trains"]]

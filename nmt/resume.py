@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nmt import sealed
+from nmt.checkpoint import is_plain
 from nmt.errors import UserError, first_line
 from nmt.signals import Stopped, StopRequest
 from nmt.storage import Log, clear_partial
@@ -74,14 +75,19 @@ def load(path: Path) -> State:
     """
     content = sealed.read(path)
     todo = "give --resume the state of a run, or leave the flag out"
-    if content.pop("state_format", None) != FORMAT:
+    number = content.pop("state_format", None)
+    if type(number) is not int or number != FORMAT:
         raise UserError("checkpoint", f"no state of a run of format {FORMAT}", str(path), todo)
     try:
         state = State(**content)
-        kinds = {name: type(value) for name, value in dataclasses.asdict(State("", {}, {}, {})).items()}
+        kinds = {name: type(value) for name, value in vars(State("", {}, {}, {})).items()}
         wrong = [name for name, kind in kinds.items() if type(getattr(state, name)) is not kind]
         if wrong or min(state.step, state.epoch, state.position) < 0:
             raise ValueError(f"{', '.join(wrong) or 'a count'} has a wrong value")
+        if any(type(part) is not dict for part in state.parts.values()):
+            raise ValueError("a part is no dict")
+        if not all(map(is_plain, (state.given, state.settings, state.about))):
+            raise ValueError("it holds other things than numbers and text")
     except (TypeError, ValueError) as error:
         raise UserError("checkpoint", f"contradicts itself: {first_line(error)}", str(path), todo) from error
     return state
@@ -155,8 +161,8 @@ class Run:
         self._state, self._parts = state, parts
         self._path, self._owns, self._interval = path, owns, 60 * minutes
         self._stop, self._log = stop, log
-        for name in parts.keys() & state.parts.keys():
-            parts[name].restore(state.parts[name])
+        for name, part in parts.items():
+            self._restore(name, part)
         if path is not None:
             clear_partial(path)
         self._saved = time.monotonic()
@@ -173,7 +179,7 @@ class Run:
         """
         self._parts["log"] = log
         if self._position:
-            log.restore(self._state.parts["log"])
+            self._restore("log", log)
         position, self._position = self._position, 0
         return position
 
@@ -205,6 +211,16 @@ class Run:
         del self._parts["log"]
         if self._path is not None and time.monotonic() >= self._saved + self._cost / SHARE:
             self._save(step, epoch + 1, 0)
+
+    def _restore(self, name: str, part: Part) -> None:
+        """Has a part take over what the state has of it. A new run's state has nothing."""
+        if not self._state.parts:
+            return
+        try:
+            part.restore(self._state.parts[name])
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            what = f"contradicts itself: {name}: {first_line(error)}"
+            raise UserError("checkpoint", what, "the state of the run", sealed.OTHER_COPY) from error
 
     def _save(self, step: int, epoch: int, position: int) -> None:
         assert self._path is not None

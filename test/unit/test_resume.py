@@ -4,6 +4,7 @@ import copy
 import hashlib
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -342,6 +343,66 @@ def test_a_state_that_contradicts_itself_is_refused(stopped, tiny_corpus, change
     path = resume.state_path(stopped)
     sealed.write(path, sealed.read(path) | change)
     refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", "auto", says=str(path))
+
+
+class Reached(BaseException):
+    """The first step would begin."""
+
+
+JUNK = [None, -1, 0, 10**20, 3.5, float("nan"), "", "x", True, [], [1], {}, {"a": 1}, torch.ones(2), torch.ones(2, 3)]
+
+
+def damage(content: dict, generator: random.Random) -> None:
+    """Replaces or removes something somewhere in a state."""
+    inner = content
+    while True:
+        key = generator.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if isinstance(inner[key], dict | list) and len(inner[key]) and generator.random() < 0.8:
+            inner = inner[key]
+        elif generator.random() < 0.3:
+            del inner[key]
+            return
+        else:
+            inner[key] = generator.choice(JUNK)
+            return
+
+
+@pytest.mark.parametrize("cases", [60, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_state_that_was_signed_with_other_contents_is_refused_or_begins(
+    stopped, tiny_corpus, monkeypatch, capsys, cases
+):
+    """No exception but a user's error, whatever is in the file. Some changes make another state that is in order."""
+
+    def reach(*_):
+        raise Reached
+
+    monkeypatch.setattr(train_8p, "seed_step", reach)
+    path, generator, kinds = resume.state_path(stopped), random.Random(cases), set()
+    original = sealed.read(path)
+    for _ in range(cases):
+        content = copy.deepcopy(original)
+        damage(content, generator)
+        sealed.write(path, content)
+        try:
+            kinds.add(run_main(train_8p.main, ["--data-dir", str(tiny_corpus), "--resume", str(path)]))
+        except Reached:
+            kinds.add("begins")
+    assert kinds <= {2, 4, "begins"} and {4, "begins"} <= kinds
+
+
+@pytest.mark.parametrize("cases", [20, pytest.param(300, marks=pytest.mark.slow)])
+def test_a_flipped_bit_or_a_lost_end_of_a_state_is_refused(stopped, cases):
+    """Rows 12 and 14, for the state of a run."""
+    path, generator = resume.state_path(stopped), random.Random(cases)
+    original = path.read_bytes()
+    for case in range(cases):
+        changed = bytearray(original)
+        if case % 3:
+            changed[generator.randrange(len(changed))] ^= 1 << generator.randrange(8)
+        else:
+            del changed[generator.randrange(len(changed)) :]
+        path.write_bytes(changed)
+        refused("checkpoint", resume.load, path)
 
 
 def test_a_state_is_found_by_its_name_too(stopped, record, tiny_corpus):
