@@ -289,7 +289,7 @@ def main(argv: list[str]) -> None:
     )
     writes = world.is_main and not settings.performance
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
-        run(settings, given, mixed, plan)
+        run(settings, mixed, plan, given)
 
 
 def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any], list[str]]:
@@ -328,7 +328,7 @@ def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any],
     return Settings(**given | {"resume": str(path)}), given, []
 
 
-def run(settings: Settings, given: dict[str, Any], mixed: precision.Choice, plan: distributed.Plan) -> None:
+def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan, given: dict[str, Any]) -> None:
     """Trains on this node's devices, then scores the best checkpoint on the test set."""
     corpus = load_corpus(settings, log=say)
     start = time.monotonic()
@@ -336,9 +336,9 @@ def run(settings: Settings, given: dict[str, Any], mixed: precision.Choice, plan
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
     if plan.spawns:
         how = launch.CHECK if settings.performance else "start the same command with --resume auto"
-        plan.spawn(run_rank, settings, given, mixed, debug=settings.debug, how_to_resume=how)
+        plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
     else:
-        run_rank(world, settings, given, mixed, corpus)
+        run_rank(world, settings, mixed, given, corpus)
     if world.is_main and not settings.performance:
         path = Path(settings.ckptpath)
         saved = checkpoint.load(path)
@@ -363,8 +363,8 @@ def evaluate(settings: Settings, plan: distributed.Plan, path: Path) -> None:
 def run_rank(
     world: World,
     settings: Settings,
-    given: dict[str, Any],
     mixed: precision.Choice,
+    given: dict[str, Any] | None = None,
     corpus: data.Corpus | None = None,
 ) -> None:
     """The life of one process that trains: it meets the others, if there are any, trains, and leaves.
@@ -372,8 +372,8 @@ def run_rank(
     Args:
         world: what this process knows of all.
         settings: resolved.
-        given: the flags of the command.
         mixed: the precision.
+        given: the flags of the command, for the run's state.
         corpus: the data. None in a spawned process, which reads it from the cache that its parent has built.
     """
     only_rank_0_speaks(world.rank)
@@ -386,7 +386,7 @@ def run_rank(
     if settings.compile_loss:  # it needs the device
         kernels.compile_softmax(world.device, mixed.dtype)
     with StopRequest() as stop, telling_memory(lambda: size_of_a_step(settings, world, corpus)):
-        train(settings, given, mixed, world, corpus, model, stop)
+        train(settings, mixed, world, corpus, model, given or {}, stop)
     world.stop()
 
 
@@ -395,22 +395,22 @@ def run_rank(
 
 def train(
     settings: Settings,
-    given: dict[str, Any],
     mixed: precision.Choice,
     world: World,
     corpus: data.Corpus,
     model: gru.Seq2Seq,
+    given: dict[str, Any],
     stop: StopRequest,
 ) -> None:
     """One rank's training, from the first step, or from the saved state of the run, to the best checkpoint.
 
     Args:
         settings: resolved.
-        given: the flags of the command.
         mixed: the precision.
         world: the ranks. All run the same lines, and what ranks other than 0 say is not seen.
         corpus: the data.
         model: from `first_model`. All ranks take rank 0's weights.
+        given: the flags of the command.
         stop: tells whether to save the run's state and end.
     """
     device = world.device
@@ -434,6 +434,7 @@ def train(
     if world.size > 1:
         settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
     step = run.step
+    world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
         batches = epoch_steps(settings, corpus, epoch)
         criterion.train()

@@ -343,7 +343,7 @@ def test_the_sums_of_a_step_are_the_loss_and_the_tokens_of_all_ranks_by_one_all_
 
 
 def watched_rank(world: World, settings, mixed, folder: str) -> None:
-    """`train_8p.run_rank`, writing down the generator's first state, each step's pairs, loss, gradients and weights."""
+    """`train_8p.run_rank`, writing down a generator's state, each step's pairs, loss, gradients and weights."""
     shares, totals, steps, generators = [], [], [], []
     rank_share, step_done, step = data.rank_share, nmt.log.EpochLog.step_done, precision.NativeTrainer.step
 
@@ -368,7 +368,9 @@ def watched_rank(world: World, settings, mixed, folder: str) -> None:
         watched_step,
     )
     train_8p.run_rank(world, settings, mixed)
-    record = {"shares": shares, "totals": totals, "steps": steps, "generator": generators[0]}
+    if world.size > 1:  # `settle_buckets` has the first batch too
+        del shares[0], generators[0]
+    record = {"shares": shares, "totals": totals, "steps": steps, "generator": generators[1]}
     torch.save(record, Path(folder) / f"rank{world.rank}.pt")
 
 

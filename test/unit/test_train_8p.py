@@ -34,7 +34,7 @@ def test_what_takes_time_is_done_before_the_group_is_made(monkeypatch, tiny_corp
     monkeypatch.setattr(train_8p, "first_model", lambda *_: done.append("model"))
     monkeypatch.setattr(World, "start", lambda *_: done.append("group"))
     monkeypatch.setattr(train_8p, "train", lambda *_: done.append("training"))
-    train_8p.run_rank(World(), parse(), {}, precision.Choice())
+    train_8p.run_rank(World(), parse(), precision.Choice())
     assert done == ["data", "model", "group", "training"]
 
 
