@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
         folder.mkdir()
         temporary.mkdir()
         command = [*machine.TRAIN, "--device=cpu", "--multiprocessing-distributed", "--device-list=0,1"]
-        command += ["--epochs=100000", "--save-every=0.5", *args.flags]
+        command += ["--epochs=100000", "--save-every=0.5", "--", *args.flags]
         environment = os.environ | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
         with (
             open(log, "w") as output,

@@ -10,7 +10,7 @@ import signal
 import socket
 
 import train_8p
-from nmt import precision, resume, sealed
+from nmt import checkpoint, precision, resume, sealed
 from nmt.errors import run_main
 
 import pytest
@@ -150,7 +150,6 @@ PARTS = [
     ("trainer", "optimizer"),
     ("average", "model"),
     ("average", "step"),
-    ("best", "merit"),
     ("log", "totals"),
     ("log", "since_line"),
     ("log", "step"),
@@ -165,9 +164,25 @@ def test_each_saved_field_counts(record, straight, tiny_corpus, tmp_path, capsys
     assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
     before = told(capsys.readouterr().out)
     forget(resume.state_path(path), field, record.fresh)
+    if isinstance(field, str):
+        assert record(tiny_corpus, path, "--resume", "auto") == 4, "the three counts hold each other"
+        return
     assert record(tiny_corpus, path, "--resume", "auto") == 0
     out = capsys.readouterr().out
     assert (record.hashes[EPOCHS - 1], before + told(out)) != (hashes[EPOCHS - 1], lines)
+
+
+def test_the_best_score_counts(record, tiny_corpus, tmp_path, capsys):
+    """A worse model does not take the place of the best one that the run had before it was stopped."""
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
+    content = sealed.read(resume.state_path(path))
+    content["parts"]["best"]["merit"] = [100.0, 0.0]
+    sealed.write(resume.state_path(path), content)
+    capsys.readouterr()
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert "saved: " not in capsys.readouterr().out
+    assert checkpoint.load(path).scores["epoch"] == 0
 
 
 @pytest.mark.parametrize(
