@@ -1,7 +1,6 @@
 """A run that is stopped and goes on is the run that was never stopped, bit for bit."""
 
 import copy
-import hashlib
 import multiprocessing
 import os
 import random
@@ -13,6 +12,7 @@ import train_8p
 from nmt import checkpoint, precision, resume, sealed
 from nmt.errors import run_main
 
+import hashing
 import pytest
 import torch
 from conftest import SMALL, refused, write_corpus
@@ -21,28 +21,6 @@ STEPS, EPOCHS = 8, 3  # steps of an epoch
 COMMON = [*SMALL, "--epochs", str(EPOCHS), "-p", "3", "--beam-size", "2"]
 FLAGS = [*COMMON, "-b", "8"]
 OVERFLOWING = ["--amp", "--amp-dtype", "bfloat16", "--loss-scale", "dynamic", "--opt-level", "O2"]
-
-
-def digest(value) -> str:
-    """sha256 over all tensors, numbers and texts in nested dicts and lists."""
-    hasher = hashlib.sha256()
-
-    def add(value):
-        if isinstance(value, torch.Tensor):
-            hasher.update(f"{value.dtype} {list(value.shape)}".encode())
-            hasher.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in value:
-                hasher.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, list | tuple):
-            for each in value:
-                add(each)
-        else:
-            hasher.update(repr(value).encode())
-
-    add(value)
-    return hasher.hexdigest()
 
 
 class Recorder:
@@ -63,8 +41,7 @@ class Recorder:
             step_done(run, step, epoch, position)
 
         def watched_epoch_done(run, step, epoch):
-            trainer, average = run._parts["trainer"].state(), run._parts["average"].state()
-            self.hashes[epoch] = digest({"trainer": trainer, "average": average})
+            self.hashes[epoch] = hashing.digest_of(run)
             epoch_done(run, step, epoch)
 
         monkeypatch.setattr(resume.Run, "__init__", watched_begin)
@@ -214,7 +191,7 @@ def forget(path, field, fresh):
         beginning = fresh | {"log": {"totals": [0.0, 0.0], "since_line": [0.0, 0.0], "step": 0}}
         for name in outer:
             inner, beginning = inner[name], beginning[name]
-        assert digest(inner[last]) != digest(beginning[last])
+        assert hashing.digest(inner[last]) != hashing.digest(beginning[last])
         inner[last] = beginning[last]
     sealed.write(path, content)
 
