@@ -1,7 +1,7 @@
 """How good a model is: its translations, their BLEU and chrF, and its losses on pairs that it has not seen."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +124,7 @@ def translate(
     max_length: int = MAX_LENGTH,
     beam_size: int = 1,
     length_penalty: float = 1.0,
+    pause: Callable[[], object] = lambda: None,
 ) -> list[list[str]]:
     """Translates sentences, shared out over the ranks.
 
@@ -134,6 +135,7 @@ def translate(
         world: the ranks. Every rank calls this.
         max_length: most tokens of a translation.
         beam_size, length_penalty: as in `beam_search`. A beam of 1 is greedy.
+        pause: as in `validate`.
 
     Returns:
         The tokens of each sentence without those of white space, in the order of `src`, on every rank.
@@ -142,6 +144,7 @@ def translate(
     ids = torch.zeros(len(src.lengths), max_length, dtype=torch.int64)
     length_step = 1 if kernels.computes_steps(world.device) else data.LENGTH_STEP
     for indices in batches(by_length, world, BATCH_SIZE // beam_size):
+        pause()
         tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
         tokens, lengths = tokens.to(world.device), lengths.to(world.device)
         if beam_size == 1:
@@ -182,18 +185,20 @@ class Losses:
 
 
 @torch.no_grad()
-def losses(model: gru.Seq2Seq, loader: data.Loader, world: World) -> Losses:
+def losses(model: gru.Seq2Seq, loader: data.Loader, world: World, pause: Callable[[], object] = lambda: None) -> Losses:
     """The losses over a whole split, shared out over the ranks.
 
     Args:
         model: the fp32 model, in evaluation mode, on the rank's device.
         loader: makes the batches of the split. Its `fixed_length` counts as in training.
         world: the ranks. Every rank calls this.
+        pause: as in `validate`.
     """
     criterion = gru.TrainingLoss(model)
     totals = torch.zeros(3, device=world.device)  # the losses, forced and free-running, and the target tokens
     by_length = torch.argsort(loader.split.trg.lengths, stable=True)
     for indices in batches(by_length, world, BATCH_SIZE):
+        pause()
         batch = loader(indices)
         sums = [criterion(batch, teacher_forcing_ratio) for teacher_forcing_ratio in (1.0, 0.0)]
         totals += torch.stack((*sums, sums[0].new_full((), batch.target_tokens)))
@@ -249,7 +254,12 @@ class Validation:
 
 
 def validate(
-    model: gru.Seq2Seq, loader: data.Loader, vocab: data.Vocabulary, world: World, max_length: int | None = None
+    model: gru.Seq2Seq,
+    loader: data.Loader,
+    vocab: data.Vocabulary,
+    world: World,
+    max_length: int | None = None,
+    pause: Callable[[], object] = lambda: None,
 ) -> Validation:
     """Scores a model on the pairs of a loader.
 
@@ -259,13 +269,15 @@ def validate(
         vocab: the target vocabulary.
         world: the ranks. Every rank calls this.
         max_length: as in `longest_translation`.
+        pause: is called before each batch. It may raise to end the work.
     """
     model.eval()
     split = loader.split
-    found = losses(model, loader, world)
+    found = losses(model, loader, world, pause)
     if not found.are_finite:
         return Validation(found)  # such a model translates nothing
-    translations = translate(model, split.src, vocab, world, max_length=longest_translation(split, max_length))
+    limit = longest_translation(split, max_length)
+    translations = translate(model, split.src, vocab, world, max_length=limit, pause=pause)
     if not world.is_main:
         return Validation(found)
     references = split.references

@@ -39,7 +39,7 @@ import random
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,8 +266,10 @@ import torch
 
 def main(argv: list[str]) -> None:
     """Decides where and how to run, then trains and scores, or scores alone."""
-    settings = Settings(**vars(build_parser().parse_args(argv)))
-    settings, given, notes = with_flags_of_the_run(settings)
+    parser = build_parser()
+    settings = Settings(**vars(parser.parse_args(argv)))
+    typed = {name: getattr(settings, name) for name in parser.given}
+    settings, given, notes = with_flags_of_the_run(settings, typed)
     plan = distributed.plan(
         **settings.named("device npu gpu device_list max_devices multiprocessing_distributed world_size rank"),
         **settings.named("addr dist_url dist_backend dist_timeout bleu_npu batch_size"),
@@ -288,36 +290,43 @@ def main(argv: list[str]) -> None:
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
+    if writes:
+        resume.check_paths(settings.ckptpath)
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
-        run(settings, mixed, plan, given)
+        run(settings, mixed, plan, given, typed)
 
 
-def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any], list[str]]:
+def with_flags_of_the_run(settings: Settings, typed: dict[str, Any]) -> tuple[Settings, dict[str, Any], list[str]]:
     """The settings of a run that goes on: a flag that is left out is as in the run's own command.
 
     Args:
         settings: as the flags give them.
+        typed: the flags of this command.
 
     Returns:
-        The settings, whose `resume` is the path of the state, or None for a new run. The flags that were given, by
-        this command or by the run's. And notes.
+        The settings, whose `resume` is the path of the state, or None for a new run. The flags of the run's command and
+        of this one. And notes.
 
     Raises:
         UserError: usage, `--resume` has no meaning here. Or checkpoint, the state cannot be read.
     """
-    given = {name: value for name, value in vars(settings).items() if value != getattr(Settings, name)}
+    given = dict(typed)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun, or a wrapper
     wanted = settings.resume
-    if wanted is None and not settings.performance and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        wanted = "auto"  # torchrun has started this rank again
-    if wanted is None or settings.evaluate:
+    if wanted is None and restarted and not settings.performance:
+        wanted = "auto"
+    if wanted is None or settings.evaluate is not None:
         return settings, given, []
     if settings.performance:
         raise UserError("usage", "a performance run keeps no state", "--resume", "leave one of the two flags out")
-    path = resume.state_path(settings.ckptpath) if wanted == "auto" else Path(wanted)
+    if wanted != "auto" and "ckptpath" not in given and wanted.endswith(resume.SUFFIX):
+        given["ckptpath"] = wanted.removesuffix(resume.SUFFIX)
+    own = resume.state_path(given.get("ckptpath", settings.ckptpath))
+    path = own if wanted == "auto" else Path(wanted)
+    if wanted != "auto" and restarted and own.exists() and resume.load(own).run == resume.load(path).run:
+        path = own  # what the run has saved since its first start
     if wanted == "auto" and not path.exists():
         return replace(settings, resume=None), given, [f"there is no {path}: a new run begins"]
-    if wanted != "auto" and "ckptpath" not in given and path.name.endswith(resume.SUFFIX):
-        given["ckptpath"] = str(path).removesuffix(resume.SUFFIX)
     saved = {name: value for name, value in resume.load(path).given.items() if name not in OF_THE_COMMAND}
     try:  # as if they had been typed again, so that each is one that this version takes
         again = vars(build_parser().parse_args(flags.as_arguments(saved)))
@@ -328,14 +337,38 @@ def with_flags_of_the_run(settings: Settings) -> tuple[Settings, dict[str, Any],
     return Settings(**given | {"resume": str(path)}), given, []
 
 
-def run(settings: Settings, mixed: precision.Choice, plan: distributed.Plan, given: dict[str, Any]) -> None:
-    """Trains on this node's devices, then scores the best checkpoint on the test set."""
+def run(
+    settings: Settings,
+    mixed: precision.Choice,
+    plan: distributed.Plan,
+    given: dict[str, Any],
+    typed: Collection[str] = (),
+) -> None:
+    """Trains on this node's devices, then scores the best checkpoint on the test set.
+
+    Args:
+        settings: as the flags give them.
+        mixed: the precision.
+        plan: the ranks.
+        given: the flags of the run's command and of this one.
+        typed: those of this one.
+    """
     corpus = load_corpus(settings, log=say)
     start = time.monotonic()
     world = plan.worlds[0]
+    lowers = settings.batch_size is None
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
+    if lowers and settings.batch_size < RECIPES["tuned"]["batch_size"] and settings.recipe == "tuned":
+        say(
+            f"note: a small corpus: the batch is {settings.batch_size}, so that an epoch has about {ENOUGH_UPDATES} "
+            "updates; --batch-size sets another"
+        )
+    if settings.resume is not None:  # told before anything else is
+        resume.check_same(
+            resume.load(Path(settings.resume)), new_state(settings, given, world, corpus), Path(settings.resume), typed
+        )
     if plan.spawns:
-        how = launch.CHECK if settings.performance else "start the same command with --resume auto"
+        how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
     else:
         run_rank(world, settings, mixed, given, corpus)
@@ -425,14 +458,13 @@ def train(
     loader, val_loader = (
         data.Loader(split, device, fixed_length=settings.fixed_length) for split in (corpus.train, corpus.val)
     )
-    state = state_of_run(settings, given, world, corpus)
-    best = checkpoint.BestFile(Path(settings.ckptpath), state.run, log=say)
-    run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
-
     first_batches = epoch_steps(settings, corpus, epoch=0)
     total_steps = settings.epochs * len(first_batches)
     if world.size > 1:
         settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
+    state = state_of_run(settings, given, world, corpus)
+    best = checkpoint.BestFile(Path(settings.ckptpath), state.run, log=say)
+    run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
     world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
@@ -469,6 +501,7 @@ def train(
             run.step_done(step, epoch, position + 1)
 
         # 4. The end of the epoch: its speed and, unless speed is all we want, validation and the best weights.
+        run.steps_done(step, epoch, len(batches))
         pairs_per_second, train_loss = log.finish()
         trainer.refresh_model()  # the fp32 model takes over what was trained
         say(f"* FPS@all {pairs_per_second:.3f}")
@@ -480,8 +513,9 @@ def train(
         if not settings.performance:
             average.catch_up(step)  # the average takes in the last steps
             rate = learning_rate(step - 1, total_steps, settings)
-            validate(settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate)
-            run.epoch_done(step, epoch)
+            validate(
+                settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate, run.end_if_asked
+            )
     if world.is_main:
         best.complete()
 
@@ -560,6 +594,7 @@ def validate(
     epoch: int,
     train_loss: float,
     rate: float,
+    pause: Callable[[], object] = lambda: None,
 ) -> None:
     """Scores the model on the validation pairs, prints the figures, and saves it if it is the best so far.
 
@@ -571,11 +606,12 @@ def validate(
         epoch: the epoch that has ended, from 0.
         train_loss: its mean training loss.
         rate: its last learning rate.
+        pause: is called before each batch. It may raise to end the run.
 
     Raises:
         UserError: diverged, on every rank, if a loss or a weight is not finite, or the validation loss has exploded.
     """
-    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length)
+    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length, pause)
     losses = found.losses
     what = ""
     if not (math.isfinite(train_loss) and losses.are_finite and may_recover(losses.forced)):
@@ -666,19 +702,16 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
     )
 
 
-def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
-    """Where the run stands: at its beginning, or as its file says.
+def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
+    """A run at its beginning.
 
     Args:
         settings: resolved.
         given: the flags of the command.
         world, corpus: as in `train`.
-
-    Raises:
-        UserError: as from `resume.load` and `resume.check_same`.
     """
     decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]} - set(INDIFFERENT)
-    now = resume.State(
+    return resume.State(
         run=secrets.token_hex(8),
         given=given,
         settings={name: getattr(settings, name) for name in sorted(decisive | set(DECISIVE))},
@@ -691,19 +724,37 @@ def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus
             "torch": str(torch.__version__),
         },
     )
-    if settings.resume is None:
-        return now
-    path = Path(settings.resume)
-    state = resume.load(path)
-    others = resume.check_same(state, now, path)
-    steps = len(epoch_steps(settings, corpus, epoch=0))
-    if state.step != state.epoch * steps + state.position or state.position > steps or state.epoch > settings.epochs:
-        where = f"step {state.step} in epoch {state.epoch} at {state.position}, of {settings.epochs} epochs of {steps}"
-        raise UserError("checkpoint", f"contradicts itself: {where}", str(path), "use an earlier copy, or train again")
-    if others:
-        say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
-    say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}")
-    return replace(state, given=now.given, settings=now.settings, about=now.about)
+
+
+def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
+    """Where the run stands: at its beginning, or as its file says. Every rank calls this.
+
+    Args: as in `new_state`.
+
+    Raises:
+        UserError: as from `resume.load` and `resume.check_same`. Or checkpoint, the ranks have different states.
+    """
+    state, number = new_state(settings, given, world, corpus), 0
+    if settings.resume is not None:
+        path, now = Path(settings.resume), state
+        state = resume.load(path)
+        others = resume.check_same(state, now, path)
+        steps = len(epoch_steps(settings, corpus, epoch=0))
+        counts = state.step == state.epoch * steps + state.position
+        if not counts or state.position > steps or state.epoch > settings.epochs:
+            where = f"step {state.step}, epoch {state.epoch}, position {state.position}, of {settings.epochs} x {steps}"
+            todo = "use an earlier copy, or train again"
+            raise UserError("checkpoint", f"contradicts itself: {where}", str(path), todo)
+        if others:
+            say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
+        say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}")
+        number = 1 + int(hashlib.sha256(f"{state.run} {state.step}".encode()).hexdigest()[:4], 16)
+        state = replace(state, given=now.given, settings=now.settings, about=now.about)
+    if not world.agrees_on(number):
+        what = "the ranks have different states of the run, or some have none"
+        todo = "give each node the same file, under the same path"
+        raise UserError("checkpoint", what, f"rank {world.rank}, {settings.resume or 'a new run'}", todo)
+    return state
 
 
 def open_run(

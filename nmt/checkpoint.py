@@ -111,15 +111,18 @@ class BestFile:
         return {"merit": list(self.merit)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave.
+        """Takes over what `state` gave. The file may be newer than that, because it is written more often.
 
         Raises:
             UserError: checkpoint, the run's best model is not in its file any more.
         """
         self.merit = tuple(state["merit"])
-        if self.merit and run_of(self._path) != self._run:
+        about = about_of(self._path)
+        if about.get("run") == self._run:
+            self.merit = max(self.merit, tuple(about.get("merit", ())))
+        elif self.merit:
             what = "not the best model of the run that is to go on"
-            todo = f"give --ckptpath the path of that model, perhaps {previous_of(self._path)}"
+            todo = "give --ckptpath the path of that model"
             raise UserError("checkpoint", what, str(self._path), todo)
 
     def replace(self, merit: tuple[float, ...], checkpoint: Checkpoint) -> None:
@@ -130,7 +133,7 @@ class BestFile:
         """
         if not self._has_written:
             make_room(self._path, self._run, self._log)
-        about = checkpoint.about | {"run": self._run}
+        about = checkpoint.about | {"run": self._run, "merit": list(merit)}
         save(self._path, dataclasses.replace(checkpoint, about=about, completed=False))
         self._has_written, self.merit = True, merit
         self._log(f"saved: {self._path} (the best so far)")
@@ -272,12 +275,17 @@ def make_room(path: Path, run: str, log: Log) -> None:
         log(f"{there}, of a run that did not end: it is replaced; {previous.name} is of one that did, and stays")
 
 
+def about_of(path: Path) -> dict[str, Any]:
+    """What the checkpoint at `path` says about its run. Empty if there is none that can be read."""
+    try:
+        return load(path).about
+    except UserError:
+        return {}
+
+
 def run_of(path: Path) -> str | None:
     """The name of the run that wrote the checkpoint at `path`. None if there is none, or it has no name."""
-    try:
-        return load(path).about.get("run")
-    except UserError:
-        return None
+    return about_of(path).get("run")
 
 
 def is_completed(path: Path) -> bool | None:
@@ -353,6 +361,9 @@ def read_own(content: dict, seal: sealed.Seal | None, where: str) -> Checkpoint:
         seal: that of the file, which has been verified.
         where: its path, for errors.
     """
+    if "state_format" in content:
+        what, todo = "the state of a run, not a model", f"give the model, {where.removesuffix('.state')}"
+        raise UserError("checkpoint", what, where, todo)
     number = content.get("format")
     if type(number) is not int:
         raise damaged("it does not say its format", where)

@@ -152,6 +152,15 @@ class World:
         total_loss, total_tokens = self.sum(torch.stack((loss_sum.detach(), count)))
         return total_loss, total_tokens
 
+    def agrees_on(self, number: int) -> bool:
+        """Whether all ranks have the same number. Every rank calls this.
+
+        Args:
+            number: from 0 to 2**18 - 1. So float32 holds the sum over 64 ranks.
+        """
+        total = self.sum(torch.tensor(float(number), device=self.device))
+        return float(total) == number * self.size
+
     def copy_from_main(self, tensors: Iterable[Tensor]) -> None:
         """Gives all ranks the values of rank 0, in place."""
         if self.size > 1:

@@ -22,7 +22,20 @@ EXIT_CODES = {"memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "dis
 # What the messages of other people's errors say. Most are plain RuntimeErrors.
 OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed", "unable to allocate")
 LOWER = "lower --batch-size, or --beam-size for the final score, or --hid-dim and --emb-dim"
-OF_PEERS = ("gloo", "nccl", "hccl", "connection closed by peer", "connection reset by peer")
+# What collectives say when another rank has gone or does not answer. Their other errors are a rank's own.
+OF_PEERS = (
+    "broken pipe",
+    "communicator was aborted",
+    "connection closed by peer",
+    "connection refused",
+    "connection reset by peer",
+    "read error",
+    "remote process exited",
+    "socket closed",
+    "timed out",
+    "timeout",
+    "write error",
+)
 
 
 class UserError(Exception):

@@ -22,7 +22,12 @@ class StrictParser(argparse.ArgumentParser):
     """An ArgumentParser for optional flags. A faulty command line raises a usage `UserError`.
 
     The help shows defaults by itself. If a flag's default is None, its help text should say what decides instead.
+
+    Attributes:
+        given: the names of the flags that the last command line had.
     """
+
+    given: set[str]
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
@@ -43,14 +48,19 @@ class StrictParser(argparse.ArgumentParser):
             cut = args.index("--")
             own, user = args[:cut], args[cut + 1 :]
         namespace = argparse.Namespace()
+        self.given = set()
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
-            self._refuse_what_argparse_takes(section)
+            self.given |= self._refuse_what_argparse_takes(section)
             namespace = super().parse_args(section, namespace)
         return namespace
 
-    def _refuse_what_argparse_takes(self, section: list[str]) -> None:
-        """Refuses a repeated flag, and the value `--`, which argparse drops and then fails."""
+    def _refuse_what_argparse_takes(self, section: list[str]) -> set[str]:
+        """Refuses a repeated flag, and the value `--`, which argparse drops and then fails.
+
+        Returns:
+            The names of the flags that are given.
+        """
         seen = set()
         for arg in section:
             name, _, value = arg.partition("=") if arg.startswith("--") else (arg[:2], "", arg[2:].removeprefix("="))
@@ -63,6 +73,7 @@ class StrictParser(argparse.ArgumentParser):
             if value == "--":
                 self.error(f"argument {names}: '--' is not a value")
             seen.add(action.dest)
+        return seen
 
 
 class Default(str):
@@ -195,15 +206,20 @@ def free_text(text: str) -> str:
 
     An empty one is most often a variable that a script has not set. The program must not take it for a flag left out.
     """
-    if not text:
-        raise argparse.ArgumentTypeError("the flag has an empty value: give it one or leave it out")
+    refuse_empty(text)
     if "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has a NUL byte")
     return text
 
 
+def refuse_empty(text: str) -> None:
+    if not text:
+        raise argparse.ArgumentTypeError("the flag has an empty value: give it a value or leave it out")
+
+
 def integer(text: str) -> int:
     """A decimal integer in ASCII digits."""
+    refuse_empty(text)
     if not INTEGER.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number in the digits 0-9")
     return int(text)
@@ -257,6 +273,7 @@ def seed(text: str) -> int:
 
 def decimal(text: str) -> float:
     """A decimal number in ASCII digits. float32 can hold it, which most of them become."""
+    refuse_empty(text)
     if not DECIMAL.fullmatch(text) or not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite decimal number in the digits 0-9")
     value = float(text)

@@ -10,21 +10,26 @@ number of processes, the threads and PyTorch's version are the same. `difference
 """
 
 import dataclasses
+import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nmt import sealed
+from nmt import checkpoint, sealed
 from nmt.checkpoint import is_plain
 from nmt.errors import UserError, first_line
+from nmt.flags import flag_of
 from nmt.signals import Stopped, StopRequest
 from nmt.storage import Log, clear_partial
 
 FORMAT = 1
 SUFFIX = ".state"
-KEPT = ".previous"  # behind the name of an earlier run's state
+KEPT = ".unfinished"  # behind the name of the best model of a run that did not end, before another run takes the name
 SHARE = 0.02  # of the time goes into saving at the ends of epochs, at most
+MOST_SHOWN = 4  # settings in a message
+HOW = "to go on, add --resume auto to the command"
 
 
 class Part(Protocol):
@@ -64,7 +69,12 @@ class State:
 
 def state_path(ckptpath: str | Path) -> Path:
     """Where the state of a run stands whose best model is `ckptpath`."""
-    return Path(f"{ckptpath}{SUFFIX}")
+    return Path(f"{real(ckptpath)}{SUFFIX}")
+
+
+def real(ckptpath: str | Path) -> str:
+    """The path itself, or where it leads to if it is a link, as the model stands there."""
+    return os.path.realpath(ckptpath) if os.path.islink(ckptpath) else os.fspath(ckptpath)
 
 
 def load(path: Path) -> State:
@@ -73,9 +83,15 @@ def load(path: Path) -> State:
     Raises:
         UserError: checkpoint, it is missing, damaged or something else.
     """
+    if not path.exists():
+        todo = f"give --resume auto, or the path of the state of a run, NAME{SUFFIX}"
+        raise UserError("checkpoint", "no such file", str(path), todo)
     content = sealed.read(path)
-    todo = "give --resume the state of a run, or leave the flag out"
+    todo = "use an earlier copy, or train again"
     number = content.pop("state_format", None)
+    if "state_dict" in content:
+        what, todo = "a model, not the state of a run", f"give --resume {state_path(path)}, or auto"
+        raise UserError("checkpoint", what, str(path), todo)
     if type(number) is not int or number != FORMAT:
         raise UserError("checkpoint", f"no state of a run of format {FORMAT}", str(path), todo)
     try:
@@ -93,12 +109,13 @@ def load(path: Path) -> State:
     return state
 
 
-def check_same(state: State, now: State, path: Path) -> list[str]:
+def check_same(state: State, now: State, path: Path, typed: Collection[str] = ()) -> list[str]:
     """Refuses to go on with other settings or data.
 
     Args:
         state: from the file `path`.
         now: what this command would begin with.
+        typed: the flags that this command itself has, by name.
 
     Returns:
         What else differs. It keeps the run from being the same bit for bit.
@@ -106,14 +123,19 @@ def check_same(state: State, now: State, path: Path) -> list[str]:
     Raises:
         UserError: usage, a flag contradicts the run. Or checkpoint, the data or the vocabularies are others.
     """
-    names = sorted(state.settings.keys() | now.settings.keys())
-    others = [name for name in names if state.settings.get(name) != now.settings.get(name)]
+    names = state.settings.keys() | now.settings.keys()
+    others = sorted(name for name in names if state.settings.get(name) != now.settings.get(name))
     if others:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        what = "; ".join(
-            f"{name} is {now.settings.get(name)}, in the run {state.settings.get(name)}" for name in others
-        )
-        todo = f"leave {flags} out, or start a new run with another --ckptpath"
+        guilty = [name for name in typed if name in others] or [name for name in typed if name in ("recipe", "amp")]
+        shown = ([name for name in others if name in guilty] or others)[:MOST_SHOWN]
+        what = "; ".join(f"{name} is {now.settings.get(name)}, in the run {state.settings.get(name)}" for name in shown)
+        if len(others) > len(shown):
+            what += f"; and {len(others) - len(shown)} more"
+        if guilty:
+            todo = f"leave {' and '.join(map(flag_of, guilty))} out"
+        else:
+            todo = "give " + " ".join(f"{flag_of(name)} {state.settings.get(name)}" for name in shown)
+        todo += ", or start a new run with another --ckptpath"
         raise UserError("usage", f"the run has other settings: {what}", str(path), todo)
     for name in ("data", "vocabularies"):
         if state.about.get(name) != now.about.get(name):
@@ -137,13 +159,16 @@ class Run:
         state: where the run stands: at its beginning, or as `load` gave it.
         parts: what is kept, by name. They take over what the state has of them.
         path: the file that it writes. None: it writes nothing.
-        owns: whether the file at `path` is this run's. Another run's is kept aside.
+        owns: whether the file at `path` is this run's. Another run's is set aside.
         minutes: between two times that it is written.
         stop: tells whether the run is to end. None: another rank decides.
         log: takes lines.
 
     Attributes:
         step, epoch: where the run began in this process, as in `State`.
+
+    Raises:
+        UserError: checkpoint, the state contradicts itself. Or io, the state of another run cannot be set aside.
     """
 
     def __init__(
@@ -158,13 +183,17 @@ class Run:
         log: Log,
     ):
         self.step, self.epoch, self._position = state.step, state.epoch, state.position
-        self._state, self._parts = state, parts
-        self._path, self._owns, self._interval = path, owns, 60 * minutes
-        self._stop, self._log = stop, log
-        for name, part in parts.items():
-            self._restore(name, part)
+        self._parts, self._log_part = parts, state.parts.get("log")
+        self._path, self._interval, self._stop, self._log = path, 60 * minutes, stop, log
+        if state.parts:
+            for name, part in parts.items():
+                self._restore(name, part, state.parts.get(name))
+        self._state = dataclasses.replace(state, parts={})  # they are in memory once
         if path is not None:
             clear_partial(path)
+            if not owns:
+                set_aside(path, log)
+        self._saved_step = state.step if owns else None
         self._saved = time.monotonic()
         self._cost = 0.0  # seconds of the last time
 
@@ -179,7 +208,7 @@ class Run:
         """
         self._parts["log"] = log
         if self._position:
-            self._restore("log", log)
+            self._restore("log", log, self._log_part)
         position, self._position = self._position, 0
         return position
 
@@ -190,42 +219,42 @@ class Run:
             step, epoch, position: as in `State`.
 
         Raises:
-            Stopped: the run is to end, and the state is written.
-            UserError: io, the state of another run cannot be kept aside.
+            Stopped: the run is to end, and the state is written if it can be.
         """
         stops = self._stop is not None and self._stop.signal is not None
         if self._path is not None and (stops or time.monotonic() >= self._saved + self._interval):
             self._save(step, epoch, position)
-        if stops:
-            assert self._stop is not None
-            how = f"step {step} is saved; the same command with --resume auto goes on" if self._owns else ""
-            raise Stopped(self._stop.exit_code, how)
+        self.end_if_asked()
 
-    def epoch_done(self, step: int, epoch: int) -> None:
-        """Call this when an epoch is validated. The first one is always saved. Of short ones not each is worth a file.
+    def steps_done(self, step: int, epoch: int, position: int) -> None:
+        """Call this after the last step of an epoch: writes the state before the validation.
 
-        Args:
-            step: steps that are done.
-            epoch: the one that is done.
+        The first epoch's is always written. Of short epochs not each is worth a file.
         """
-        del self._parts["log"]
-        if self._path is not None and time.monotonic() >= self._saved + self._cost / SHARE:
-            self._save(step, epoch + 1, 0)
+        is_new = self._path is not None and step != self._saved_step
+        if is_new and time.monotonic() >= self._saved + self._cost / SHARE:
+            self._save(step, epoch, position)
 
-    def _restore(self, name: str, part: Part) -> None:
-        """Has a part take over what the state has of it. A new run's state has nothing."""
-        if not self._state.parts:
+    def end_if_asked(self) -> None:
+        """Call this where the run may end without another save.
+
+        Raises:
+            Stopped: it is to end.
+        """
+        if self._stop is None or self._stop.signal is None:
             return
+        how = "" if self._saved_step is None else f"step {self._saved_step} is saved; {HOW}"
+        raise Stopped(self._stop.exit_code, how)
+
+    def _restore(self, name: str, part: Part, state: Any) -> None:
         try:
-            part.restore(self._state.parts[name])
+            part.restore(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             what = f"contradicts itself: {name}: {first_line(error)}"
             raise UserError("checkpoint", what, "the state of the run", sealed.OTHER_COPY) from error
 
     def _save(self, step: int, epoch: int, position: int) -> None:
         assert self._path is not None
-        if not self._owns:
-            set_aside(self._path, self._log)
         start = time.monotonic()
         parts = {name: part.state() for name, part in self._parts.items()}
         state = dataclasses.replace(self._state, step=step, epoch=epoch, position=position, parts=parts)
@@ -235,25 +264,62 @@ class Run:
             # The training itself is in order, and ending it would lose more than going on.
             self._log(f"warning: cannot save the run's state in {self._path}: {error.strerror or error}")
         else:
-            self._owns = True
+            self._saved_step = step
             self._log(f"state: step {step} is saved in {self._path}")
         self._saved = time.monotonic()
         self._cost = self._saved - start
 
 
+def check_paths(ckptpath: str | Path) -> None:
+    """Raises an io UserError if a state beside the model `ckptpath` cannot be written or set aside."""
+    for path in (state_path(ckptpath), kept_of(ckptpath), state_path(kept_of(ckptpath))):
+        if path.is_dir():
+            todo = "move it away, or give --ckptpath another file"
+            raise UserError("io", "a folder, where a run keeps a file", str(path), todo)
+
+
+def kept_of(ckptpath: str | Path) -> Path:
+    """Where the best model of an unfinished run stands when another run has taken its name."""
+    return Path(f"{real(ckptpath)}{KEPT}")
+
+
 def set_aside(path: Path, log: Log) -> None:
-    """Keeps the state that an unfinished run left, because a new run will write there.
+    """Keeps the state that an unfinished run left, and its best model, because another run will write there.
+
+    Both get another name, under which the run can go on. If an unfinished run stands there already, the one with more
+    steps stays.
 
     Raises:
-        UserError: io, it cannot be moved.
+        UserError: io, they cannot be kept.
     """
     if not path.exists():
         return
-    kept = path.with_name(path.name + KEPT)
+    model = Path(str(path).removesuffix(SUFFIX))
+    kept = kept_of(model)
+    kept_state = state_path(kept)
     try:
-        path.replace(kept)
+        steps, earlier = steps_of(path), steps_of(kept_state)
+        if steps is None:
+            path.replace(f"{path}.unreadable")
+            log(f"note: {path} was there already, and cannot be read: it is now {path.name}.unreadable")
+            return
+        if earlier is not None and earlier >= steps:
+            path.unlink()
+            log(f"note: an unfinished run of {steps} steps left {path}: it goes, {kept_state} has {earlier} and stays")
+            return
+        kept.unlink(missing_ok=True)
+        if model.exists() and checkpoint.run_of(model) == load(path).run:
+            checkpoint.set_aside(model, KEPT.removeprefix("."))
+        path.replace(kept_state)
     except OSError as error:
-        raise UserError(
-            "io", f"cannot keep the state of an earlier run: {error.strerror}", str(kept), "move it away"
-        ) from error
-    log(f"note: an unfinished run left {path}: it is now {kept.name}; --resume {kept} goes on with it")
+        what = f"cannot keep the state of an earlier run: {error.strerror or error}"
+        raise UserError("io", what, str(kept_state), "move it away, or give --ckptpath another file") from error
+    log(f"note: an unfinished run left {path}: --resume {kept_state} goes on with it")
+
+
+def steps_of(path: Path) -> int | None:
+    """The steps that are done in a saved state. None if there is none that can be read."""
+    try:
+        return load(path).step
+    except UserError:
+        return None

@@ -47,14 +47,15 @@ def digest_of(run: resume.Run) -> str:
     return digest({name: run._parts[name].state() for name in ("trainer", "average")})
 
 
-def hashing_epoch_done(run: resume.Run, step: int, epoch: int) -> None:
-    print(f"hash: epoch {epoch} {digest_of(run)}", flush=True)
-    epoch_done(run, step, epoch)
+def hashing_steps_done(run: resume.Run, step: int, epoch: int, position: int) -> None:
+    if run._path is not None:  # rank 0
+        print(f"hash: epoch {epoch} {digest_of(run)}", flush=True)
+    steps_done(run, step, epoch, position)
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    epoch_done = resume.Run.epoch_done
-    resume.Run.epoch_done = hashing_epoch_done
+    steps_done = resume.Run.steps_done
+    resume.Run.steps_done = hashing_steps_done
 if __name__ == "__main__":
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent(os.getppid())

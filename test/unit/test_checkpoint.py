@@ -450,7 +450,7 @@ def test_the_best_file_keeps_what_an_earlier_run_left_and_then_only_what_is_bett
     assert all(
         torch.equal(tensor, make(2).state_dict[name]) for name, tensor in checkpoint.load(saved).state_dict.items()
     )
-    assert checkpoint.load(saved).about == make(2).about | {"run": "run"}
+    assert checkpoint.load(saved).about == make(2).about | {"run": "run", "merit": [1.0, 3.5]}
     assert lines == [
         f"note: {saved} was there already: the old one is now {previous.name}",
         f"saved: {saved} (the best so far)",
@@ -543,8 +543,8 @@ def test_a_run_that_goes_on_replaces_its_own_file(tmp_path):
     for completed in (False, True):
         a_run(path, 2, completed=completed)
         best = checkpoint.BestFile(path, "run 2", lines.append)
-        best.restore({"merit": [1.0, 3.0]})
-        assert best.merit == (1.0, 3.0)
+        best.restore({"merit": [0.0, 3.0]})
+        assert best.merit == (1,), "of the file, which is newer than the state"
         best.replace((4.0,), dataclasses.replace(make(), scores={"number": 3}))
         assert lines == [f"saved: {path} (the best so far)"]
         assert numbers(path) == [3, 1]
@@ -567,7 +567,7 @@ def test_a_run_does_not_go_on_without_its_best_model(tmp_path, there):
     if there != "nothing":
         a_run(path, 1, completed=True)
     best = checkpoint.BestFile(path, "run 2", print)
-    refused("checkpoint", best.restore, {"merit": [4.0]}, says=[str(path), "--ckptpath", "model.previous"])
+    refused("checkpoint", best.restore, {"merit": [4.0]}, says=[str(path), "--ckptpath"])
     best.restore({"merit": []})  # it had none yet
 
 

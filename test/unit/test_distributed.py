@@ -605,3 +605,10 @@ launch.leave(run_main(train_8p.main, sys.argv[1:]))
     result = command(*torchrun, *flags, cwd=tmp_path, PYTHONPATH=str(REPOSITORY))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("printed by a library") == train_8p.PERFORMANCE_STEPS
+
+
+@pytest.mark.parametrize(("numbers", "agree"), [([5, 5], True), ([5, 6], False), ([0, 2**18 - 1], False)])
+def test_ranks_tell_whether_they_agree_on_a_number(monkeypatch, numbers, agree):
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor.fill_(sum(numbers)))
+    assert World(size=2).agrees_on(numbers[0]) == agree
+    assert World(size=2).agrees_on(numbers[1]) == agree

@@ -27,9 +27,9 @@ class Recorder:
     """Runs the program in this process, stops it between two steps, and notes what each epoch ends with."""
 
     def __init__(self, monkeypatch):
-        self.stop_at = None
+        self.stop_at = self.stop_in_validation = None
         self.hashes, self.fresh = {}, {}
-        begin, step_done, epoch_done = resume.Run.__init__, resume.Run.step_done, resume.Run.epoch_done
+        begin, step_done, steps_done = resume.Run.__init__, resume.Run.step_done, resume.Run.steps_done
 
         def watched_begin(run, state, parts, **options):
             self.fresh = copy.deepcopy({name: part.state() for name, part in parts.items()})
@@ -40,17 +40,19 @@ class Recorder:
                 run._stop.signal = signal.SIGTERM
             step_done(run, step, epoch, position)
 
-        def watched_epoch_done(run, step, epoch):
+        def watched_steps_done(run, step, epoch, position):
             self.hashes[epoch] = hashing.digest_of(run)
-            epoch_done(run, step, epoch)
+            steps_done(run, step, epoch, position)
+            if step == self.stop_in_validation:
+                run._stop.signal = signal.SIGTERM
 
         monkeypatch.setattr(resume.Run, "__init__", watched_begin)
         monkeypatch.setattr(resume.Run, "step_done", watched_step_done)
-        monkeypatch.setattr(resume.Run, "epoch_done", watched_epoch_done)
+        monkeypatch.setattr(resume.Run, "steps_done", watched_steps_done)
 
-    def __call__(self, corpus, ckptpath, *flags, stop_at=None) -> int:
+    def __call__(self, corpus, ckptpath, *flags, stop_at=None, stop_in_validation=None) -> int:
         """The exit code."""
-        self.stop_at, self.hashes = stop_at, {}
+        self.stop_at, self.stop_in_validation, self.hashes = stop_at, stop_in_validation, {}
         argv = ["--data-dir", str(corpus), "--ckptpath", str(ckptpath), *flags]
         return run_main(train_8p.main, argv)
 
@@ -100,6 +102,19 @@ def test_a_stopped_run_goes_on_to_the_same_weights(record, straight, tiny_corpus
     assert record.hashes == {epoch: hashes[epoch] for epoch in range((stop_at - 1) // STEPS, EPOCHS)}
     assert told(before.out) + told(after) == lines, "each line once, with the same losses"
     assert not resume.state_path(path).exists(), "a complete run needs no state"
+
+
+def test_a_run_that_is_stopped_in_its_validation_goes_on_with_it(record, straight, tiny_corpus, tmp_path, capsys):
+    """Rows 6 and 8: a validation may take longer than the time that a signal leaves."""
+    hashes, lines = straight()
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, stop_in_validation=STEPS) == 143
+    before = capsys.readouterr()
+    assert "validation:" not in before.out
+    assert f"step {STEPS} is saved" in before.err
+    assert record(tiny_corpus, path, *FLAGS, "--resume", "auto") == 0
+    assert record.hashes == hashes
+    assert told(before.out) + told(capsys.readouterr().out) == lines
 
 
 def test_a_run_that_has_no_state_yet_begins_anew(record, straight, tiny_corpus, tmp_path, capsys):
@@ -247,8 +262,16 @@ def check_ranks(size, stops, corpus, folder):
         assert run_ranks(size, corpus, path, *COMMON, "--resume", "auto") == quiet
 
 
-def test_two_ranks_go_on_to_the_same_weights(tiny_corpus, tmp_path, no_launcher):
+def test_two_ranks_go_on_to_the_same_weights_and_one_goes_on_with_a_note(
+    record, tiny_corpus, tmp_path, no_launcher, capsys
+):
+    """Row 17: one rank in the place of two is not bit-exact."""
     check_ranks(2, [STEPS + 3], tiny_corpus, tmp_path)
+    path = tmp_path / "two.pth"
+    ((_, code, _),) = run_ranks(2, tiny_corpus, path, *COMMON, stop_at=3)
+    assert code == 143
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert "not bit for bit: processes: 1, in the run 2" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -279,7 +302,7 @@ def resumed(corpus, path, *flags):
     [
         (["--lr", "0.5"], ["lr is 0.5, in the run 0.003", "leave --lr out"]),
         (["--batch-size", "16"], ["batch_size is 16, in the run 8"]),
-        (["--recipe", "modelzoo"], ["schedule is constant, in the run cosine", "clip"]),
+        (["--recipe", "modelzoo"], ["average is 0.0, in the run 0.2", "and 9 more", "leave --recipe out"]),
         (["--seed", "5"], ["seed is 5, in the run 1234"]),
         (["--emb-dim", "9"], ["emb_dim is 9"]),
         (["--amp", "--amp-dtype", "bfloat16"], ["amp_dtype is bfloat16, in the run float32"]),
@@ -288,6 +311,23 @@ def resumed(corpus, path, *flags):
 def test_a_flag_that_contradicts_the_run_is_refused(stopped, tiny_corpus, flags, says):
     message = refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", *flags, says=says)
     assert str(resume.state_path(stopped)) in message
+
+
+def test_a_flag_that_has_its_usual_value_counts_as_well(record, tiny_corpus, tmp_path):
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, "--seed", "7", "--recipe", "modelzoo", stop_at=3) == 143
+    says = ["seed is 1234, in the run 7", "leave --seed out"]
+    refused("usage", resumed, tiny_corpus, path, "--resume", "auto", "--seed", "1234", says=says)
+    refused("usage", resumed, tiny_corpus, path, "--resume", "auto", "--recipe", "tuned", says="leave --recipe out")
+
+
+def test_a_setting_that_differs_without_a_flag_is_to_be_given(stopped, tiny_corpus):
+    path = resume.state_path(stopped)
+    content = sealed.read(path)
+    del content["given"]["batch_size"]
+    sealed.write(path, content)
+    says = ["batch_size is 1, in the run 8", "give --batch-size 8"]
+    refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", says=says)
 
 
 def test_flags_that_change_no_number_may_differ(stopped, record, tiny_corpus):
@@ -327,7 +367,15 @@ def test_what_keeps_it_from_being_bit_exact_is_said(stopped, record, tiny_corpus
 
 
 def test_a_best_model_is_no_state(stopped, tiny_corpus):
-    refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", str(stopped), says="no state of a run")
+    refused(
+        "checkpoint",
+        resumed,
+        tiny_corpus,
+        stopped,
+        "--resume",
+        str(stopped),
+        says=["a model, not the state of a run", f"give --resume {stopped}.state"],
+    )
 
 
 @pytest.mark.parametrize("change", [{"step": -1}, {"epoch": "1"}, {"parts": []}, {"more": 1}])
@@ -411,12 +459,93 @@ def test_a_performance_run_keeps_no_state(record, tiny_corpus, tmp_path):
 # ---------------------------------------------------------------- the file
 
 
-def test_a_new_run_keeps_the_state_of_an_unfinished_one(stopped, record, tiny_corpus, capsys):
-    state = resume.state_path(stopped).read_bytes()
+def test_a_new_run_keeps_an_unfinished_one_which_can_go_on(record, straight, tiny_corpus, tmp_path, capsys):
+    """Row 50, with states: a completed run, one that was killed, and another one that was killed."""
+    hashes, lines = straight()
+    path, kept = tmp_path / "model", tmp_path / "model.unfinished"
+    assert record(tiny_corpus, path, *FLAGS, "--seed", "2") == 0
+    assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
+    capsys.readouterr()
+    assert record(tiny_corpus, path, *FLAGS, "--seed", "3", stop_at=STEPS + 2) == 143
+    out = capsys.readouterr().out
+    assert f"note: an unfinished run left {path}.state: --resume {kept}.state goes on with it" in out
+    assert checkpoint.load(tmp_path / "model.previous").flags["seed"] == 2, "of the run that was completed"
+    assert run_main(train_8p.main, ["--data-dir", str(tiny_corpus), "--resume", f"{kept}.state"]) == 0
+    assert [record.hashes[epoch] for epoch in (1, 2)] == [hashes[epoch] for epoch in (1, 2)]
+    assert checkpoint.load(kept).completed
+    assert record(tiny_corpus, path, "--resume", "auto") == 0, "nor is the other one lost"
+    assert checkpoint.load(path).flags["seed"] == 3
+
+
+def test_of_two_unfinished_runs_the_longer_one_is_kept(record, tiny_corpus, tmp_path, capsys):
+    path, kept = tmp_path / "model", tmp_path / "model.unfinished.state"
+    for seed, steps, expected in ((1, 5, None), (2, 3, 1), (3, 9, 1), (4, 1, 3)):
+        assert record(tiny_corpus, path, *FLAGS, "--seed", str(seed), stop_at=steps) == 143
+        assert expected is None or resume.load(kept).given["seed"] == expected
+    assert f"it goes, {kept} has 5 and stays" in capsys.readouterr().out
+
+
+def test_a_run_that_saved_nothing_does_not_go_on_as_the_one_before(stopped, record, tiny_corpus, capsys):
+    """A restart begins the new run again, and leaves the unfinished one alone."""
+
+    class Killed(BaseException):
+        """The process has gone."""
+
+    with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(Killed):
+
+        def kill(*_):
+            raise Killed
+
+        monkeypatch.setattr(train_8p, "seed_step", kill)
+        record(tiny_corpus, stopped, *FLAGS, "--seed", "5")
+    assert record(tiny_corpus, stopped, *FLAGS, "--seed", "5", "--resume", "auto") == 0
+    assert f"note: there is no {stopped}.state: a new run begins" in capsys.readouterr().out
+    assert resume.load(resume.state_path(resume.kept_of(stopped))).step == STEPS + 4
+
+
+def test_a_state_that_cannot_be_read_is_kept_too(stopped, record, tiny_corpus):
+    path = resume.state_path(stopped)
+    path.write_text("no state")
     assert record(tiny_corpus, stopped, *FLAGS) == 0
-    kept = stopped.with_name(stopped.name + ".state.previous")
-    assert kept.read_bytes() == state
-    assert f"--resume {kept} goes on with it" in capsys.readouterr().out
+    assert path.with_name(f"{path.name}.unreadable").read_text() == "no state"
+
+
+@pytest.mark.parametrize("name", ["model.state", "model.unfinished", "model.unfinished.state"])
+def test_a_folder_in_the_place_of_a_state_is_told_before_the_training(tiny_corpus, tmp_path, name):
+    (tmp_path / name).mkdir()
+    refused("io", resumed, tiny_corpus, tmp_path / "model", *FLAGS, says=str(tmp_path / name))
+
+
+def test_what_was_saved_is_told_where_the_last_saving_failed(record, tiny_corpus, tmp_path, capsys, monkeypatch):
+    write = sealed.write
+
+    def full_later(path, content, **options):
+        if str(path).endswith(resume.SUFFIX) and content["step"] > STEPS:
+            raise OSError(28, "No space left on device")
+        write(path, content, **options)
+
+    monkeypatch.setattr(sealed, "write", full_later)
+    assert record(tiny_corpus, tmp_path / "a", *FLAGS, stop_at=STEPS + 2) == 143
+    assert f"stopped by SIGTERM: step {STEPS} is saved; to go on, add --resume auto" in capsys.readouterr().err
+
+
+def test_a_restarted_rank_goes_on_from_what_the_run_has_saved_since(
+    stopped, record, tiny_corpus, tmp_path, monkeypatch
+):
+    """torchrun starts it with the same flags again: `--resume FILE` is where the run began, not where it stands."""
+    first = tmp_path / "first.state"
+    first.write_bytes(resume.state_path(stopped).read_bytes())
+    flags = ["--resume", str(first)]
+    assert record(tiny_corpus, stopped, *flags, stop_at=2 * STEPS + 1) == 143
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert record(tiny_corpus, stopped, *flags) == 0
+    assert sorted(record.hashes) == [2], "the last epoch alone"
+
+
+def test_ranks_with_different_states_do_not_begin(stopped, tiny_corpus, monkeypatch):
+    monkeypatch.setattr(train_8p.World, "agrees_on", lambda self, number: False)
+    says = ["the ranks have different states", "rank 0", "give each node the same file"]
+    refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", "auto", says=says)
 
 
 def test_the_state_is_saved_at_the_interval(record, tiny_corpus, tmp_path, capsys):
