@@ -214,7 +214,7 @@ def free_text(text: str) -> str:
 
 def refuse_empty(text: str) -> None:
     if not text:
-        raise argparse.ArgumentTypeError("the flag has an empty value: give it a value or leave it out")
+        raise argparse.ArgumentTypeError("the flag has an empty value, '': give it a value or leave it out")
 
 
 def integer(text: str) -> int:

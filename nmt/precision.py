@@ -146,7 +146,7 @@ def choose_by_flags(
     if level != "O0":
         return mixed
     values = {"--amp-dtype": amp_dtype, "--amp-backend": amp_backend}
-    if not amp:
+    if not amp and opt_level != "O0":
         values = {"--opt-level": opt_level} | values
     given = [flag for flag, value in values.items() if not isinstance(value, flags.Default)]
     if not given:

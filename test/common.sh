@@ -8,7 +8,7 @@ repo=$(dirname -- "$here")
 name=train_${KIND}_${RANK_SIZE}p.sh
 network=GRU_ID0104_for_PyTorch
 
-keys="data_path batch_size learning_rate epochs precision_mode device device_list recipe conda_name restarts"
+keys="data_path batch_size learning_rate epochs precision_mode device device_list recipe conda_name resume restarts"
 
 run_wrapper() {
     parse_arguments "$@"
@@ -72,6 +72,7 @@ $devices.
 $device_list
   --recipe=NAME          tuned or modelzoo; default: tuned
   --conda_name=NAME      a conda environment to activate first; default: none
+  --resume=auto          go on with a run that was stopped or killed; or the path of its state
   --restarts=N           start the run again, N times at most, after one of its processes has died or hung$goes_on;
                          default: 0
   --help, -h             this text
@@ -97,7 +98,7 @@ parse_arguments() {
     local argument key value variable
     # Set here, or variables of these names in the caller's environment would count as arguments.
     arg_data_path='' arg_batch_size='' arg_learning_rate='' arg_epochs='' arg_precision_mode=''
-    arg_device='' arg_device_list='' arg_recipe='' arg_conda_name='' arg_restarts=''
+    arg_device='' arg_device_list='' arg_recipe='' arg_conda_name='' arg_restarts='' arg_resume=''
 
     while (($#)) && [[ $1 != -- ]]; do
         argument=$1
@@ -138,9 +139,11 @@ parse_arguments() {
     if [[ -n $arg_epochs ]]; then options+=("--epochs=$arg_epochs"); fi
     if [[ -n $arg_device ]]; then options+=("--device=$arg_device"); fi
     if [[ -n $arg_recipe ]]; then options+=("--recipe=$arg_recipe"); fi
-    case ${arg_precision_mode:-allow_mix_precision} in
-        allow_mix_precision | amp) options+=(--amp --opt-level=O2) ;;
-        must_keep_origin_dtype) ;;
+    if [[ -n $arg_resume ]]; then options+=("--resume=$arg_resume"); fi
+    case ${arg_precision_mode:-${arg_resume:+that of the run}} in
+        '' | allow_mix_precision | amp) options+=(--amp --opt-level=O2) ;;
+        must_keep_origin_dtype) options+=(--opt-level=O0) ;;
+        'that of the run') ;;
         *) fail 2 "error[usage]: precision_mode is $(quoted "$arg_precision_mode"); test/$name; it is one of allow_mix_precision, amp, must_keep_origin_dtype" ;;
     esac
     if ((RANK_SIZE == 1)) && [[ $arg_device_list == *,* ]]; then
@@ -177,22 +180,14 @@ parse_arguments() {
 }
 
 options_of_a_restart() { # the lone -- and what follows it, or nothing; makes again from the wrapper's options and this
-    local drop=no
-    if [[ $KIND == performance ]]; then # it leaves nothing to go on from
-        again=("${options[@]}" "$@")
-        return
-    fi
-    again=("${options[@]}" --)
-    while (($# > 1)); do
-        shift
-        if [[ $drop == yes ]]; then
-            drop=no
-        elif [[ $1 == --resume ]]; then
-            drop=yes # the user's own was for the first start
-        elif [[ $1 != --resume=* ]]; then
-            again+=("$1")
-        fi
+    local argument goes_on=${arg_resume}
+    for argument in "$@"; do
+        if [[ ${argument%%=*} == --resume ]]; then goes_on=$argument; fi
     done
+    again=("${options[@]}" "$@")
+    # A performance run leaves nothing to go on from.
+    if [[ $KIND == performance || -n $goes_on ]]; then return; fi
+    if (($# == 0)); then again+=(--); fi
     again+=(--resume=auto)
 }
 
@@ -261,10 +256,10 @@ prepare_output() {
     printf '%s\n' "$$" >"$output/.lock"
 
     # A run that fails must not leave an older run's results under their names. The log is made anew: a tee that
-    # outlived its wrapper would go on writing to the old one. An empty log is not worth keeping.
+    # outlived its wrapper would go on writing to the old one. A log of a run that never began replaces no other one.
     if ! { set_aside "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" &&
         set_aside "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
-        if [[ -f $log && -s $log ]]; then set_aside "$log"; fi &&
+        if began || [[ -s $log && ! -e $log.previous ]]; then set_aside "$log"; fi &&
         rm -f -- "$log" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi
@@ -275,6 +270,10 @@ set_aside() { # files, or a pattern that no file has
     for file in "$@"; do
         if [[ -e $file ]]; then mv -f -- "$file" "$file.previous" || return; fi
     done
+}
+
+began() { # whether the log is that of a run that began to train
+    [[ -f $log ]] && LC_ALL=C awk '/^run: / { found = 1; exit } END { exit !found }' "$log"
 }
 
 try_lock() {
@@ -309,6 +308,7 @@ run_training() {
         start=$((start + 1))
         printf 'note: restart %s of %s, because the run ended with exit code %s\n' "$start" "$restarts" "$run_status" >&7
         options=("${again[@]}")
+        export TORCHELASTIC_RESTART_COUNT=$start # the newest state counts, and not that of a --resume=FILE
     done
     seconds=$SECONDS
     exec 7>&-
@@ -355,7 +355,9 @@ fail_as_the_run() { # exit code
     if ((interrupted)); then
         how=interrupted
     elif (($1 > 128)) && [[ $reason != error\[* ]]; then
-        how="ended by signal $(($1 - 128)) (9: perhaps out of memory)"
+        how="ended by signal $(($1 - 128))"
+        if (($1 == 137)); then how+=' (perhaps out of memory)'; fi
+        if [[ $KIND == full ]] && began; then how+='; to go on, add --resume=auto to the command'; fi
     fi
     if [[ -n $how ]]; then reason="$how${reason:+; the last line was: $reason}"; fi
     printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$(quoted "$log")" >&2

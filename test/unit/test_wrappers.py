@@ -25,7 +25,7 @@ FULL = ["train_full_1p.sh", "train_full_8p.sh"]
 PERFORMANCE = ["train_performance_1p.sh", "train_performance_8p.sh"]
 WRAPPERS = FULL + PERFORMANCE
 KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list"]
-KEYS += ["recipe", "conda_name", "restarts"]
+KEYS += ["recipe", "conda_name", "resume", "restarts"]
 NETWORK = "GRU_ID0104_for_PyTorch"
 
 STAND_IN = """
@@ -233,6 +233,7 @@ def test_each_argument_reaches_its_flag_in_every_spelling(repo, wrapper, spellin
         arguments += [f"--{key}", value] if " " in spelling else [f"--{key}={value}"]
     assert repo.run(wrapper, *arguments).returncode == 0
     expected = ["--data-dir=d", "--batch-size=64", "--lr=0.5", "--epochs=2", "--device=cpu", "--recipe=modelzoo"]
+    expected += ["--opt-level=O0"]
     expected += ["--multiprocessing-distributed"] if "8p" in wrapper else []
     expected += ["--device-list=3"]
     if wrapper in PERFORMANCE:
@@ -245,7 +246,7 @@ def test_each_argument_reaches_its_flag_in_every_spelling(repo, wrapper, spellin
     [
         ("allow_mix_precision", ["--amp", "--opt-level=O2"]),
         ("amp", ["--amp", "--opt-level=O2"]),
-        ("must_keep_origin_dtype", []),
+        ("must_keep_origin_dtype", ["--opt-level=O0"]),
     ],
 )
 def test_precision_mode_chooses_o2_or_fp32(repo, mode, flags):
@@ -934,6 +935,17 @@ def test_the_log_of_a_killed_wrapper_stays_as_the_previous_one(repo):
     assert log.with_name("train_0.log.previous").read_text().startswith("its only trace\nready\n")
 
 
+def test_a_run_that_never_began_replaces_no_log_of_one_that_did(repo):
+    """Kind P: two wrong folders, one after the other."""
+    begins = printing("run: processes=1 batch=2") + "\nsys.exit(6)"
+    assert repo.run("train_full_1p.sh", behaviour=begins).returncode == 6
+    for _ in range(2):
+        assert repo.run("train_full_1p.sh", behaviour=printing("error[data]: missing") + "\nsys.exit(3)").returncode == 3
+    log = repo.output() / "train_0.log"
+    assert log.read_text().startswith("error[data]: missing")
+    assert log.with_name("train_0.log.previous").read_text().startswith("run: ")
+
+
 @pytest.mark.parametrize("flock", [True, False])
 def test_a_second_run_with_the_same_number_is_refused_and_harms_nothing(repo, tmp_path, flock):
     changes = {}
@@ -1060,13 +1072,22 @@ def test_what_a_restart_cannot_mend_ends_the_wrapper(repo, code):
     assert (done.returncode, len(starts)) == (code, 1)
 
 
-@pytest.mark.parametrize("user", [["--resume", "my state"], ["--resume=my state"]])
-def test_a_restart_goes_on_from_the_newest_state_whatever_the_first_start_did(repo, user):
+@pytest.mark.parametrize("user", [["--resume", "my state"], ["--resume=my state"], ["--resume=auto"]])
+def test_a_restart_keeps_the_users_own_state_and_says_that_it_is_one(repo, user):
+    """`train_8p.py` takes the newer state of the same run then."""
     arguments = ["--restarts=1", "--", "-p", "3", *user, "--lr=1"]
     done, starts = run_starts(repo, "train_full_1p.sh", *arguments, starts="6,0")
     assert done.returncode == 0
-    own = ["--amp", "--opt-level=O2", "--"]
-    assert starts == [[*own, "-p", "3", *user, "--lr=1"], [*own, "-p", "3", "--lr=1", "--resume=auto"]]
+    assert starts == [["--amp", "--opt-level=O2", "--", "-p", "3", *user, "--lr=1"]] * 2
+    assert "TORCHELASTIC_RESTART_COUNT=$start" in (repo.path / "test" / "common.sh").read_text()
+
+
+def test_resume_is_an_argument_too_and_leaves_the_precision_to_the_run(repo):
+    done, starts = run_starts(repo, "train_full_1p.sh", "--resume=auto", "--restarts=1", starts="6,0")
+    assert done.returncode == 0
+    assert starts == [["--resume=auto"]] * 2
+    repo.run("train_full_1p.sh", "--resume", "my state", "--precision_mode=must_keep_origin_dtype")
+    assert repo.argv() == ["--resume=my state", "--opt-level=O0"]
 
 
 def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo):
