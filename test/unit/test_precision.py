@@ -326,6 +326,48 @@ def test_on_an_npu_the_scaler_is_torch_npus_own_which_sees_what_the_910a_saturat
     assert made == [{"init_scale": 32.0, "growth_interval": 2000, "enabled": True}]
 
 
+# ---------------------------------------------------------------- going on from a state
+
+
+@pytest.mark.parametrize(
+    ("level", "backend"), [(level, "native") for level in precision.LEVELS] + [("O2", "apex"), ("O3", "apex")]
+)
+def test_a_trainer_goes_on_from_the_state_of_another(apex, model, level, backend):
+    """As a resumed run does: the same weights after the same further steps."""
+    data = [torch.randn(5, 4) for _ in range(5)]
+    first = start(copy.deepcopy(model), level, backend=backend)
+    for each in data[:3]:
+        one_step(first, each)
+    state = copy.deepcopy(first.state())
+    second = start(copy.deepcopy(model), level, backend=backend)
+    assert not torch.equal(second.model.weight, first.model.weight)
+    second.restore(state)
+    for trainer in (first, second):
+        for each in data[3:]:
+            one_step(trainer, each)
+        trainer.refresh_model()
+    assert torch.equal(second.model.weight, first.model.weight)
+    assert torch.equal(second.working_model.weight, first.working_model.weight)
+
+
+def test_the_devices_own_scaler_goes_on_from_its_state():
+    def update():
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        return precision.ScalerUpdate(scaler, 8.0, is_static=False)
+
+    def steps(update, number):
+        for _ in range(number):
+            weight = torch.nn.Parameter(torch.ones(2))
+            update.scaled(weight.sum()).backward()
+            update.step(torch.optim.SGD([weight], lr=0.1), max_norm=0.0)
+
+    first, second = update(), update()
+    steps(first, 2)
+    second.restore(first.state())
+    steps(first, 1), steps(second, 1)
+    assert first.scale() == second.scale() == 16.0, "grown after three steps, two of them before"
+
+
 # ---------------------------------------------------------------- apex
 
 

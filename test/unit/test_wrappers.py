@@ -939,8 +939,9 @@ def test_a_run_that_never_began_replaces_no_log_of_one_that_did(repo):
     """Kind P: two wrong folders, one after the other."""
     begins = printing("run: processes=1 batch=2") + "\nsys.exit(6)"
     assert repo.run("train_full_1p.sh", behaviour=begins).returncode == 6
+    fails = printing("error[data]: missing") + "\nsys.exit(3)"
     for _ in range(2):
-        assert repo.run("train_full_1p.sh", behaviour=printing("error[data]: missing") + "\nsys.exit(3)").returncode == 3
+        assert repo.run("train_full_1p.sh", behaviour=fails).returncode == 3
     log = repo.output() / "train_0.log"
     assert log.read_text().startswith("error[data]: missing")
     assert log.with_name("train_0.log.previous").read_text().startswith("run: ")

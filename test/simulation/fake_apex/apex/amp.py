@@ -70,3 +70,10 @@ def master_params(optimizer):
 def state_dict():
     """The loss scalers' state."""
     return {f"loss_scaler{i}": {"loss_scale": scale, "unskipped": 0} for i, scale in enumerate(scales.values())}
+
+
+def load_state_dict(state):
+    """Takes over what `state_dict` gave."""
+    for number, optimizer in enumerate(scales):
+        if (name := f"loss_scaler{number}") in state:
+            scales[optimizer] = state[name]["loss_scale"]
