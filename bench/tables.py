@@ -68,9 +68,16 @@ def of_seeds(name: str, seeds: Sequence[int] = SEEDS) -> tuple[str, ...]:
 
 TUNED = tuple(f"results/multi30k-tuned-seed{seed}-cpu.log" for seed in SEEDS)
 
+TUNED_BY_STEP = (
+    "results/multi30k-tuned-amp-cpu.log",
+    "results/multi30k-tuned-amp-seed2-cpu.log",
+    "results/multi30k-tuned-amp-seed3-cpu.log",
+)
+
 RESULTS = [
     Row("`tuned`, three seeds", TUNED),
     Row("`tuned` by `--amp`", ("results/multi30k-tuned-bfloat16-cpu.log",)),
+    Row("`tuned` by `--amp`, draws by the step, three seeds", TUNED_BY_STEP),
     Row("`tuned` on eight devices", ("results/multi30k-tuned-8p-cpu.log",)),
     Row("`tuned`, speed alone, batch 128", ("results/multi30k-train_performance_1p-cpu.log",)),
 ]
