@@ -12,10 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from nmt.signals import end_with_parent
+
+if __name__ == "__main__" and "TORCHELASTIC_RUN_ID" in os.environ:
+    end_with_parent(os.getppid())  # before the imports, which take seconds
+
 import train_8p
 from nmt import distributed, launch, resume
 from nmt.errors import run_main
-from nmt.signals import end_with_parent
 
 import torch
 
@@ -57,8 +61,6 @@ if __name__ in ("__main__", "__mp_main__"):
     steps_done = resume.Run.steps_done
     resume.Run.steps_done = hashing_steps_done
 if __name__ == "__main__":
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent(os.getppid())
     exit_code = run_main(train_8p.main, sys.argv[1:])
     if distributed.under_torchrun():
         launch.leave(exit_code)

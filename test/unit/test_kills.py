@@ -110,7 +110,7 @@ class Cycles:
         """Asserts that the state and the best model can be read, and are not older than what the log promised."""
         log = self._log.read_text()
         promised = [int(step) for step in re.findall(r"^state: step (\d+) is saved in ", log, re.MULTILINE)]
-        if promised:
+        if promised and "\nBLEU score = " not in log:  # then the run is complete, and its state is gone
             state = resume.load(resume.state_path(self._path))
             assert state.step >= promised[-1]
         epochs = [
