@@ -29,6 +29,7 @@ OF_PEERS = (
     "connection closed by peer",
     "connection refused",
     "connection reset by peer",
+    "hccl function error",
     "read error",
     "remote process exited",
     "socket closed",

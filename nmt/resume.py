@@ -273,7 +273,7 @@ class Run:
 def check_paths(ckptpath: str | Path) -> None:
     """Raises an io UserError if a state beside the model `ckptpath` cannot be written or set aside."""
     for path in (state_path(ckptpath), kept_of(ckptpath), state_path(kept_of(ckptpath))):
-        if path.is_dir():
+        if os.path.isdir(path):  # which asks nothing of a name that is too long
             todo = "move it away, or give --ckptpath another file"
             raise UserError("io", "a folder, where a run keeps a file", str(path), todo)
 

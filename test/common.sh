@@ -259,7 +259,7 @@ prepare_output() {
     # outlived its wrapper would go on writing to the old one. A log of a run that never began replaces no other one.
     if ! { set_aside "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" &&
         set_aside "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
-        if began || [[ -s $log && ! -e $log.previous ]]; then set_aside "$log"; fi &&
+        if began || [[ -f $log && -s $log && ! -e $log.previous ]]; then set_aside "$log"; fi &&
         rm -f -- "$log" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi

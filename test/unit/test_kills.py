@@ -92,7 +92,7 @@ class Cycles:
     def _kill_one_of(self, process: subprocess.Popen) -> bool:
         """Kills the launcher or a rank, and sees that nothing is left of the run unless its launcher goes on."""
         members = family(process.pid)
-        victim = self._random.choice(members)
+        victim = self._random.choice([member for member in members if "resource_tracker" not in command_line(member)])
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
             self.kills.append("launcher" if victim == process.pid else "other")
@@ -118,6 +118,12 @@ class Cycles:
         ]
         if epochs:
             assert checkpoint.load(self._path).scores["epoch"] >= epochs[-1]
+
+
+def command_line(pid: int) -> str:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline") as text:
+        return text.read()
+    return "resource_tracker"  # it has ended
 
 
 def is_alive(pid: int) -> bool:
