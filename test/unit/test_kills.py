@@ -31,6 +31,8 @@ def command(ranks: int, corpus, path, batch: int, by_torchrun: bool) -> list[str
     ]
     program += ["--emb-dim", "16", "--hid-dim", "24", "-b", str(batch), "--epochs", str(EPOCHS), "-p", "1"]
     program += ["--best", "loss", "--lr", "0.001", "--beam-size", "1", "--save-every", "0.0005", "--resume", "auto"]
+    # Once in about forty starts gloo's ranks wait for each other's connection. They go on after this time.
+    program += ["--dist-timeout", "60"]
     if by_torchrun:
         options = ["--nproc-per-node", str(ranks), "--max-restarts", "1000", "--monitor-interval", "0.1"]
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, *program]
