@@ -260,11 +260,15 @@ def make_room(path: Path, run: str, log: Log) -> None:
     Raises:
         UserError: io.
     """
-    if not os.path.exists(path) or run_of(path) == run:
+    if not os.path.exists(path):
+        return
+    found = load_if_readable(path)
+    if found is not None and found.about.get("run") == run:
         return
     there = f"note: {path} was there already"
     previous = previous_of(followed(path))
-    completed, kept = is_completed(path), os.path.exists(previous) and is_completed(previous)
+    completed = None if found is None else found.completed
+    kept = (before := load_if_readable(previous)) is not None and before.completed
     if completed or not kept:
         what = ", of a run that did not end" if completed is False else ""
         log(f"{there}{what}: the old one is now {set_aside(path).name}")
@@ -275,25 +279,23 @@ def make_room(path: Path, run: str, log: Log) -> None:
         log(f"{there}, of a run that did not end: it is replaced; {previous.name} is of one that did, and stays")
 
 
+def load_if_readable(path: Path) -> Checkpoint | None:
+    """The checkpoint at `path`. None if there is none that can be read."""
+    try:
+        return load(path)
+    except UserError:
+        return None
+
+
 def about_of(path: Path) -> dict[str, Any]:
     """What the checkpoint at `path` says about its run. Empty if there is none that can be read."""
-    try:
-        return load(path).about
-    except UserError:
-        return {}
+    found = load_if_readable(path)
+    return {} if found is None else found.about
 
 
 def run_of(path: Path) -> str | None:
     """The name of the run that wrote the checkpoint at `path`. None if there is none, or it has no name."""
     return about_of(path).get("run")
-
-
-def is_completed(path: Path) -> bool | None:
-    """Whether the checkpoint at `path` is of a completed run. None if it is none, or cannot be read."""
-    try:
-        return load(path).completed
-    except UserError:
-        return None
 
 
 def set_aside(path: Path, name: str = "previous") -> Path:

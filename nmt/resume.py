@@ -6,7 +6,7 @@ generator: each step seeds the generators from the run's seed, the step and the 
 of pairs follows from the seed and the epoch. So a position in an epoch is a number.
 
 On a CPU a run that goes on computes what an uninterrupted one computes, bit for bit, if the data, the settings, the
-number of processes, the threads and PyTorch's version are the same. `differences` says what is not.
+number of processes, the threads and PyTorch's version are the same. `check_same` says what is not.
 """
 
 import dataclasses
@@ -298,17 +298,18 @@ def set_aside(path: Path, log: Log) -> None:
     kept = kept_of(model)
     kept_state = state_path(kept)
     try:
-        steps, earlier = steps_of(path), steps_of(kept_state)
-        if steps is None:
+        state, earlier = load_if_readable(path), load_if_readable(kept_state)
+        if state is None:
             path.replace(f"{path}.unreadable")
             log(f"note: {path} was there already, and cannot be read: it is now {path.name}.unreadable")
             return
-        if earlier is not None and earlier >= steps:
+        if earlier is not None and earlier.step >= state.step:
             path.unlink()
-            log(f"note: an unfinished run of {steps} steps left {path}: it goes, {kept_state} has {earlier} and stays")
+            what = f"an unfinished run of {state.step} steps left {path}"
+            log(f"note: {what}: it goes, {kept_state} has {earlier.step} and stays")
             return
         kept.unlink(missing_ok=True)
-        if model.exists() and checkpoint.run_of(model) == load(path).run:
+        if model.exists() and checkpoint.run_of(model) == state.run:
             checkpoint.set_aside(model, KEPT.removeprefix("."))
         path.replace(kept_state)
     except OSError as error:
@@ -317,9 +318,9 @@ def set_aside(path: Path, log: Log) -> None:
     log(f"note: an unfinished run left {path}: --resume {kept_state} goes on with it")
 
 
-def steps_of(path: Path) -> int | None:
-    """The steps that are done in a saved state. None if there is none that can be read."""
+def load_if_readable(path: Path) -> State | None:
+    """A saved state. None if there is none that can be read."""
     try:
-        return load(path).step
+        return load(path)
     except UserError:
         return None

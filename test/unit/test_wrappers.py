@@ -12,12 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import train_8p
 
 import pytest
+from conftest import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ["common.sh", "env_npu.sh"]
@@ -153,15 +153,6 @@ def key_values(path):
 def is_usage_error(done):
     lines = done.stderr.splitlines()
     return done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error[usage]: ") and not done.stdout
-
-
-def eventually(condition, within=10.0):
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def gone(pid):
