@@ -15,11 +15,11 @@ from nmt import checkpoint, resume
 import pytest
 from conftest import REPOSITORY, write_corpus
 
-EPOCHS = 4
+KILLS_AN_EPOCH = 5  # at most: a run has so many epochs that it is not over before its kills
 DEADLINE = 900  # seconds, against hanging, on a busy machine too
 
 
-def command(ranks: int, corpus, path, batch: int, by_torchrun: bool) -> list[str]:
+def command(ranks: int, corpus, path, batch: int, epochs: int, by_torchrun: bool) -> list[str]:
     program = [
         str(REPOSITORY / "test" / "unit" / "hashing.py"),
         "--data-dir",
@@ -29,8 +29,8 @@ def command(ranks: int, corpus, path, batch: int, by_torchrun: bool) -> list[str
         "--device",
         "cpu",
     ]
-    program += ["--emb-dim", "16", "--hid-dim", "24", "-b", str(batch), "--epochs", str(EPOCHS), "-p", "1"]
-    program += ["--best", "loss", "--lr", "0.001", "--beam-size", "1", "--save-every", "0.0005", "--resume", "auto"]
+    program += ["--emb-dim", "16", "--hid-dim", "24", "-b", str(batch), "--epochs", str(epochs), "-p", "1"]
+    program += ["--best", "loss", "--lr", "0.001", "--beam-size", "1", "--save-every", "0.0001", "--resume", "auto"]
     # Once in about forty starts gloo's ranks wait for each other's connection. They go on after this time.
     program += ["--dist-timeout", "60"]
     if by_torchrun:
@@ -136,12 +136,12 @@ def is_alive(pid: int) -> bool:
 
 def check(tmp_path, corpus, ranks: int, cycles: int, batch: int, by_torchrun: bool = False) -> list[str]:
     """Asserts that a run killed so often ends as a quiet one. Returns what was killed."""
-    found = {}
+    found, epochs = {}, max(4, cycles // KILLS_AN_EPOCH)
     for name, kills in (("quiet", 0), ("killed", cycles)):
         folder = tmp_path / name
         folder.mkdir()
         path = folder / "model.pth"
-        runs = Cycles(command(ranks, corpus, path, batch, by_torchrun), folder, path, seed=cycles)
+        runs = Cycles(command(ranks, corpus, path, batch, epochs, by_torchrun), folder, path, seed=cycles)
         runs.run(kills)
         saved, log = checkpoint.load(path), (folder / "log").read_text()
         found[name] = checkpoint.Checkpoint(saved.state_dict, sizes={}, scores=saved.scores).digest()
@@ -152,7 +152,7 @@ def check(tmp_path, corpus, ranks: int, cycles: int, batch: int, by_torchrun: bo
     assert len(runs.kills) == cycles, "the run was over before"
     assert found["killed"] == found["quiet"]
     assert found["killed lines"] == found["quiet lines"]
-    assert len(found["quiet lines"]) == 2 * EPOCHS
+    assert len(found["quiet lines"]) == 2 * epochs
     return runs.kills
 
 

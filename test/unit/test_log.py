@@ -61,6 +61,46 @@ def test_a_loss_that_comes_back_ends_no_run(loss):
         log.step_done(torch.tensor(each), torch.tensor(1.0), 1)
 
 
+def test_an_epoch_that_goes_on_has_the_lines_of_one_that_was_not_stopped(capsys, monkeypatch):
+    """Losses, the count of lines without a loss, and the epoch's speed, in which the time between counts nothing."""
+    clock = [0.0]
+    monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: clock[0])
+
+    def steps(log: nmt.log.EpochLog, losses: list[float]) -> None:
+        for loss in losses:
+            clock[0] += 2.0
+            log.data_ready()
+            log.step_done(torch.tensor(loss), torch.tensor(1.0), 6)
+
+    losses = [5.0, 4.0, 3.0, 2.0, math.nan, 1.0, 7.0]
+    whole = log_of(7, before=9, print_freq=2)
+    steps(whole, losses)
+    lines, (rate, _) = step_lines(capsys.readouterr().out), whole.finish()
+    first = log_of(7, before=9, print_freq=2)
+    steps(first, losses[:3])
+    state = first.state()
+    clock[0] += 1000.0
+    second = log_of(7, before=9, print_freq=2)
+    second.restore(state)
+    steps(second, losses[3:])
+    resumed = step_lines(capsys.readouterr().out)
+    assert [line[-2:] for line in resumed] == [line[-2:] for line in lines]
+    assert second.finish()[0] == rate == 3.0
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_lines_without_a_loss_count_on_in_a_run_that_goes_on(before):
+    """Row 44: a run that diverges and is killed in between has diverged too."""
+    log, one = log_of(9, print_freq=1), torch.tensor(1.0)
+    for _ in range(before):
+        log.step_done(one * math.nan, one, 1)
+    resumed = log_of(9, print_freq=1)
+    resumed.restore(log.state())
+    for _ in range(2 - before):
+        resumed.step_done(one * math.nan, one, 1)
+    refused("diverged", resumed.step_done, one * math.nan, one, 1)
+
+
 def test_rank_0_alone_is_heard(capsys, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setattr(sys, "stdout", sys.stdout)  # what the test changes is undone

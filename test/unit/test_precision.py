@@ -350,6 +350,25 @@ def test_a_trainer_goes_on_from_the_state_of_another(apex, model, level, backend
     assert torch.equal(second.working_model.weight, first.working_model.weight)
 
 
+def test_steps_in_vain_count_on_in_a_run_that_goes_on(model):
+    """Row 45: a run that always overflows and is always killed has diverged too."""
+    for asked_before in (False, True):
+        for steps in range(3):
+            first = start(copy.deepcopy(model), "O2", scale=32.0)
+            for _ in range(2):
+                one_step(first, torch.randn(5, 4), factor=float("inf"))
+            if asked_before:
+                assert first.skipped_steps() == 2
+            second = start(copy.deepcopy(model), "O2", scale=32.0)
+            second.restore(copy.deepcopy(first.state()))
+            for _ in range(steps):
+                one_step(second, torch.randn(5, 4), factor=float("inf"))
+            if steps == 0:
+                assert second.skipped_steps() == (0 if asked_before else 2)
+            else:
+                refused("diverged", second.skipped_steps)
+
+
 def test_the_devices_own_scaler_goes_on_from_its_state():
     def update():
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)

@@ -848,8 +848,8 @@ def test_a_signal_reaches_the_run_and_ends_the_wrapper_without_results(repo, wra
 STUBBORN = """
 import signal, time
 def leave(number, frame):
+    signal.signal(signal.SIGINT, leave_slowly)  # first, because the next one comes as soon as the line is read
     os.write(1, b"not yet\\n")
-    signal.signal(signal.SIGINT, leave_slowly)
 def leave_slowly(number, frame):
     time.sleep(1)
     os.write(1, b"stopped\\n")
