@@ -146,6 +146,40 @@ def tokenise_lines(lines: list[str], lang: str, case: str = "lower") -> Tokens:
     return Tokens(words, ids, lengths, int(cut.sum()), int((has_long_word & ~cut).sum()))
 
 
+def import_spacy() -> None:
+    """Imports spaCy without the parts that a tokenizer does not need, which take most of the time.
+
+    It imports torch if that is installed, and its commands, because it offers one of them as a function.
+    """
+    if "spacy" in sys.modules:
+        return
+    stubs: dict[str, types.ModuleType | None] = {
+        "torch": None,  # None forbids the import
+        "spacy.cli": types.ModuleType("spacy.cli"),
+        "spacy.cli.info": types.ModuleType("spacy.cli.info"),
+    }
+    vars(stubs["spacy.cli.info"])["info"] = None
+    before = {name: sys.modules.pop(name) for name in stubs if name in sys.modules}
+    sys.modules |= stubs  # type: ignore[arg-type]  # typeshed has modules alone
+    try:
+        import spacy  # noqa: F401
+    finally:
+        for name in stubs:
+            sys.modules.pop(name, None)
+        sys.modules |= before
+
+
+def tokenizer_of(lang: str):
+    """spaCy's tokenizer of a language. It is a new one when the last has more than `WORDS_KEPT` words in its memory.
+
+    Raises:
+        UserError: as `tokenise`.
+    """
+    if len(_tokenizer(lang).vocab.strings) > WORDS_KEPT:
+        _tokenizer.cache_clear()
+    return _tokenizer(lang)
+
+
 @functools.cache
 def _tokenizer(lang: str):
     import spacy  # here, because it takes seconds, and a start from the cache does not need it
@@ -276,12 +310,7 @@ def serve(langs: tuple[str, str], case: str, descriptors: list[int]) -> NoReturn
 
     Processes that each import spaCy, at the same time, would be ready later.
     """
-    # Most of spaCy's import goes to parts that a tokenizer does not need. It imports torch if that is installed, and
-    # its commands, because it offers one of them as a function.
-    sys.modules["torch"] = None  # type: ignore[assignment]  # None forbids the import, typeshed has modules alone
-    sys.modules["spacy.cli"] = types.ModuleType("spacy.cli")
-    sys.modules["spacy.cli.info"] = types.ModuleType("spacy.cli.info")
-    vars(sys.modules["spacy.cli.info"])["info"] = None
+    import_spacy()
     for lang in langs:
         with contextlib.suppress(UserError):  # the first chunk raises it again
             _tokenizer(lang)
