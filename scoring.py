@@ -15,6 +15,7 @@ from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
+from sacrebleu.significance import PairedTest
 
 MAX_LENGTH = 50  # most tokens of a translation of short sentences, as in the original
 BATCH_SIZE = 256
@@ -404,3 +405,44 @@ def report(
     yield f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})"
     yield f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})"
     yield f"BLEU score = {scores.bleu:.4f}"
+
+
+# ---------------------------------------------------------------- text, as people read it
+
+
+def text_lines(texts: list[str], reference: list[str]) -> Iterator[str]:
+    """The scores of translated text, a line each, with sacreBLEU's signatures. Its command line gives the same ones.
+
+    Args:
+        texts: the translations.
+        reference: as many lines, in the same order.
+    """
+    for lowercase in (False, True):
+        for metric in (sacrebleu.BLEU(lowercase=lowercase), sacrebleu.CHRF(lowercase=lowercase)):
+            score = metric.corpus_score(texts, [reference]).score
+            name = "sacreBLEU" if isinstance(metric, sacrebleu.BLEU) else "chrF"
+            yield f"{name} = {score:.4f} ({metric.get_signature()})"
+
+
+def comparison_lines(systems: Sequence[tuple[str, list[str]]], reference: list[str]) -> Iterator[str]:
+    """Whether translations are better than the first ones by more than chance: sacreBLEU's paired bootstrap.
+
+    Capital letters do not count, because a model may have none.
+
+    Args:
+        systems: a name and its translations, at least two.
+        reference: as many lines, in the same order.
+    """
+    metrics = {"BLEU": sacrebleu.BLEU(lowercase=True), "chrF": sacrebleu.CHRF(lowercase=True)}
+    # sacreBLEU takes systems of the same name, which two folders may have, for different ones. It only lists them.
+    signatures, results = PairedTest(list(systems), metrics, [reference], test_type="bs")()
+    for metric, (first, *others) in results.items():
+        if metric == "System":
+            continue
+        yield f"{metric} {systems[0][0]}: {first.score:.4f} (mean {first.mean:.4f} ± {first.ci:.4f})"
+        for (name, _), result in zip(systems[1:], others, strict=True):
+            yield (
+                f"{metric} {name}: {result.score:.4f} (mean {result.mean:.4f} ± {result.ci:.4f}), "
+                f"p = {result.p_value:.4f}, {'better or worse' if result.p_value < 0.05 else 'no difference'} at 0.05"
+            )
+        yield f"{metric}: {signatures[metric]}"

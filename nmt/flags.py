@@ -1,7 +1,7 @@
 """Command lines that mean what they say.
 
 Plain argparse takes `nan`, `1_0` and `٣` for numbers, abbreviations for flags, and the last of a repeated flag. Here
-each of these is an error. Every flag has two spellings, `--data-dir` and `--data_dir`. Flags behind a lone `--`
+each of these is an error. A flag may be repeated only if its row says so. Every flag has two spellings, `--data-dir` and `--data_dir`. Flags behind a lone `--`
 override the flags in front of it, so a wrapper can hand on its user's flags after its own.
 """
 
@@ -51,12 +51,20 @@ class StrictParser(argparse.ArgumentParser):
         self.given = set()
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
-            self.given |= self._refuse_what_argparse_takes(section)
+            given = self._refuse_what_argparse_takes(section)
+            for name in given & self.given & self._repeatable:
+                setattr(namespace, name, None)  # the values before the `--` do not stay beside those after it
+            self.given |= given
             namespace = super().parse_args(section, namespace)
         return namespace
 
+    @property
+    def _repeatable(self) -> set[str]:
+        """The names of the flags that may be given several times."""
+        return {action.dest for action in self._actions if isinstance(action, argparse._AppendAction)}
+
     def _refuse_what_argparse_takes(self, section: list[str]) -> set[str]:
-        """Refuses a repeated flag, and the value `--`, which argparse drops and then fails.
+        """Refuses a repeated flag that takes one value, and the value `--`, which argparse drops and then fails.
 
         Returns:
             The names of the flags that are given.
@@ -68,7 +76,7 @@ class StrictParser(argparse.ArgumentParser):
             if action is None or not arg.startswith("-"):
                 continue
             names = "/".join(action.option_strings)
-            if action.dest in seen:
+            if action.dest in seen and action.dest not in self._repeatable:
                 self.error(f"argument {names}: given more than once")
             if value == "--":
                 self.error(f"argument {names}: '--' is not a value")
@@ -123,7 +131,15 @@ class Choices(tuple[str, ...]):
 
 
 def row(
-    group: str, default: Any, takes: Any, help: str, *, unit: str = "", also: str = "", trains: bool = False
+    group: str,
+    default: Any,
+    takes: Any,
+    help: str,
+    *,
+    unit: str = "",
+    also: str = "",
+    trains: bool = False,
+    repeats: bool = False,
 ) -> Any:
     """A row of a settings table: a field of a dataclass, and its flag.
 
@@ -136,10 +152,12 @@ def row(
         unit: names the value in the help.
         also: other spellings of the flag, with spaces between.
         trains: whether training alone reads it. Then it has no effect with --evaluate.
+        repeats: whether the flag may be given several times. The value is then the list of those that were given. Its
+            default has to be None.
     """
     recipes = default if isinstance(default, dict) else None
     about = {"group": group, "takes": takes, "help": help, "unit": unit, "also": also.split()}
-    about |= {"trains": trains, "recipes": recipes}
+    about |= {"trains": trains, "recipes": recipes, "repeats": repeats}
     return dataclasses.field(default=None if recipes else default, metadata=about)
 
 
@@ -166,6 +184,8 @@ def parser_of(table: type, **options: Any) -> StrictParser:
             settings |= {"type": free_text, "metavar": takes}
         else:
             settings |= {"type": takes, "metavar": about["unit"] or UNITS.get(takes, "N")}
+        if about["repeats"]:
+            settings["action"] = "append"
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         short, long = ([name for name in about["also"] if (name[1] == "-") == is_long] for is_long in (False, True))

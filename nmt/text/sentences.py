@@ -32,8 +32,8 @@ def split(line: str, lang: str) -> list[str]:
     for start in range(0, len(line), BLOCK):
         sentences = _split_block(rest + line[start : start + BLOCK], lang)
         # The last one may go on in the next block.
-        rest = sentences.pop() if sentences and start + BLOCK < len(line) and len(sentences[-1]) < BLOCK else ""
-        for sentence in sentences:
+        rest = sentences.pop() if start + BLOCK < len(line) and len(sentences[-1]) < BLOCK else ""
+        for sentence in filter(None, map(str.strip, sentences)):
             if found and has_capitals and sentence[0].islower():
                 found[-1] += f" {sentence}"
             else:
@@ -42,10 +42,11 @@ def split(line: str, lang: str) -> list[str]:
 
 
 def _split_block(text: str, lang: str) -> list[str]:
+    """The sentences of a text that is not empty, each with the white space behind it."""
     from spacy.pipeline import Sentencizer
 
     doc = Sentencizer()(tokens.tokenizer_of(lang)(text))
-    return [sentence for span in doc.sents if (sentence := span.text.strip())]
+    return [span.text_with_ws for span in doc.sents]
 
 
 @cache

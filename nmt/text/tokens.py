@@ -100,6 +100,18 @@ def normalised(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
+def without_long_words(line: str, lang: str) -> tuple[str, bool]:
+    """The line with its words cut to `MAX_WORD` characters, and whether one was longer. A word ends at white space.
+
+    Languages that spaCy does not split at spaces first have no such words. Their lines stay.
+    """
+    from spacy.tokenizer import Tokenizer
+
+    if max(map(len, line.split()), default=0) <= MAX_WORD or not isinstance(tokenizer_of(lang), Tokenizer):
+        return line, False
+    return _LONG_WORD.sub(r"\1", line), True
+
+
 def tokenise_lines(lines: list[str], lang: str, case: str = "lower") -> Tokens:
     """As `tokenise`, in compact form. The lines are `files.stripped`, and hold no line end."""
     from spacy.attrs import LOWER, ORTH
