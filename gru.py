@@ -37,6 +37,7 @@ from nmt.products import linear, prefers_dense
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from data import Batch
@@ -522,15 +523,29 @@ def restore(state_dict: dict[str, Tensor], sizes: dict[str, int], device: torch.
     Raises:
         ValueError: a name or a shape is not that of a model of these sizes.
     """
-    with torch.device("meta"):  # where faulty sizes take no memory
+    with torch.device("meta"), _Undrawn():  # where faulty sizes take no memory
         expected = build(**sizes, device="meta").state_dict()
     check_names(state_dict, expected)
     for name, tensor in state_dict.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
-    model = build(**sizes, device=device)
+    with _Undrawn():
+        model = build(**sizes, device=device)
     model.load_state_dict(state_dict)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Here a new module's weights are not drawn, because they are replaced at once.
+
+    On the device `meta` a draw would import PyTorch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_"):  # of `Tensor`, and of `nn.init`
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_names(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import data
 import gru
@@ -19,6 +20,7 @@ from sacrebleu.significance import PairedTest
 
 MAX_LENGTH = 50  # most tokens of a translation of short sentences, as in the original
 BATCH_SIZE = 256
+SIGNIFICANT = 0.05  # two translations differ if chance alone gives such a difference less often
 
 
 # ---------------------------------------------------------------- scores of translations
@@ -434,15 +436,13 @@ def comparison_lines(systems: Sequence[tuple[str, list[str]]], reference: list[s
         reference: as many lines, in the same order.
     """
     metrics = {"BLEU": sacrebleu.BLEU(lowercase=True), "chrF": sacrebleu.CHRF(lowercase=True)}
-    # sacreBLEU takes systems of the same name, which two folders may have, for different ones. It only lists them.
     signatures, results = PairedTest(list(systems), metrics, [reference], test_type="bs")()
-    for metric, (first, *others) in results.items():
-        if metric == "System":
-            continue
-        yield f"{metric} {systems[0][0]}: {first.score:.4f} (mean {first.mean:.4f} ± {first.ci:.4f})"
-        for (name, _), result in zip(systems[1:], others, strict=True):
-            yield (
-                f"{metric} {name}: {result.score:.4f} (mean {result.mean:.4f} ± {result.ci:.4f}), "
-                f"p = {result.p_value:.4f}, {'better or worse' if result.p_value < 0.05 else 'no difference'} at 0.05"
-            )
-        yield f"{metric}: {signatures[metric]}"
+    for metric, signature in signatures.items():
+        for place, (name, _) in enumerate(systems):
+            found: Any = results[metric][place]
+            line = f"{metric} {name}: {found.score:.4f} (mean {found.mean:.4f} ± {found.ci:.4f})"
+            if place:
+                verdict = "a difference" if found.p_value < SIGNIFICANT else "no difference"
+                line += f", p = {found.p_value:.4f}: {verdict} at the level {SIGNIFICANT}"
+            yield line
+        yield f"{metric}: {signature}"

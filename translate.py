@@ -72,7 +72,8 @@ class Settings:
     ckptpath: list[str] | None = flags.row(COMMON, None, "FILE",
         f"the model, as train_8p.py has written it; left out: {DEFAULT_CKPTPATH}; given again, with --reference: a "
         "model to compare with the first one", repeats=True)
-    input: str | None = flags.row(COMMON, None, "FILE", "text to translate, a sentence a line; left out: standard input")
+    input: str | None = flags.row(COMMON, None, "FILE",
+        "text to translate; left out: standard input, or on a terminal a prompt")
     output: str | None = flags.row(COMMON, None, "FILE",
         "where the translations go; it is replaced when all are there; left out: standard output")
     reference: str | None = flags.row(COMMON, None, "FILE",
@@ -344,7 +345,7 @@ class Scored:
             changes: Counter[str] = Counter()
             self._reference = [line for window in stream.windows(reference, changes) for line in window]
         tell(changes)
-        self._found: list[list["Translation"]] = [[] for _ in infos]
+        self._found: list[list[Translation]] = [[] for _ in infos]
         if settings.input is not None and os.path.isfile(settings.input):
             with opened(settings.input) as again:
                 self._check(sum(len(window) for window in stream.windows(again, Counter())))

@@ -1,8 +1,9 @@
 """Command lines that mean what they say.
 
 Plain argparse takes `nan`, `1_0` and `٣` for numbers, abbreviations for flags, and the last of a repeated flag. Here
-each of these is an error. A flag may be repeated only if its row says so. Every flag has two spellings, `--data-dir` and `--data_dir`. Flags behind a lone `--`
-override the flags in front of it, so a wrapper can hand on its user's flags after its own.
+each of these is an error. A flag may be repeated only if its row says so. Every flag has two spellings, `--data-dir`
+and `--data_dir`. Flags behind a lone `--` override the flags in front of it, so a wrapper can hand on its user's flags
+after its own.
 """
 
 import argparse

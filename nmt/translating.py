@@ -8,7 +8,7 @@ from nmt.engine import Engine, Hypothesis
 from nmt.text import sentences
 from nmt.text.detokens import Detokeniser
 from nmt.text.tokens import MAX_CHARACTERS, MAX_WORD, MAX_WORDS, tokenise_lines, without_long_words
-from nmt.text.vocabulary import EOS, SOS, SPECIALS, UNK, Vocabulary
+from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK, Vocabulary
 
 LENGTH_STEP = 50  # a translation may have as many tokens as its source, rounded up to a multiple of this
 UNKNOWN = SPECIALS[UNK]
@@ -150,7 +150,7 @@ class Translator:
 
     def _as_text(self, hypothesis: Hypothesis, words: list[str], ids: list[int]) -> Translation:
         """A hypothesis as text, for the source's words with these ids."""
-        tokens = self._trg.decode(hypothesis.ids)
+        tokens = self._trg.decode(index for index in hypothesis.ids if index not in (PAD, SOS))
         if self._replace_unknown:
             tokens = with_source_words(tokens, [word for word, index in zip(words, ids, strict=True) if index == UNK])
         tokens = [token for token in tokens if not token.isspace()]

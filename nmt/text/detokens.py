@@ -52,4 +52,4 @@ def splits_hyphens(lang: str) -> bool:
     from spacy.util import compile_infix_regex, get_lang_class
 
     infixes = get_lang_class(lang).Defaults.infixes
-    return bool(infixes) and bool(compile_infix_regex(infixes).search("a-b"))
+    return bool(infixes) and bool(compile_infix_regex(list(infixes)).search("a-b"))
