@@ -11,12 +11,12 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nmt.signals import Stopped, StopRequest, in_main_thread
 
-PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")  # that train_8p.py needs
+PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 EXIT_CODES = {"memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
 # What the messages of other people's errors say. Most are plain RuntimeErrors.
@@ -94,17 +94,8 @@ def prepare_imports() -> None:
             report(kind, error, trace)
 
     sys.excepthook = in_one_line
-    try:
-        check_installed(PACKAGES)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
-def check_installed(packages: Iterable[str]) -> None:
-    """Raises a usage UserError that names those packages which are not installed, if there are any."""
     missing = []
-    for package in packages:
+    for package in PACKAGES:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -115,7 +106,8 @@ def check_installed(packages: Iterable[str]) -> None:
         todo = f"run python3 -m pip install -r {repository / 'requirements.txt'}, or use the Python that has them"
         if own.exists():
             todo = f"run {own}, or {todo.removeprefix('run ')}"
-        raise UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo)
+        print(UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo), file=sys.stderr)
+        sys.exit(EXIT_CODES["usage"])
 
 
 class LostPeer(UserError):
