@@ -18,7 +18,6 @@ What takes long to import is imported where it is needed: PyTorch only by the mo
 """
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
 from nmt import flags
-from nmt.errors import UserError, check_installed, printable, run_main
+from nmt.errors import UserError, not_installed, printable, run_main
 from nmt.signals import end_imports_at_sigterm
 from nmt.storage import InUse, clear_partial, locked, replacing
 
@@ -122,7 +121,7 @@ def main(argv: list[str]) -> None:
     """Translates what the flags name, or tells about the model."""
     settings = Settings(**vars(build_parser().parse_args(argv)))
     check(settings)
-    check_installed(packages(settings))
+    check_installed(settings)
     if settings.about:
         engine = engine_of(settings, settings.models[0])
         for line in card(engine.info, settings.models[0]):
@@ -163,14 +162,20 @@ def check(settings: Settings) -> None:
         raise UserError("usage", "no input to score", "--reference", "give --input FILE, or redirect one")
 
 
-def packages(settings: Settings) -> Iterator[str]:
-    """What has to be installed for these settings."""
-    yield from ("numpy", "spacy", "tqdm")
-    yield "torch" if settings.backend == "torch" else "onnxruntime"
+def check_installed(settings: Settings) -> None:
+    """Raises a usage UserError that names the packages which these settings need and which are not installed."""
+    needed = ["numpy", "spacy", "tqdm"]
+    if settings.backend == "torch":
+        needed.append("torch")
     if not settings.tokenized or settings.reference is not None:
-        yield "sacremoses"
+        needed.append("sacremoses")
     if settings.reference is not None:
-        yield from ("torchtext", "sacrebleu")
+        needed += ["torchtext", "sacrebleu"]
+    told = not_installed(needed, "requirements.txt")
+    if told is None and settings.backend == "onnx":
+        told = not_installed(["onnxruntime"], "requirements-onnx.txt")
+    if told is not None:
+        raise told
 
 
 # ---------------------------------------------------------------- the model
@@ -208,10 +213,7 @@ def engine_of(settings: Settings, path: str) -> "Engine":
     except ValueError as error:
         todo = "use the file as train_8p.py wrote it, and the gru.py that it was trained with"
         raise UserError("checkpoint", f"holds no model of this gru.py: {error}", path, todo) from error
-    info = info_of(saved)
-    size = sum(tensor.numel() for tensor in saved.state_dict.values())
-    about = info.about | {"completed": saved.completed, "parameters": size}
-    return TorchEngine(model, dataclasses.replace(info, about=about))
+    return TorchEngine(model, info_of(saved))
 
 
 def translator_of(settings: Settings, engine: "Engine") -> "Translator":

@@ -22,7 +22,8 @@ def info_of(saved: Checkpoint) -> ModelInfo:
         sizes=saved.sizes,
         flags=saved.flags,
         scores=saved.scores,
-        about=saved.about,
+        about=saved.about
+        | {"completed": saved.completed, "parameters": sum(tensor.numel() for tensor in saved.state_dict.values())},
     )
 
 
