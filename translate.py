@@ -31,7 +31,7 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
 from nmt import flags
-from nmt.errors import UserError, not_installed, printable, run_main
+from nmt.errors import UserError, discard_output, lacks_memory, not_installed, printable, run_main
 from nmt.signals import end_imports_at_sigterm
 from nmt.storage import InUse, clear_partial, locked, replacing
 
@@ -127,6 +127,9 @@ def main(argv: list[str]) -> None:
         for line in card(engine.info, settings.models[0]):
             print(printable(line))
         return
+    from nmt.text.tokens import import_spacy
+
+    import_spacy()
     with source(settings) as file, target(settings, file) as out:
         engines = [engine_of(settings, path) for path in settings.models]
         translators = [translator_of(settings, engine) for engine in engines]
@@ -197,9 +200,6 @@ def engine_of(settings: Settings, path: str) -> "Engine":
     if os.path.isdir(path):
         todo = "add --backend onnx if export_onnx.py has written it, or give a file of train_8p.py"
         raise UserError("usage", "a folder, not a checkpoint", f"--ckptpath {path}", todo)
-    from nmt.text.tokens import import_spacy
-
-    import_spacy()
     import gru
     from nmt import checkpoint
     from nmt.torch_engine import TorchEngine, info_of
@@ -261,7 +261,7 @@ def translate(
     changes: Counter[str] = Counter()
     number = 0
     with progress() as bar:
-        for lines in stream.windows(file, changes):
+        for lines in stream.windows(file, changes, settings.input or "standard input"):
             found = [translator(lines) for translator in translators]
             for translations in found[0]:
                 number += 1
@@ -345,12 +345,12 @@ class Scored:
             raise UserError("usage", what, "--ckptpath", "compare models of the same languages")
         with opened(self._path) as reference:
             changes: Counter[str] = Counter()
-            self._reference = [line for window in stream.windows(reference, changes) for line in window]
+            self._reference = [line for window in stream.windows(reference, changes, self._path) for line in window]
         tell(changes)
         self._found: list[list[Translation]] = [[] for _ in infos]
         if settings.input is not None and os.path.isfile(settings.input):
             with opened(settings.input) as again:
-                self._check(sum(len(window) for window in stream.windows(again, Counter())))
+                self._check(sum(len(window) for window in stream.windows(again, Counter(), settings.input)))
 
     def add(self, window: list[list["Translation"]]) -> None:
         """Takes what `translate` yields."""
@@ -444,7 +444,8 @@ def target(settings: Settings, file: int) -> Iterator[BinaryIO]:
         UserError: io or usage.
     """
     if settings.output is None:
-        yield sys.stdout.buffer
+        with telling_of_output(settings):
+            yield sys.stdout.buffer
         return
     given = settings.output
     path = Path(os.path.realpath(given))  # a link stays
@@ -455,24 +456,35 @@ def target(settings: Settings, file: int) -> Iterator[BinaryIO]:
     ):
         what = "the same file is read: the input, the reference or the model"
         raise UserError("usage", what, f"--output {given}", "give another file")
+    with telling_of_output(settings), contextlib.ExitStack() as stack:
+        out: IO[bytes]
+        if os.path.exists(path) and not os.path.isfile(path):
+            out = stack.enter_context(open(path, "wb"))  # a pipe or a device; a folder is refused
+        else:
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), None))
+            clear_partial(path)
+            out = stack.enter_context(replacing(path))
+        yield out  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def telling_of_output(settings: Settings) -> Iterator[None]:
+    """Turns the body's OSErrors, which are the output's, into a UserError, io. A reader that has gone is none."""
+    where = "standard output" if settings.output is None else f"--output {settings.output}"
     try:
-        with contextlib.ExitStack() as stack:
-            out: IO[bytes]
-            if os.path.exists(path) and not os.path.isfile(path):
-                out = stack.enter_context(open(path, "wb"))  # a pipe or a device; a folder is refused
-            else:
-                stack.enter_context(locked(path.with_name(f".{path.name}.lock"), None))
-                clear_partial(path)
-                out = stack.enter_context(replacing(path))
-            yield out  # type: ignore[misc]
-    except InUse as error:
-        todo = "wait for it to end, or give another file"
-        raise UserError("io", f"another translate.py writes there (pid {error})", f"--output {given}", todo) from error
+        yield
     except BrokenPipeError:
         raise
+    except InUse as error:
+        todo = "wait for it to end, or give another file"
+        raise UserError("io", f"another translate.py writes there (pid {error})", where, todo) from error
     except OSError as error:
+        if lacks_memory(error):
+            raise
+        if settings.output is None:
+            discard_output()
         todo = "make room there, or give a file that can be written"
-        raise UserError("io", f"cannot write: {error.strerror or error}", f"--output {given}", todo) from error
+        raise UserError("io", f"cannot write: {error.strerror or error}", where, todo) from error
 
 
 # ---------------------------------------------------------------- the model card

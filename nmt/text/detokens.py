@@ -8,7 +8,7 @@ LETTER = r"[^\W\d_]"
 _ALWAYS = re.compile(
     rf"(?<=#) (?=\d)|(?<=\d) (?=-\ \d)|(?<=\d -) (?=\d)|(?<={LETTER}) (?=/ {LETTER})|(?<={LETTER} /) (?={LETTER})"
 )
-_HYPHENS = re.compile(rf"(?<={LETTER}) (?=- {LETTER})|(?<={LETTER} -) (?={LETTER})")
+_HYPHENS = re.compile(rf"(?<=[^\W_]) (?=- {LETTER})|(?<=[^\W_] -) (?={LETTER})")
 _CURLED = re.compile(r"(?<=[“‘]) | (?=”)")
 # "do n't", "it ’s", "can not", "gon na".
 _ENGLISH = re.compile(
@@ -51,5 +51,5 @@ def splits_hyphens(lang: str) -> bool:
     """Whether spaCy's rules make three tokens of a word with a hyphen, as in English and not in German."""
     from spacy.util import compile_infix_regex, get_lang_class
 
-    infixes = get_lang_class(lang).Defaults.infixes
+    infixes = get_lang_class(lang).Defaults.infixes or []
     return bool(infixes) and bool(compile_infix_regex(list(infixes)).search("a-b"))

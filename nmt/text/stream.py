@@ -6,6 +6,7 @@ import select
 from collections import Counter, deque
 from collections.abc import Iterator
 
+from nmt.errors import UserError
 from nmt.text import files
 
 BLOCK_BYTES = 1 << 16
@@ -22,7 +23,9 @@ CONTROL = "line(s) with control characters, such as NUL: these became spaces"
 HUGE = f"line(s) of more than {LINE_BYTES >> 20} MiB: what is beyond was left out"
 
 
-def windows(file: int, changes: Counter[str], first: int = FIRST_WINDOW) -> Iterator[list[str]]:
+def windows(
+    file: int, changes: Counter[str], name: str = "standard input", first: int = FIRST_WINDOW
+) -> Iterator[list[str]]:
     r"""Reads a file to its end, some lines at a time. Lines end at `\n` alone.
 
     A window that is not full is handed on if no more lines come for a moment. So whoever writes a line into a pipe gets
@@ -31,13 +34,14 @@ def windows(file: int, changes: Counter[str], first: int = FIRST_WINDOW) -> Iter
     Args:
         file: a descriptor.
         changes: counts the lines that had to be changed, by `NOT_UTF8`, `CONTROL` and `HUGE`.
+        name: the file's, for errors.
         first: lines of the first window.
 
     Yields:
         The lines of a window, `readable`. At least one.
 
     Raises:
-        OSError: the file cannot be read.
+        UserError: io, the file cannot be read.
     """
     lines: deque[bytes] = deque()  # complete, and not yet handed on
     pending = 0  # bytes in `lines`
@@ -46,7 +50,10 @@ def windows(file: int, changes: Counter[str], first: int = FIRST_WINDOW) -> Iter
     while lines or not at_end:
         full = len(lines) >= most or pending >= WINDOW_BYTES
         if not at_end and not full and (not lines or _has_more(file)):
-            block = os.read(file, BLOCK_BYTES)
+            try:
+                block = os.read(file, BLOCK_BYTES)
+            except OSError as error:
+                raise UserError("io", f"cannot read: {error.strerror}", name, "give a text file") from error
             at_end = not block
             head, *rest = block.split(b"\n")
             room = LINE_BYTES + 1 - len(open_line)  # one byte more tells that the line is too long
