@@ -133,9 +133,12 @@ def main(argv: list[str]) -> None:
     with source(settings) as file, target(settings, file) as out:
         engines = [engine_of(settings, path) for path in settings.models]
         translators = [translator_of(settings, engine) for engine in engines]
-        if settings.input is None and sys.stdin.isatty() and sys.stdout.isatty():
-            prompt(translators[0], settings)
-            return
+        if settings.input is None and sys.stdin.isatty():
+            info = engines[0].info
+            print(f"translates {info.src_lang} to {info.trg_lang}, line by line; Ctrl-D ends it", file=sys.stderr)
+            if settings.output is None and sys.stdout.isatty():
+                prompt(translators[0], settings)
+                return
         if settings.reference is None:
             for _ in translate(file, out, translators, settings):
                 pass
@@ -374,14 +377,19 @@ class Scored:
 
         for path, info, found in zip(self._models, self._infos, self._found, strict=True):
             yield f"scores of {path} on {len(found)} lines:"
-            tokens = [[as_model(token, info) for token in translation.tokens] for translation in found]
+            tokens = [translation.tokens for translation in found]
             reference = [
                 [token for token in sentence if not token.isspace()]
-                for sentence in tokenise(self._reference, info.trg_lang, info.case)[0]
+                for sentence in tokenise(self._reference, info.trg_lang, "keep")[0]
             ]
-            scores = scoring.evaluate(tokens, reference)
-            yield f"BLEU score = {scores.bleu:.4f} (torchtext, tokens as in training)"
-            yield f"sacreBLEU = {scores.sacrebleu:.4f} (tokens as in training, {scores.sacrebleu_signature})"
+            for case in ("lower", "keep") if info.case == "keep" else ("lower",):
+                ours, theirs = (
+                    [[token.lower() for token in sentence] if case == "lower" else sentence for sentence in side]
+                    for side in (tokens, reference)
+                )
+                scores, cased = scoring.evaluate(ours, theirs), "cased " if case == "keep" else ""
+                yield f"{cased}BLEU score = {scores.bleu:.4f} (torchtext, tokens as in training)"
+                yield f"{cased}sacreBLEU = {scores.sacrebleu:.4f} (tokens as in training, {scores.sacrebleu_signature})"
             yield from scoring.text_lines([translation.text for translation in found], self._reference)
         if len(self._models) > 1:
             systems = [
@@ -390,11 +398,6 @@ class Scored:
             ]
             yield "paired bootstrap, each model against the first one:"
             yield from scoring.comparison_lines(systems, self._reference)
-
-
-def as_model(token: str, info: "ModelInfo") -> str:
-    """A token in the model's case. One that was copied from the source may have another."""
-    return token.lower() if info.case == "lower" else token
 
 
 # ---------------------------------------------------------------- files

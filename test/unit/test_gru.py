@@ -2,12 +2,15 @@
 
 import copy
 import random
+import subprocess
+import sys
 
 import gru
 from nmt import kernels, search
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from plain_model import (
     BATCH,
     EMB,
@@ -229,6 +232,21 @@ def test_a_restored_model_translates_as_the_one_that_was_saved(model, pairs, sta
     assert restored.device == torch.device("cpu")
     expected = model.float().eval()(src, trg, 1.0, src_len)
     assert torch.equal(restored(src, trg, 1.0, src_len), expected)
+
+
+def test_restoring_draws_no_weights_and_imports_no_compiler():
+    """A draw on the device meta imports it, which takes a second."""
+    program = """
+import sys, gru, torch
+before = torch.get_rng_state()
+gru.restore(gru.build(4, 4, emb_dim=2, hid_dim=2).state_dict(), dict(input_dim=4, output_dim=4, emb_dim=2, hid_dim=2))
+drawn = torch.get_rng_state()
+torch.set_rng_state(before)
+gru.build(4, 4, emb_dim=2, hid_dim=2)
+assert torch.equal(drawn, torch.get_rng_state())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
 
 
 def test_the_sizes_are_read_from_the_shapes(state):

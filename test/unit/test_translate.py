@@ -100,14 +100,18 @@ def test_whatever_a_line_holds_it_gives_one_line(tmp_path):
         b"Ein Hund . Ein Hund .",
         b"no line feed behind this one",
     ]
-    command = [sys.executable, REPOSITORY / "translate.py", "--ckptpath", model, "--max-length", "5"]
+    command = [sys.executable, "-X", "importtime", REPOSITORY / "translate.py", "--ckptpath", model, "--max-length=5"]
     done = run(command, b"\n".join(lines), cwd="/", env=os.environ | {"PYTHONSAFEPATH": "1"})
     assert done.returncode == 0, done.stderr
     out = done.stdout.decode().split("\n")
     assert len(out) == len(lines) + 1 and out[-1] == ""
     assert [not line for line in out[:-1]] == [line.strip() == b"" for line in lines]
     assert out[0] == out[6]
-    assert sorted(done.stderr.decode().splitlines()) == [
+    told = done.stderr.decode().splitlines()
+    imported = {line.split("|")[-1].strip() for line in told if line.startswith("import time:")}
+    assert {"torch", "spacy", "sacremoses", "nmt.torch_engine"} <= imported
+    assert not {"torch._dynamo", "torchtext", "sacrebleu", "data", "scoring", "spacy.cli.download"} & imported
+    assert sorted(line for line in told if not line.startswith("import time:")) == [
         "note: 1 line(s) not in UTF-8: the wrong bytes became U+FFFD",
         "note: 1 line(s) with control characters, such as NUL: these became spaces",
         "note: 1 sentence(s) of more than 254 words or 10000 characters: what is beyond was left out",
@@ -268,6 +272,15 @@ def test_the_scores_are_those_of_sacrebleus_command_line(echo, tmp_path, capfd):
     assert len(set(printed)) == 4
     assert out[1].startswith("BLEU score = ") and out[2].startswith("sacreBLEU = ")
     assert out[1].split()[3] == out[2].split()[2], "of these tokens both count the same"
+
+
+def test_a_model_with_case_has_cased_scores_too(echo, tmp_path, capfd):
+    (tmp_path / "ref.en").write_text(EN)
+    assert echo("--input", "in.de", "--output", "out.en", "--reference", "ref.en", case="keep") == 0
+    out = capfd.readouterr().out.splitlines()
+    scores = dict(zip(("lower", "keep"), (float(line.split(" = ")[1].split()[0]) for line in out[1:4:2]), strict=True))
+    assert out[1].startswith("BLEU score = ") and out[3].startswith("cased BLEU score = ")
+    assert scores["keep"] < scores["lower"]
 
 
 def test_scores_go_where_the_translations_do_not(echo, capfd):
@@ -507,6 +520,7 @@ def test_a_terminal_gets_a_prompt_with_a_history_until_ctrl_d():
             shown += os.read(terminal, 1000)
         shown = shown.partition(text)[2]
 
+    wait_for(b"translates de to en, line by line; Ctrl-D ends it\r\n")
     for typed, answer in (
         ("Ein Hund läuft.\n".encode(), b"0.0000\tA dog runs."),
         (b"\n", b"0.0000\t\r\n"),
