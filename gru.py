@@ -543,7 +543,7 @@ class _Undrawn(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.__name__ in ("normal_", "uniform_"):  # of `Tensor`, and of `nn.init`
+        if func.__name__.endswith(("normal_", "uniform_")):  # of `Tensor`, and of `nn.init`
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
