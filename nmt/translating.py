@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from nmt.engine import Engine, Hypothesis
 from nmt.text import sentences
 from nmt.text.detokens import Detokeniser
-from nmt.text.tokens import MAX_CHARACTERS, MAX_WORD, MAX_WORDS, tokenise_lines, without_long_words
+from nmt.text.tokens import MAX_CHARACTERS, MAX_WORD, MAX_WORDS, tokenise_lines, tokenizer_of, without_long_words
 from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK, Vocabulary
 
 LENGTH_STEP = 50  # a translation may have as many tokens as its source, rounded up to a multiple of this
 UNKNOWN = SPECIALS[UNK]
+WORDS_KEPT = 100_000  # by a tokenizer: 100 MB. A new one costs a tenth of a second
 
 # What may happen to a sentence or a line. Their number stands in front where it is told.
 CUT = f"sentence(s) of more than {MAX_WORDS} words or {MAX_CHARACTERS} characters: what is beyond was left out"
@@ -92,6 +93,7 @@ class Translator:
         Returns:
             `n_best` translations of each line, the best first. A line without a word gets empty ones.
         """
+        tokenizer_of(self._info.src_lang, WORDS_KEPT)
         pieces: list[str] = []
         spans: list[range] = []  # of each line's sentences among the pieces
         for line in lines:

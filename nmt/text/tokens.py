@@ -181,13 +181,13 @@ def import_spacy() -> None:
         sys.modules |= before
 
 
-def tokenizer_of(lang: str):
-    """spaCy's tokenizer of a language. It is a new one when the last has more than `WORDS_KEPT` words in its memory.
+def tokenizer_of(lang: str, most: int = WORDS_KEPT):
+    """spaCy's tokenizer of a language. It is a new one when the last has more than `most` words in its memory.
 
     Raises:
         UserError: as `tokenise`.
     """
-    if len(_tokenizer(lang).vocab.strings) > WORDS_KEPT:
+    if len(_tokenizer(lang).vocab.strings) > most:
         _tokenizer.cache_clear()
     return _tokenizer(lang)
 

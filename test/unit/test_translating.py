@@ -87,6 +87,16 @@ def test_a_sentence_that_is_too_long_is_cut_and_counted():
     assert translator.changes == Counter({translating.CUT: 1, translating.LONG_WORD: 1})
 
 
+def test_a_tokenizer_does_not_keep_all_words_that_it_has_seen(monkeypatch):
+    monkeypatch.setattr(translating, "WORDS_KEPT", 20_000)
+    translator, sizes = Translator(Echo()), []
+    for window in range(8):
+        translator([f"Hund{window}x{number}" for number in range(4000)])
+        sizes.append(len(tokens.tokenizer_of("de").vocab.strings))
+    assert max(sizes) < 20_000 + 3 * 4000
+    assert sorted(sizes) != sizes
+
+
 def test_white_space_that_the_model_does_not_know_is_left_out():
     engine = Echo()
     received = []
