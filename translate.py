@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
         scored = Scored(settings, [engine.info for engine in engines], file)
         for window in translate(file, out, translators, settings):
             scored.add(window)
-        scored.check_lines()
+    scored.check_lines()
     for line in scored.lines():
         print(printable(line), file=sys.stderr if settings.output is None else sys.stdout)
 

@@ -326,12 +326,17 @@ def test_a_second_model_is_compared_by_paired_bootstrap(monkeypatch, tmp_path, c
     assert "a difference at the level 0.05" in out[start + 2]
 
 
-def test_a_reference_of_another_length_is_refused_before_anything_is_translated(echo, tmp_path, capfd):
+def test_a_reference_of_another_length_is_refused_and_no_translation_lost(echo, tmp_path, capfd, monkeypatch):
     (tmp_path / "ref.en").write_text(EN + "one more\n")
     assert echo("--input", "in.de", "--reference", "ref.en", "--output", "out") == 3
     assert "4 lines, the reference 5" in capfd.readouterr().err
     assert not echo.engines[0].calls
     assert not (tmp_path / "out").exists()
+    with open("in.de") as file:  # whose length is known at its end
+        monkeypatch.setattr(sys, "stdin", file)
+        assert echo("--reference", "ref.en", "--output", "out") == 3
+    assert "4 lines, the reference 5" in capfd.readouterr().err
+    assert (tmp_path / "out").read_text() == TRANSLATED
 
 
 def test_flags_that_contradict_each_other_are_refused(echo, capfd):
