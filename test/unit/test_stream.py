@@ -2,6 +2,7 @@
 
 import os
 import threading
+import tracemalloc
 from collections import Counter
 
 from nmt.text import stream
@@ -94,28 +95,48 @@ def test_lines_that_are_there_do_not_wait_for_more():
     os.close(reading)
 
 
-def test_no_more_than_a_window_and_a_block_are_held(monkeypatch):
-    """The fast sibling of the test with a million lines in test_translate.py."""
-    taken = 0
+def most_held(content: bytes, separator: bytes) -> int:
+    """How much was read and not yet handed on, at most: line ends, or bytes with an empty separator."""
+    taken = handed = most = 0
     real = os.read
 
     def counting(file: int, size: int) -> bytes:
         nonlocal taken
         block = real(file, size)
-        taken += block.count(b"\n")
+        taken += block.count(separator) if separator else len(block)
         return block
 
-    monkeypatch.setattr(os, "read", counting)
     reading, writing = os.pipe()
-    thread = threading.Thread(target=lambda: (os.write(writing, b"a line\n" * 200_000), os.close(writing)))
+    thread = threading.Thread(target=lambda: (os.write(writing, content), os.close(writing)))
     thread.start()
-    handed = 0
-    for window in stream.windows(reading, Counter()):
-        handed += len(window)
-        assert taken - handed <= stream.LARGEST_WINDOW + stream.BLOCK_BYTES // 7 + 1
-    assert handed == 200_000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "read", counting)
+        for window in stream.windows(reading, Counter()):
+            most = max(most, taken - handed)
+            handed += len(window) if separator else sum(len(line) + 1 for line in window)
+    assert handed == taken
     thread.join()
     os.close(reading)
+    return most
+
+
+def test_no_more_than_a_window_and_a_block_are_held():
+    """The fast sibling of the test with a million lines in test_translate.py."""
+    assert most_held(b"a line\n" * 200_000, b"\n") <= stream.LARGEST_WINDOW + stream.BLOCK_BYTES // 7 + 1
+    long_lines = (b"x" * 30_000 + b"\n") * 400
+    assert most_held(long_lines, b"") <= stream.WINDOW_BYTES + stream.BLOCK_BYTES + 30_001 < len(long_lines) / 10
+
+
+def test_of_a_line_without_an_end_no_more_is_held_than_is_kept(monkeypatch):
+    monkeypatch.setattr(stream, "LINE_BYTES", 1000)
+    content = b"x" * 8_000_000
+    tracemalloc.start()
+    try:
+        windows, _ = read(content)
+        assert windows == [["x" * 1000]]
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):
