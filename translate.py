@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:  # with PYTHONSAFEPATH=1
@@ -246,7 +246,7 @@ def translator_of(settings: Settings, engine: "Engine") -> "Translator":
 
 
 def translate(
-    file: int, out: BinaryIO, translators: list["Translator"], settings: Settings
+    file: int, out: IO[bytes], translators: list["Translator"], settings: Settings
 ) -> Iterator[list[list["Translation"]]]:
     """Translates a file to its end, a window of lines at a time, and writes what the first translator gives.
 
@@ -436,7 +436,7 @@ def source(settings: Settings) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def target(settings: Settings, file: int) -> Iterator[BinaryIO]:
+def target(settings: Settings, file: int) -> Iterator[IO[bytes]]:
     """What the translations are written to. A file of --output takes its place when the body is done.
 
     Args:
@@ -447,27 +447,29 @@ def target(settings: Settings, file: int) -> Iterator[BinaryIO]:
         UserError: io or usage.
     """
     if settings.output is None:
-        with telling_of_output(settings):
-            yield sys.stdout.buffer
+        # With PYTHONUNBUFFERED, the stream's own file may write a part and say nothing.
+        with telling_of_output(settings), open(sys.stdout.fileno(), "wb", closefd=False) as out:
+            yield out
         return
-    given = settings.output
-    path = Path(os.path.realpath(given))  # a link stays
+    path = Path(os.path.realpath(settings.output))  # a link stays
     kept = [*settings.models, *([settings.reference] if settings.reference is not None else [])]
     if os.path.exists(path) and (
         os.path.samestat(os.stat(path), os.fstat(file))
         or any(os.path.exists(other) and os.path.samefile(path, other) for other in kept)
     ):
         what = "the same file is read: the input, the reference or the model"
-        raise UserError("usage", what, f"--output {given}", "give another file")
+        raise UserError("usage", what, f"--output {settings.output}", "give another file")
     with telling_of_output(settings), contextlib.ExitStack() as stack:
         out: IO[bytes]
         if os.path.exists(path) and not os.path.isfile(path):
             out = stack.enter_context(open(path, "wb"))  # a pipe or a device; a folder is refused
         else:
-            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), None))
+            lock = stack.enter_context(locked(path.with_name(f".{path.name}.lock"), None))
+            lock.write(f"{os.getpid()}\n".encode())
+            lock.flush()
             clear_partial(path)
             out = stack.enter_context(replacing(path))
-        yield out  # type: ignore[misc]
+        yield out
 
 
 @contextlib.contextmanager
