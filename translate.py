@@ -31,7 +31,7 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
 from nmt import flags
-from nmt.errors import UserError, discard_output, lacks_memory, not_installed, printable, run_main
+from nmt.errors import UserError, lacks_memory, not_installed, printable, run_main
 from nmt.signals import end_imports_at_sigterm
 from nmt.storage import InUse, clear_partial, locked, replacing
 
@@ -448,8 +448,8 @@ def target(settings: Settings, file: int) -> Iterator[IO[bytes]]:
     """
     if settings.output is None:
         # With PYTHONUNBUFFERED, the stream's own file may write a part and say nothing.
-        with telling_of_output(settings), open(sys.stdout.fileno(), "wb", closefd=False) as out:
-            yield out
+        with telling_of_output(settings), open(sys.stdout.fileno(), "wb", closefd=False) as stdout:
+            yield stdout
         return
     path = Path(os.path.realpath(settings.output))  # a link stays
     kept = [*settings.models, *([settings.reference] if settings.reference is not None else [])]
@@ -486,8 +486,6 @@ def telling_of_output(settings: Settings) -> Iterator[None]:
     except OSError as error:
         if lacks_memory(error):
             raise
-        if settings.output is None:
-            discard_output()
         todo = "make room there, or give a file that can be written"
         raise UserError("io", f"cannot write: {error.strerror or error}", where, todo) from error
 

@@ -436,8 +436,16 @@ def test_two_runs_do_not_write_one_file(echo, capfd, tmp_path):
     assert "another translate.py writes there (pid 4321)" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [[], ["--output", "out"]], ids=["stdout", "file"])
-def test_a_full_disk_is_told_in_one_line(tmp_path, flags):
+@pytest.mark.parametrize(
+    ("flags", "unbuffered", "given"),
+    [
+        ([], "", b"Ein Hund .\n" * 1000),
+        ([], "1", b"Ein Hund, " * 150 + b"\n"),  # one write, of which a part fits
+        (["--output", "out"], "", b"Ein Hund .\n" * 1000),
+    ],
+    ids=["stdout", "unbuffered", "file"],
+)
+def test_a_full_disk_is_told_in_one_line(tmp_path, flags, unbuffered, given):
     def limited():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
@@ -446,12 +454,12 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, flags):
     with open(tmp_path / "stdout", "wb") as out:
         done = subprocess.run(
             [sys.executable, ECHO, "--tokenized", *flags],
-            input=b"Ein Hund .\n" * 1000,
+            input=given,
             stdout=out if not flags else subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=tmp_path,
             preexec_fn=limited,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": unbuffered},
             timeout=60,
         )
     assert done.returncode == 5, done.stderr
