@@ -440,7 +440,7 @@ def test_two_runs_do_not_write_one_file(echo, capfd, tmp_path):
     ("flags", "unbuffered", "given"),
     [
         ([], "", b"Ein Hund .\n" * 1000),
-        ([], "1", b"Ein Hund, " * 150 + b"\n"),  # one write, of which a part fits
+        ([], "1", b"Ein Hund. " * 300 + b"\n"),  # one write, of which a part fits
         (["--output", "out"], "", b"Ein Hund .\n" * 1000),
     ],
     ids=["stdout", "unbuffered", "file"],
