@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nmt.errors import UserError, first_line
-from nmt.products import mm, rounded, with_spare_rows
+from nmt.products import Weight, mm, rounded, with_spare_rows
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,40 @@ class GRU(nn.GRU):
             inputs = torch.cat((inputs, context_gates.expand(len(rows_per_step), -1, -1)), dim=2)
         outputs, last = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
         return outputs.flatten(0, 1), last[0]
+
+
+class GRUStep:
+    """One step of a GRU at a time, without a gradient, on a CPU. The formulas and the types are those of `GRUSteps`.
+
+    Args:
+        rnn: the GRU. What is done to its weights later does not count.
+        input_dim: of the input without the context.
+    """
+
+    def __init__(self, rnn: GRU, input_dim: int):
+        self._size = rnn.hidden_size
+        self._dtype, self._exact = rnn.weight_hh_l0.dtype, accumulate_dtype(rnn.weight_hh_l0.dtype)
+        self._of_input, self._of_state = Weight(rnn.weight_ih_l0[:, :input_dim]), Weight(rnn.weight_hh_l0)
+        self._bias_hn = rnn.bias_hh_l0.detach()[-self._size :].to(self._exact)
+
+    def __call__(self, inputs: Tensor, hidden: Tensor, context_gates: Tensor) -> Tensor:
+        """Makes a step.
+
+        Args:
+            inputs: [rows, input dim] without the context. A sentence's rows stand together, equally many each.
+            hidden: [rows, hid dim] the state before.
+            context_gates: [sentences, 3 * hid dim] from `GRU.context_gates`, in the states' type.
+
+        Returns:
+            [rows, hid dim] the state after, with all its digits.
+        """
+        size = self._size
+        block, sums = self._of_input(inputs).to(self._exact), self._of_state(hidden.to(self._dtype)).to(self._exact)
+        block.view(len(context_gates), -1, 3 * size).add_(context_gates.unsqueeze(1))
+        block[:, : 2 * size].add_(sums[:, : 2 * size]).sigmoid_()
+        r, z, n = block.split(size, dim=1)
+        n.addcmul_(r, sums[:, 2 * size :].add_(self._bias_hn)).tanh_()
+        return torch.lerp(n, hidden.to(self._exact), z)
 
 
 class GRUSteps(torch.autograd.Function):

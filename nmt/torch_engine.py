@@ -1,6 +1,8 @@
 """The engine that computes with PyTorch."""
 
-from nmt import search
+from typing import Any, Protocol
+
+from nmt import search, shortlist
 from nmt.checkpoint import Checkpoint
 from nmt.engine import Hypothesis, ModelInfo
 from nmt.text.vocabulary import EOS, PAD, SOS
@@ -26,6 +28,12 @@ def info_of(saved: Checkpoint) -> ModelInfo:
     )
 
 
+class Model(Protocol):
+    """What the engine needs of a model: `gru.Seq2Seq` has it."""
+
+    def eval(self) -> Any: ...
+
+
 class TorchEngine:
     """See `nmt.engine.Engine`.
 
@@ -34,9 +42,9 @@ class TorchEngine:
         info: of the model.
     """
 
-    def __init__(self, model: search.Translator, info: ModelInfo):
+    def __init__(self, model: search.Translator, info: ModelInfo, table=None, size=0):
         self.info = info
-        self._model = model
+        self._model, self._table, self._size = model, table, size
 
     def translate(
         self, sentences: list[list[int]], *, beam_size: int, length_penalty: float, max_length: int, n_best: int = 1
@@ -52,6 +60,9 @@ class TorchEngine:
             for column, place in enumerate(places):
                 src[: len(sentences[place]), column] = torch.tensor(sentences[place])
             src_len = torch.tensor([len(sentences[place]) for place in places])
+            words = None
+            if self._table is not None:
+                words = shortlist.words_of(src, self._table, len(self.info.trg_words), self._size)
             found = search.beam_search(
                 self._model,
                 src,
@@ -62,10 +73,11 @@ class TorchEngine:
                 max_len=max_length,
                 length_penalty=length_penalty,
                 n_best=n_best,
+                words=words,
             )
             for column, place in enumerate(places):
                 for rank in range(n_best):
                     ids = found.ids[:, column, rank].tolist()
-                    words = ids[: ids.index(EOS)] if EOS in ids else ids
-                    results[place].append(Hypothesis(words, float(found.scores[column, rank])))
+                    tokens = ids[: ids.index(EOS)] if EOS in ids else ids
+                    results[place].append(Hypothesis(tokens, float(found.scores[column, rank])))
         return results
