@@ -31,8 +31,7 @@ import math
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from nmt import kernels
-from nmt.kernels import GRU, Dropout, GRUStep, accumulate_dtype, output_loss, step_rows
+from nmt.kernels import GRU, Dropout, accumulate_dtype, output_loss, step_rows
 from nmt.products import Weight, linear, prefers_dense
 
 import torch
@@ -212,24 +211,20 @@ class Memory(NamedTuple):
 
 
 class Decoding:
-    """A model's calls of decoding, see `nmt/search.py`. Its weights are laid out for them once.
+    """A model's calls of decoding, see `nmt/search.py`. The output layer is laid out for them once.
 
     Args:
-        model: in evaluation mode. What is done to its weights later does not count.
+        model: in evaluation mode. What is done to its output layer later does not count.
     """
 
     @torch.no_grad()
     def __init__(self, model: Seq2Seq):
         self._encoder, self._decoder = model.encoder, model.decoder
         fc_out, hid_dim = model.decoder.fc_out, model.decoder.rnn.hidden_size
-        self._embedding = model.decoder.embedding.weight.detach()
         self._exact = accumulate_dtype(fc_out.weight.dtype)
         self._own_weight = Weight(fc_out.weight[:, :-hid_dim])
         self._context_weight = Weight(fc_out.weight[:, -hid_dim:])
-        self._bias = fc_out.bias.detach().to(self._exact)
-        self._gru_step = None
-        if kernels.computes_steps(model.device):
-            self._gru_step = GRUStep(model.decoder.rnn, self._embedding.shape[1])
+        self._bias = fc_out.bias.to(self._exact)
 
     @torch.no_grad()
     def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[Memory, Tensor]:
@@ -250,8 +245,6 @@ class Decoding:
             own_weight, context_weight = own_weight.select(words), context_weight.select(words)
             bias = bias.index_select(0, words)
         context_logits = context_weight(context).to(self._exact) + bias
-        if self._gru_step is not None:
-            context_gates, context = context_gates.to(self._exact), context.to(self._exact)
         return Memory(context_gates, context_logits, own_weight, self), context
 
     @torch.no_grad()
@@ -267,13 +260,8 @@ class Decoding:
             logits [rows, words], in float32 or finer, and hidden [rows, hid dim].
         """
         sentences, rows = len(memory.context_gates), len(prev_token)
-        if self._gru_step is not None:
-            embedded = self._embedding.index_select(0, prev_token)  # [rows, emb dim]
-            hidden = self._gru_step(embedded, hidden, memory.context_gates)
-            features = torch.cat((embedded, hidden.to(embedded.dtype)), dim=1)
-        else:
-            context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
-            features, hidden = self._decoder.decode_rows(prev_token, [rows], hidden, context_gates)
+        context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
+        features, hidden = self._decoder.decode_rows(prev_token, [rows], hidden, context_gates)
         logits = memory.own_weight(features).to(self._exact)  # [rows, words]
         logits.view(sentences, -1, logits.shape[1]).add_(memory.context_logits.unsqueeze(1))
         return logits, hidden
@@ -369,9 +357,13 @@ class Seq2Seq(nn.Module):
             segment_features.append(segment)
         return torch.cat(segment_features)
 
-    def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
-        """Begins to decode one batch, see `Decoding.start`. For several batches make one `Decoding`."""
-        return Decoding(self).start(src, src_len)
+    def decoding(self) -> Decoding:
+        """The calls of decoding, for any number of batches, until the weights change."""
+        return Decoding(self)
+
+    def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[Memory, Tensor]:
+        """Begins to decode one batch, see `Decoding.start`."""
+        return self.decoding().start(src, src_len, words)
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Decodes one step, see `Decoding.step`."""

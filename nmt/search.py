@@ -2,7 +2,7 @@
 
 Both know three calls of a model and nothing else of it:
 
-    memory, hidden = model.start(src, src_len)                # what decoding keeps of the source; the first state
+    memory, hidden = model.start(src, src_len[, words])       # what decoding keeps of the source; the first state
     logits, hidden = model.step(prev_token, hidden, memory)   # [rows, vocabulary], [rows, hid dim]
     memory = memory.select(rows)                              # the sentences that go on
 
@@ -35,14 +35,14 @@ class Memory(Protocol):
 class Translator(Protocol[OwnMemory]):
     """A model that can be decoded, in evaluation mode."""
 
-    def start(self, src: Tensor, src_len: Tensor, *words: Tensor) -> tuple[OwnMemory, Tensor]:
+    def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[OwnMemory, Tensor]:
         """The memory and the first hidden state, [batch, hid dim], of src [src len, batch] with lengths [batch].
 
-        A model for which a search is given `words` takes them as a third argument, and gives the logits of these alone.
+        Only a search that has `words`, [words] int64 ids, gives them: then logits are those of these words alone.
         """
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: OwnMemory) -> tuple[Tensor, Tensor]:
-        """The logits, [rows, vocabulary], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
+        """The logits, [rows, words], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
 
 
 class Hypotheses(NamedTuple):
@@ -170,7 +170,7 @@ def beam_search(
         length_penalty: 0 compares probabilities, which favours short translations. 1 compares their means over the
             tokens.
         n_best: how many hypotheses are wanted, at most `beam_size`.
-        words: as in `greedy`. Probabilities are among them.
+        words: as in `greedy`. They have all of the probability.
 
     Raises:
         ValueError: there are fewer words than hypotheses in the beam, or fewer of these than are wanted.

@@ -14,15 +14,15 @@ is translated by the target word e, a round is:
     t(e|f)                = sum of share(f, e) over all pairs / sum of that over all e
 """
 
-from nmt.cooccurrence import Sentences, lengths_of
+from nmt.cooccurrence import Sentences, lengths_of, pairs_to_count
 from nmt.text.vocabulary import SPECIALS, UNK
 
 import torch
 from torch import Tensor
 
 WIDTH = 16  # translations of a source word that are kept
+DEFAULT = 10  # of them are used, if nobody says otherwise
 FREQUENT = 1024  # target words that each shortlist has
-LEAST = 0.0
 ROUNDS = 3  # of expectation and maximisation
 MAX_LINKS = 1 << 22  # of a larger corpus fewer pairs are read: it bounds the memory, which is about 60 bytes a link
 STEP = 256  # the number of words is a multiple of it: oneDNN compiles a kernel for each number that it has not met
@@ -54,7 +54,6 @@ def build(src: Sentences, trg: Sentences, src_types: int, trg_types: int, width:
         probability = expected / torch.zeros(src_types).index_add_(0, of_source, expected)[of_source]
     # The most probable of each source word: sorted by probability, then stably by source word.
     order = probability.argsort(descending=True, stable=True)
-    order = order[probability[order] >= LEAST]
     order = order[of_source[order].argsort(stable=True)]
     sources = of_source[order]
     firsts = torch.zeros(src_types + 1, dtype=torch.int64)
@@ -73,14 +72,9 @@ def count_links(src: Sentences, trg: Sentences, trg_types: int) -> tuple[Tensor,
 
     Returns:
         [links] int64 each: source id * target types + target id, and the number of the target token, in ascending
-        order. A source word that stands twice in a sentence counts once. The special ids are no words.
+        order. The special ids are no words.
     """
-    pairs = len(src[1]) - 1
-    taken = torch.arange(pairs)
-    sizes = lengths_of(src, taken) * lengths_of(trg, taken)
-    shuffled = torch.randperm(pairs, generator=torch.Generator().manual_seed(0))
-    shuffled = shuffled[sizes[shuffled] <= MAX_LINKS]
-    taken = shuffled[sizes[shuffled].cumsum(0) <= MAX_LINKS].sort().values
+    taken = pairs_to_count(src, trg, MAX_LINKS)
     src_lengths, trg_lengths = lengths_of(src, taken), lengths_of(trg, taken)
     # One row for each target token, then one for each of them and each source token of its pair.
     starts = trg[1][taken] - trg_lengths.cumsum(0) + trg_lengths
@@ -96,14 +90,13 @@ def count_links(src: Sentences, trg: Sentences, trg_types: int) -> tuple[Tensor,
     return links, token
 
 
-def words_of(src: Tensor, table: Tensor, trg_types: int, size: int, frequent: int = FREQUENT) -> Tensor:
+def words_of(src: Tensor, table: Tensor, trg_types: int, frequent: int = FREQUENT) -> Tensor:
     """The shortlist of a batch.
 
     Args:
         src: token ids of the sources, of any shape.
-        table: from `build`.
+        table: [source types, any width] from `build`.
         trg_types: size of the target vocabulary, whose words stand by their frequency behind the special ids.
-        size: how many translations of each source word are taken, at most the table's width.
         frequent: how many of the most frequent words are taken.
 
     Returns:
@@ -112,7 +105,7 @@ def words_of(src: Tensor, table: Tensor, trg_types: int, size: int, frequent: in
     """
     wanted = torch.zeros(trg_types, dtype=torch.bool)
     wanted[: len(SPECIALS) + frequent] = True
-    wanted[table[src.unique(), :size].flatten().long()] = True
+    wanted[table[src.unique()].flatten().long()] = True
     spare = -int(wanted.sum()) % STEP
     wanted[(~wanted).nonzero()[:spare].flatten()] = True
     return wanted.nonzero().flatten()
