@@ -253,7 +253,7 @@ prepare_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume
+from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume, shortlist
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
 from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
@@ -463,7 +463,9 @@ def train(
     if world.size > 1:
         settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
     state = state_of_run(settings, given, world, corpus)
-    best = checkpoint.BestFile(Path(settings.ckptpath), state.run, log=say)
+    best = checkpoint.BestFile(
+        Path(settings.ckptpath), state.run, log=say, shortlist=translations(settings, world, corpus)
+    )
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
     world.progress(step)
@@ -518,6 +520,14 @@ def train(
             )
     if world.is_main:
         best.complete()
+
+
+def translations(settings: Settings, world: World, corpus: data.Corpus) -> torch.Tensor | None:
+    """Which words translate each source word, for the checkpoint. None on ranks that write none."""
+    if not world.is_main or settings.performance:
+        return None
+    src, trg = ((side.ids, side.offsets) for side in (corpus.train.src, corpus.train.trg))
+    return shortlist.build(src, trg, len(corpus.src_vocab), len(corpus.trg_vocab))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
