@@ -97,7 +97,8 @@ class Settings:
     precision: str = flags.row(ENGINE, "auto", ("auto", "float32", "bfloat16"),
         "format of the numbers; auto: bfloat16 where the processor is faster in it; torch only")
     shortlist: int | None = flags.row(ENGINE, None, flags.non_negative_int,
-        "target words that are tried for each source word, beside the most frequent ones; 0: all words; torch only")
+        "target words that are tried for each source word, beside the most frequent ones; 0: all words; left out: so "
+        "many that the scores stay, or all words if the model keeps no list; torch only")
     debug: bool = flags.row(ENGINE, False, None, "show the traceback of every error")
     # fmt: on
 
@@ -205,7 +206,7 @@ def engine_of(settings: Settings, path: str) -> "Engine":
         raise UserError("usage", "a folder, not a checkpoint", f"--ckptpath {path}", todo)
     import gru
     from nmt import checkpoint
-    from nmt.torch_engine import TorchEngine, info_of
+    from nmt.torch_engine import TorchEngine, choose_dtype, info_of, shortlist_of
 
     saved = checkpoint.load(path)
     if saved.src_vocab is None:
@@ -216,7 +217,8 @@ def engine_of(settings: Settings, path: str) -> "Engine":
     except ValueError as error:
         todo = "use the file as train_8p.py wrote it, and the gru.py that it was trained with"
         raise UserError("checkpoint", f"holds no model of this gru.py: {error}", path, todo) from error
-    return TorchEngine(model, info_of(saved))
+    words = shortlist_of(saved, settings.shortlist, path)
+    return TorchEngine(model, info_of(saved), dtype=choose_dtype(settings.precision), shortlist=words)
 
 
 def translator_of(settings: Settings, engine: "Engine") -> "Translator":

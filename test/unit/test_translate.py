@@ -15,7 +15,7 @@ from pathlib import Path
 
 import gru
 import translate
-from nmt import checkpoint
+from nmt import checkpoint, torch_engine
 from nmt.errors import run_main
 from nmt.text import stream
 from nmt.text.vocabulary import SPECIALS
@@ -220,6 +220,20 @@ def test_what_cannot_be_translated_with_is_refused(tmp_path):
     refused("usage", load, "--ckptpath", model, "--backend", "onnx", says="not a folder")
     refused("usage", load, "--backend", "onnx", "--precision", "bfloat16", says="--precision")
     assert load("--ckptpath", model).info.trg_words == [*SPECIALS, "a", "dog", "runs", "."]
+
+
+def test_precision_and_shortlist_reach_the_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_engine, "TorchEngine", lambda model, info, **options: options)
+    with_list = write_model(tmp_path / "model", shortlist=torch.arange(4, 8, dtype=torch.int32).repeat(8, 1))
+
+    def options(*flags):
+        settings = translate.Settings(**vars(translate.build_parser().parse_args([f"--ckptpath={with_list}", *flags])))
+        return translate.engine_of(settings, settings.models[0])
+
+    assert options("--precision=bfloat16", "--shortlist=0") == {"dtype": torch.bfloat16, "shortlist": None}
+    assert options("--precision=float32", "--shortlist=0") == {"dtype": torch.float32, "shortlist": None}
+    assert options("--shortlist=3")["shortlist"].tolist() == [[4, 5, 6]] * 8
+    assert "at most 4" in refused("usage", options, "--shortlist=5")
 
 
 def test_the_card_says_what_a_model_is(tmp_path, capfd):
