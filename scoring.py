@@ -28,7 +28,7 @@ SIGNIFICANT = 0.05  # two translations differ if chance alone gives such a diffe
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus scores of tokenised, lower-cased translations, 0 to 100.
+    """Corpus scores of tokenised translations, 0 to 100. They count letters as they are, so `lowered` comes first.
 
     Attributes:
         bleu: `torchtext.data.metrics.bleu_score`, the metric of the published figure.
@@ -42,6 +42,9 @@ class Scores:
     sacrebleu_signature: str
     chrf: float
     chrf_signature: str
+
+    def __str__(self) -> str:
+        return f"BLEU {self.bleu:.4f}  sacreBLEU {self.sacrebleu:.4f}  chrF {self.chrf:.4f}"
 
 
 def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scores:
@@ -76,6 +79,27 @@ def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scor
         chrf=chrf.corpus_score(joined(translations), [joined(references)]).score,
         chrf_signature=str(chrf.get_signature()),
     )
+
+
+def evaluate_in(case: str, translations: list[list[str]], references: list[list[str]]) -> tuple[Scores, Scores | None]:
+    """The scores of lower-cased tokens. And those of the tokens as they are, if the model keeps case, otherwise None.
+
+    Args:
+        case: of the model's words, as in `data.load`.
+        translations, references: as in `evaluate`.
+    """
+    if case == "lower":
+        return evaluate(translations, references), None
+    return evaluate(lowered(translations), lowered(references)), evaluate(translations, references)
+
+
+def lowered(sentences: list[list[str]]) -> list[list[str]]:
+    """The tokens in lower case.
+
+    >>> lowered([["Ein", "Hund"]])
+    [['ein', 'hund']]
+    """
+    return [[token.lower() for token in tokens] for tokens in sentences]
 
 
 # ---------------------------------------------------------------- how long a translation may be
@@ -229,13 +253,15 @@ class Validation:
 
     Attributes:
         losses: over all pairs.
-        bleu: on rank 0, if the losses are finite, otherwise nan.
+        bleu: on rank 0, if the losses are finite, otherwise nan. It is of lower-cased tokens.
         examples: source, reference and translation of two pairs, each in one line. They are there with `bleu`.
+        cased_bleu: the same of the tokens as they are, for a model that keeps case.
     """
 
     losses: Losses
     bleu: float = math.nan
     examples: Sequence[tuple[str, str, str]] = ()
+    cased_bleu: float | None = None
 
     def lines(self, epoch: int, train_loss: float, rate: float) -> Iterator[str]:
         """The lines of the log, for rank 0.
@@ -252,6 +278,8 @@ class Validation:
             f"free-running loss {free_running:.4f} (perplexity {perplexity(free_running):.2f})  "
             f"greedy BLEU {self.bleu:.4f}  learning rate {rate:.2e}"
         )
+        if self.cased_bleu is not None:
+            yield f"cased greedy BLEU {self.cased_bleu:.4f}"
         for source, reference, translation in self.examples:
             yield printable(f"  source     {source}")
             yield printable(f"  reference  {reference}")
@@ -265,6 +293,7 @@ def validate(
     world: World,
     max_length: int | None = None,
     pause: Callable[[], object] = lambda: None,
+    case: str = "lower",
 ) -> Validation:
     """Scores a model on the pairs of a loader.
 
@@ -275,6 +304,7 @@ def validate(
         world: the ranks. Every rank calls this.
         max_length: as in `longest_translation`.
         pause: is called before each batch. It may raise to end the work.
+        case: of the model's words, as in `data.load`.
     """
     model.eval()
     split = loader.split
@@ -291,7 +321,8 @@ def validate(
         (" ".join(split.src_tokens[index]), " ".join(references[index]), " ".join(translations[index]))
         for index in (0, len(split) // 2)
     ]
-    return Validation(found, evaluate(translations, references).bleu, examples)
+    scores, cased = evaluate_in(case, translations, references)
+    return Validation(found, scores.bleu, examples, None if cased is None else cased.bleu)
 
 
 # ---------------------------------------------------------------- a checkpoint on the test set
@@ -310,25 +341,26 @@ def restore(saved: Checkpoint, where: str | Path) -> gru.Seq2Seq:
     try:
         return gru.restore(saved.state_dict, saved.sizes or gru.sizes_of(saved.state_dict))
     except ValueError as error:
-        todo = "use the file as train_8p.py or the original wrote it"
+        todo = "use the file as train_8p.py or the original wrote it, and with the gru.py that it was trained with"
         raise UserError("checkpoint", f"holds no state dict of this model: {error}", str(where), todo) from error
 
 
 def vocabularies(
-    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus, where: str | Path
+    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus | data.Words, where: str | Path
 ) -> tuple[data.Vocabulary, data.Vocabulary]:
     """The vocabularies that go with a checkpoint: its own, or the data's where it has none and they fit.
 
     Args:
         saved: the checkpoint.
         model: from `restore`.
-        corpus: the data to score on.
+        corpus: the data to score on. A model without vocabularies needs all of it.
         where: the checkpoint's path, for errors.
 
     Raises:
         UserError: checkpoint, they do not fit.
     """
     if saved.src_vocab is None or saved.trg_vocab is None:
+        assert isinstance(corpus, data.Corpus)
         sizes = [model.encoder.embedding.num_embeddings, model.decoder.embedding.num_embeddings]
         there = [len(corpus.src_vocab), len(corpus.trg_vocab)]
         if sizes != there:
@@ -373,6 +405,7 @@ def report(
     max_length: int | None,
     beam_size: int,
     length_penalty: float,
+    case: str = "lower",
 ) -> Iterator[str]:
     """Scores a model on the test set. Each line of the log comes as soon as its figures are known.
 
@@ -385,6 +418,7 @@ def report(
         fixed_length: for the losses alone, see `data.Loader`.
         max_length: as in `longest_translation`.
         beam_size, length_penalty: of the final score. Greedy decoding is scored beside it.
+        case: of the model's words, as in `data.load`. With "keep" there are cased scores beside those of lower case.
     """
     if beam_size > len(trg_vocab):
         yield f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types"
@@ -403,9 +437,15 @@ def report(
         translations = translate(
             model, test.src, trg_vocab, world, max_length=limit, beam_size=size, length_penalty=length_penalty
         )
-        scores = evaluate(translations, references)
+        scores, cased = evaluate_in(case, translations, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
-        yield f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}"
+        yield f"{decoding}: {scores}"
+        if cased is not None:
+            yield f"{decoding}, cased: {cased}"
+    if cased is not None:
+        yield f"cased chrF = {cased.chrf:.4f} ({cased.chrf_signature})"
+        yield f"cased sacreBLEU = {cased.sacrebleu:.4f} ({cased.sacrebleu_signature})"
+        yield f"cased BLEU = {cased.bleu:.4f}"
     yield f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})"
     yield f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})"
     yield f"BLEU score = {scores.bleu:.4f}"

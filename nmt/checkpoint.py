@@ -38,6 +38,7 @@ USED_FLAGS = {
     "fixed_length": flags.zero_or_sentence_length,
     "beam_size": flags.positive_int,
     "length_penalty": flags.power,
+    "case": flags.case,
 }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from nmt.errors import UserError
 
+CASES = ("lower", "keep")  # what becomes of capital letters
 INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -347,6 +348,13 @@ def part(text: str) -> float:
     if value == 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be below 1")
     return value
+
+
+def case(text: str) -> str:
+    """One of `CASES`."""
+    if text not in CASES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CASES)}")
+    return text
 
 
 def loss_scale(text: str) -> float | str:

@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from nmt.errors import UserError
+from nmt.flags import CASES
 from nmt.text import files
 
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CASES = ("lower", "keep")  # what becomes of capital letters
 MAX_CHARACTERS = 10_000  # of a line
 MAX_WORD = 200  # characters between two spaces. spaCy's time for them grows with their square if it splits them
 MAX_WORDS = 254  # of a sentence, which has 256 tokens with <sos> and <eos>
@@ -74,7 +74,7 @@ def tokenise(lines: list[str], lang: str, case: str = "lower") -> tuple[list[lis
         lines: are stripped and `normalised`, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is
             a space. Where spaCy splits at spaces first, what stands between two of them is cut to `MAX_WORD`.
         lang: spaCy's code of the language.
-        case: one of `CASES`: "lower" lower-cases each token, "keep" leaves it as it stands in the line.
+        case: one of `flags.CASES`: "lower" lower-cases each token, "keep" leaves it as it stands in the line.
 
     Returns:
         The tokens of each line, white-space tokens among them, and how many lines were cut.

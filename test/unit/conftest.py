@@ -151,6 +151,18 @@ def load(tmp_path):
     return call
 
 
+@pytest.fixture
+def load_test(tmp_path):
+    """As `load`, for `data.load_test`."""
+    import data
+
+    def call(folder, **flags):
+        return data.load_test(folder, **{"cache_dir": tmp_path / "cache", "log": call.lines.append} | flags)
+
+    call.lines = []
+    return call
+
+
 def sentences(side):
     """The ids of each sentence of a `data.Side`."""
     return [side.ids[a:b].tolist() for a, b in zip(side.offsets[:-1], side.offsets[1:], strict=True)]

@@ -1,6 +1,7 @@
 """gru.py against the plain model in plain_model.py."""
 
 import copy
+import functools
 import random
 import subprocess
 import sys
@@ -135,6 +136,28 @@ def test_in_float32_and_bfloat16_loss_and_gradients_are_close_to_float64(dtype, 
 def test_a_target_of_sos_alone_has_the_row_of_zeros_alone(model, pairs):
     src, src_len, trg, _ = pairs
     assert torch.equal(model(src, trg[:1], 1.0, src_len), plain_logits(model, src, trg[:1], 1.0, src_len))
+
+
+@pytest.mark.filterwarnings("ignore:dropout option")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_layers": 2},
+        {"bias": False},
+        {"batch_first": True},
+        {"dropout": 0.5},
+        {"bidirectional": True},
+        {"proj_size": 4},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+@pytest.mark.parametrize("part", [gru.Encoder, gru.Decoder])
+def test_an_option_of_the_gru_that_would_be_ignored_is_refused_in_the_model_too(monkeypatch, part, option):
+    """As where somebody writes it into gru.py. Once it trained, saved, and left the option out without a word."""
+    monkeypatch.setattr(gru, "GRU", functools.partial(kernels.GRU, **option))
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        part(10, 8, 8, 0.0)
 
 
 def test_decoder_forward_is_one_step_of_the_model(model, pairs):
