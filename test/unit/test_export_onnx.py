@@ -3,10 +3,12 @@
 import math
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -302,3 +304,13 @@ def test_a_killed_export_leaves_none_or_a_whole_one_and_the_next_one_clears_up(o
     assert strays > 0
     names = {path.name for path in tmp_path.iterdir()}
     assert {name for name in names if name.startswith("export")} == {"export"} | {f"export{n}" for n in range(30)}
+
+
+def test_the_documents_lines_decode_greedily(out):
+    text = (REPOSITORY / "docs" / "reference.md").read_text()
+    [lines] = re.findall(r"\n(    import numpy as np, onnxruntime\n(?:    .*\n)*)", text)
+    values = {"folder": out}
+    exec(textwrap.dedent(lines), values)
+    engine = onnx_engine.load(out)
+    [[found]] = engine.translate([[2, 5, 6, 3]], beam_size=1, length_penalty=1.0, max_length=49)
+    assert found.ids == [number for number in values["ids"][1:] if number != 3]
