@@ -66,6 +66,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+# Flags that say nothing of the model. A checkpoint of an earlier version has them.
+OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
 # onnxruntime has known these since 1.12, of 2022.
 OPSET, IR_VERSION = 17, 8
 # Processors without 8-bit dot products add two products in 16 bits: 255 * 63 * 2 fits, 255 * 127 * 2 does not.
@@ -90,7 +92,9 @@ def main(argv: list[str]) -> None:
             what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
             raise UserError("usage", what, settings.ckptpath, "train a smaller model, by --hid-dim or --min-freq")
     info = info_of(saved)
-    info = replace(info, about=info.about | {"export": "int8" if settings.int8 else "float32"})
+    kept = {name: value for name, value in info.flags.items() if name not in OF_THE_MACHINE}
+    about = info.about | {"export": "int8" if settings.int8 else "float32"}
+    info = replace(info, flags=kept, about=about)
     onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
     sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(out.iterdir()))
     say(f"exported: {settings.out} ({sizes})")
@@ -270,7 +274,7 @@ def decoder_graph(model: gru.Seq2Seq, int8: bool = False) -> Graph:
     add("TopK", "logits", "k", out=["top_logits", "top_tokens"], axis=1)
     # The largest log probability is the largest logit less the logarithm of the sum. ReduceLogSumExp is far slower.
     log_prob = add("ReduceMax", add("LogSoftmax", "logits", axis=1), axes=[1], keepdims=0)
-    add("Sub", add("ReduceMax", "logits", axes=[1], keepdims=0), log_prob, out="log_sum")
+    add("Sub", add("ReduceMax", "top_logits", axes=[1], keepdims=0), log_prob, out="log_sum")
     return graph
 
 

@@ -159,11 +159,23 @@ def test_the_export_says_what_the_checkpoint_says(model_file, out):
 
 def test_what_utf_8_cannot_hold_comes_back(tmp_path, capsys):
     saved = random_checkpoint(tmp_path / "model")
-    saved.flags["data_dir"] = "\udcff\ud800\\udcff\\\n"
+    saved.flags["train_name"] = "\udcff\ud800\\udcff\\\n"
     checkpoint.save(tmp_path / "model", saved)
     assert export(tmp_path / "model", tmp_path / "export") == 0
     (tmp_path / "export" / "model.json").read_bytes().decode()
     assert onnx_engine.load(tmp_path / "export").info.flags == saved.flags
+
+
+def test_no_path_of_the_training_machine_is_in_the_export(tmp_path, capsys):
+    saved = random_checkpoint(tmp_path / "model")
+    for name in export_onnx.OF_THE_MACHINE:
+        saved.flags[name] = f"/home/me/{name}"
+    checkpoint.save(tmp_path / "model", saved)
+    assert export(tmp_path / "model", tmp_path / "export") == 0
+    for path in (tmp_path / "export").iterdir():
+        assert b"/home/" not in path.read_bytes()
+        assert str(tmp_path).encode() not in path.read_bytes()
+    assert onnx_engine.load(tmp_path / "export").info.flags == {"lr": 0.1}
 
 
 # ---------------------------------------------------------------- what is refused
