@@ -11,7 +11,7 @@ The graphs are built node by node, from the formulas of `gru.py` and `nmt/kernel
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HERE = str(Path(__file__).resolve().parent)
@@ -31,6 +31,8 @@ class Settings:
     ckptpath: str = flags.row("flags", "./seq2seq-gru-model.pth.tar", "FILE", "the model, as train_8p.py wrote it")
     out: str = flags.row("flags", "./seq2seq-gru-model-onnx", "FOLDER",
         "where the export goes: a folder that is not there yet, or is empty")
+    int8: bool = flags.row("flags", False, None,
+        "the decoder's products are in 8-bit integers: faster, and a few words in a hundred differ")
     debug: bool = flags.row("flags", False, None, "show the traceback of every error")
     # fmt: on
 
@@ -64,8 +66,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+# Flags that say nothing of the model. A checkpoint of an earlier version has them.
+OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
 # onnxruntime has known these since 1.12, of 2022.
 OPSET, IR_VERSION = 17, 8
+# Processors without 8-bit dot products add two products in 16 bits: 255 * 63 * 2 fits, 255 * 127 * 2 does not.
+INT8_LARGEST = 63
 LARGEST = 2_000_000_000  # bytes of a file's weights: protobuf ends at 2 GiB
 
 
@@ -80,12 +86,16 @@ def main(argv: list[str]) -> None:
         what = "a model of the original, which holds no vocabulary: nobody could translate with its export"
         todo = "export a model that train_8p.py of this repository has trained"
         raise UserError("checkpoint", what, settings.ckptpath, todo)
-    parts = {"encoder.onnx": encoder_graph(model), "decoder.onnx": decoder_graph(model)}
+    parts = {"encoder.onnx": encoder_graph(model), "decoder.onnx": decoder_graph(model, settings.int8)}
     for name, graph in parts.items():
         if (size := graph.size()) > LARGEST:
             what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
             raise UserError("usage", what, settings.ckptpath, "train a smaller model, by --hid-dim or --min-freq")
-    onnx_engine.write(out, info_of(saved), {name: graph.serialised() for name, graph in parts.items()})
+    info = info_of(saved)
+    kept = {name: value for name, value in info.flags.items() if name not in OF_THE_MACHINE}
+    about = info.about | {"export": "int8" if settings.int8 else "float32"}
+    info = replace(info, flags=kept, about=about)
+    onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
     sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(out.iterdir()))
     say(f"exported: {settings.out} ({sizes})")
     say(f"to translate: python3 translate.py --backend onnx --ckptpath {settings.out}")
@@ -110,20 +120,21 @@ class Graph:
         )
         self._nodes: list[onnx.NodeProto] = []
         self._weights: dict[str, np.ndarray] = {}
+        self._quantised: set[str] = set()
 
-    def add(self, operator: str, *inputs: str, to: str | list[str] = "", **attributes) -> str:
+    def add(self, operator: str, *inputs: str, out: str | list[str] = "", **attributes) -> str:
         """Adds a node.
 
         Args:
             operator: of ONNX.
             inputs: names of values and weights.
-            to: names of the outputs. Left out, the node makes a name for its only one.
+            out: names of the outputs. Left out, the node makes a name for its only one.
             attributes: of the operator.
 
         Returns:
             The name of the first output.
         """
-        outputs = [to or f"value_{len(self._nodes)}"] if isinstance(to, str) else to
+        outputs = [out or f"value_{len(self._nodes)}"] if isinstance(out, str) else out
         self._nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
         return outputs[0]
 
@@ -131,6 +142,34 @@ class Graph:
         """Adds a constant. Returns its name."""
         self._weights[name] = np.ascontiguousarray(values.detach() if isinstance(values, Tensor) else values)
         return name
+
+    def product(self, x: str, weight: Tensor, addend: str, *, name: str, out: str = "", int8: bool = False) -> str:
+        """Adds x W' + addend, for x [rows, inputs], W [outputs, inputs] and an addend [rows, outputs] or [outputs].
+
+        In 8-bit integers x is s * (q - zero), with one s and one zero for all of it, found when the graph runs. W is
+        s * q with an s for each output.
+
+        Args:
+            x: name of a value.
+            weight: W.
+            addend: name of a value or a weight.
+            name: the weight's.
+            out: name of the sum.
+            int8: whether the product is in 8-bit integers.
+        """
+        if not int8:
+            return self.add("Gemm", x, self.weight(name, weight), addend, out=out, transB=1)
+        values = weight.detach().numpy()
+        scales = np.abs(values).max(axis=1, initial=1e-30) / np.float32(INT8_LARGEST)  # [outputs]
+        integers = np.rint(values / scales[:, None]).astype(np.int8).T
+        quantised, scale, zero = (f"{x}_{part}" for part in ("int8", "scale", "zero"))
+        if quantised not in self._quantised:
+            self.add("DynamicQuantizeLinear", x, out=[quantised, scale, zero])
+            self._quantised.add(quantised)
+        sums = self.add("MatMulInteger", quantised, self.weight(name, integers), zero)
+        sums = self.add("Cast", sums, to=TensorProto.FLOAT)
+        scale = self.add("Mul", scale, self.weight(f"{name}_scales", scales))
+        return self.add("Add", self.add("Mul", sums, scale), addend, out=out)
 
     def size(self) -> int:
         """Bytes of the weights."""
@@ -164,7 +203,7 @@ def encoder_graph(model: gru.Seq2Seq) -> Graph:
     )
     rnn = encoder.rnn
     biases = np.concatenate([gates_zrn(rnn.bias_ih_l0), gates_zrn(rnn.bias_hh_l0)])
-    graph.add("Gather", graph.weight("embedding", encoder.embedding.weight), "src", to="embedded")
+    graph.add("Gather", graph.weight("embedding", encoder.embedding.weight), "src", out="embedded")
     graph.add(
         "GRU",
         "embedded",
@@ -172,23 +211,28 @@ def encoder_graph(model: gru.Seq2Seq) -> Graph:
         graph.weight("weight_hh", gates_zrn(rnn.weight_hh_l0)[None]),
         graph.weight("biases", biases[None]),
         "src_len",
-        to=["", "last"],  # [1, sentences, hid dim]
+        out=["", "last"],  # [1, sentences, hid dim]
         hidden_size=size,
         linear_before_reset=1,  # as PyTorch: n = tanh(W x + b + r * (W h + b))
     )
-    graph.add("Squeeze", "last", graph.weight("direction", [0]), to="hidden")
+    graph.add("Squeeze", "last", graph.weight("direction", [0]), out="hidden")
     # As `nmt.kernels.GRU.context_gates`: the new gate's hidden bias is multiplied by r, so the decoder adds it.
     gate_bias = decoder.rnn.bias_ih_l0.detach().clone()
     gate_bias[: 2 * size] += decoder.rnn.bias_hh_l0.detach()[: 2 * size]
-    gate_weight = graph.weight("gate_weight", decoder.rnn.weight_ih_l0[:, -size:])
-    graph.add("Gemm", "hidden", gate_weight, graph.weight("gate_bias", gate_bias), to="context_gates", transB=1)
-    logit_weight = graph.weight("logit_weight", fc_out.weight[:, -size:])
-    graph.add("Gemm", "hidden", logit_weight, graph.weight("logit_bias", fc_out.bias), to="context_logits", transB=1)
+    gate_weight, logit_weight = decoder.rnn.weight_ih_l0[:, -size:], fc_out.weight[:, -size:]
+    gate_addend, logit_addend = graph.weight("gate_bias", gate_bias), graph.weight("logit_bias", fc_out.bias)
+    graph.product("hidden", gate_weight, gate_addend, name="gate_weight", out="context_gates")
+    graph.product("hidden", logit_weight, logit_addend, name="logit_weight", out="context_logits")
     return graph
 
 
-def decoder_graph(model: gru.Seq2Seq) -> Graph:
-    """One step, as `gru.Seq2Seq.step`, and what a search reads of its logits. The GRU's formulas are `GRUSteps`'."""
+def decoder_graph(model: gru.Seq2Seq, int8: bool = False) -> Graph:
+    """One step, as `gru.Seq2Seq.step`, and what a search reads of its logits. The GRU's formulas are `GRUSteps`'.
+
+    Args:
+        model: in evaluation mode.
+        int8: whether its three products are in 8-bit integers.
+    """
     decoder, fc_out = model.decoder, model.decoder.fc_out
     rnn, size, outputs = decoder.rnn, decoder.rnn.hidden_size, fc_out.out_features
     graph = Graph(
@@ -210,28 +254,27 @@ def decoder_graph(model: gru.Seq2Seq) -> Graph:
         },
     )
     add, weight = graph.add, graph.weight
-    embedded = add("Gather", weight("embedding", decoder.embedding.weight), "prev_token", to="embedded")
-    gates_of_sentence = add("Gather", "context_gates", "sentence")
-    input_weight = weight("weight_ih", rnn.weight_ih_l0[:, :-size])
-    x = add("Gemm", embedded, input_weight, gates_of_sentence, transB=1)  # [rows, 3 * hid dim]
+    embedded = add("Gather", weight("embedding", decoder.embedding.weight), "prev_token", out="embedded")
+    of_sentence = add("Gather", "context_gates", "sentence")
+    x = graph.product(embedded, rnn.weight_ih_l0[:, :-size], of_sentence, name="weight_ih", int8=int8)
     hidden_bias = np.concatenate([np.zeros(2 * size, np.float32), rnn.bias_hh_l0.detach()[2 * size :]])
-    h = add("Gemm", "hidden", weight("weight_hh", rnn.weight_hh_l0), weight("bias_hn", hidden_bias), transB=1)
+    h = graph.product("hidden", rnn.weight_hh_l0, weight("bias_hn", hidden_bias), name="weight_hh", int8=int8)
     parts = weight("parts", [2 * size, size])
-    add("Split", x, parts, to=["x_rz", "x_n"], axis=1)
-    add("Split", h, parts, to=["h_rz", "g"], axis=1)
+    add("Split", x, parts, out=["x_rz", "x_n"], axis=1)
+    add("Split", h, parts, out=["h_rz", "g"], axis=1)
     rz = add("Sigmoid", add("Add", "x_rz", "h_rz"))
-    add("Split", rz, weight("halves", [size, size]), to=["r", "z"], axis=1)
-    n = add("Tanh", add("Add", "x_n", add("Mul", "r", "g")), to="n")
+    add("Split", rz, weight("halves", [size, size]), out=["r", "z"], axis=1)
+    n = add("Tanh", add("Add", "x_n", add("Mul", "r", "g")), out="n")
     kept = add("Mul", "z", add("Sub", "hidden", n))
-    add("Add", n, kept, to="next_hidden")  # (1 - z) * n + z * h
+    add("Add", n, kept, out="next_hidden")  # (1 - z) * n + z * h
 
     features = add("Concat", embedded, "next_hidden", axis=1)
-    logits_of_sentence = add("Gather", "context_logits", "sentence")
-    add("Gemm", features, weight("logit_weight", fc_out.weight[:, :-size]), logits_of_sentence, to="logits", transB=1)
-    add("TopK", "logits", "k", to=["top_logits", "top_tokens"], axis=1)
+    of_sentence = add("Gather", "context_logits", "sentence")
+    graph.product(features, fc_out.weight[:, :-size], of_sentence, name="logit_weight", out="logits", int8=int8)
+    add("TopK", "logits", "k", out=["top_logits", "top_tokens"], axis=1)
     # The largest log probability is the largest logit less the logarithm of the sum. ReduceLogSumExp is far slower.
     log_prob = add("ReduceMax", add("LogSoftmax", "logits", axis=1), axes=[1], keepdims=0)
-    add("Sub", add("ReduceMax", "logits", axes=[1], keepdims=0), log_prob, to="log_sum")
+    add("Sub", add("ReduceMax", "top_logits", axes=[1], keepdims=0), log_prob, out="log_sum")
     return graph
 
 

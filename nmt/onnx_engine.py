@@ -37,7 +37,7 @@ DESCRIPTION = "model.json"
 MEMORY = ("context_gates", "context_logits")
 STEP = ("next_hidden", "log_sum", "top_logits", "top_tokens")
 REQUIREMENTS = "requirements-onnx.txt"
-BATCH_ROWS = 256  # hypotheses of a batch
+BATCH_ROWS = 128  # hypotheses of a batch
 EXPORT_AGAIN = "export it again, or use another copy"
 
 
