@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import export_onnx
 import gru
 import translate
 from nmt import checkpoint, torch_engine
@@ -220,6 +221,24 @@ def test_what_cannot_be_translated_with_is_refused(tmp_path):
     refused("usage", load, "--ckptpath", model, "--backend", "onnx", says="not a folder")
     refused("usage", load, "--backend", "onnx", "--precision", "bfloat16", says="--precision")
     assert load("--ckptpath", model).info.trg_words == [*SPECIALS, "a", "dog", "runs", "."]
+
+
+def test_onnxruntime_translates_as_pytorch_does_and_alone(tmp_path, capfd):
+    model, folder = write_model(tmp_path / "model"), tmp_path / "folder"
+    given = "Ein Hund läuft .\n\nHund Hund . Ein Dackel .\n".encode()
+    (tmp_path / "in").write_bytes(given)
+    assert run_main(export_onnx.main, [f"--ckptpath={model}", f"--out={folder}"]) == 0
+    capfd.readouterr()
+    same = ["--n-best", "2", "--scores", "--max-length", "6"]
+    translating = ["--precision", "float32", "--shortlist", "0", "--input", str(tmp_path / "in"), *same]
+    assert run_main(translate.main, [f"--ckptpath={model}", *translating]) == 0
+    command = [sys.executable, "-X", "importtime", REPOSITORY / "translate.py", "--backend=onnx", "--ckptpath", folder]
+    done = run([*command, *same], given)
+    assert done.returncode == 0, done.stderr
+    out = capfd.readouterr().out
+    assert done.stdout.decode() == out and out.count("\n") == 6
+    imported = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines()}
+    assert "onnxruntime" in imported and not {"torch.nn", "torch._C", "nmt.checkpoint"} & imported
 
 
 def test_precision_and_shortlist_reach_the_engine(tmp_path, monkeypatch):

@@ -88,12 +88,12 @@ def test_a_sentence_that_is_too_long_is_cut_and_counted():
 
 
 def test_a_tokenizer_does_not_keep_all_words_that_it_has_seen(monkeypatch):
-    monkeypatch.setattr(translating, "WORDS_KEPT", 20_000)
+    monkeypatch.setattr(translating, "WORDS_KEPT", 15_000)
     translator, sizes = Translator(Echo()), []
-    for window in range(8):
-        translator([f"Hund{window}x{number}" for number in range(4000)])
+    for window in range(9):
+        translator([f"Hund{window}x{number}" for number in range(2000)])
         sizes.append(len(tokens.tokenizer_of("de").vocab.strings))
-    assert max(sizes) < 20_000 + 3 * 4000
+    assert max(sizes) < 15_000 + 3 * 2000
     assert sorted(sizes) != sizes
 
 
