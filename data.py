@@ -11,11 +11,12 @@ together, `cache` keeps the result on disk, and `download` fetches Multi30k. A c
 stay in mapped files. Nothing is pickled.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,8 +45,11 @@ __all__ = [
     "Split",
     "UNK",
     "Vocabulary",
+    "Words",
+    "check_cache_dir",
     "epoch_batches",
     "load",
+    "load_test",
     "make_batch",
     "pad",
     "rank_share",
@@ -87,6 +91,12 @@ class Side:
         """[sentences] int64, in tokens, with `<sos>` and `<eos>`."""
         return self.offsets.diff()
 
+    @property
+    def unknown(self) -> float:
+        """The share of the words that are `<unk>`, `<sos>` and `<eos>` not counted."""
+        words = len(self.ids) - 2 * (len(self.offsets) - 1)
+        return int((self.ids == UNK).sum()) / max(1, words)
+
     def lengths_of(self, indices: torch.Tensor) -> torch.Tensor:
         """[indices] int64: the lengths of some sentences. The cost does not depend on how many others there are."""
         return self.offsets[indices + 1] - self.offsets[indices]
@@ -124,6 +134,43 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.src.offsets) - 1
+
+
+@dataclass(frozen=True)
+class Words:
+    """The pairs of a split as words. A model numbers them by its own vocabularies.
+
+    Attributes:
+        src_tokens, trg_tokens: the words of each sentence, pair by pair.
+        src_lang, trg_lang: spaCy's codes of the languages.
+        notes: lines for the log about pairs that were dropped and sentences that were cut.
+        folder: where the files are.
+    """
+
+    src_tokens: list[list[str]]
+    trg_tokens: list[list[str]]
+    src_lang: str
+    trg_lang: str
+    notes: Sequence[str] = ()
+    folder: str = ""
+
+    def encoded(self, src_vocab: Vocabulary, trg_vocab: Vocabulary) -> Split:
+        """The pairs with their ids in these vocabularies."""
+        src, trg = Side.encode(self.src_tokens, src_vocab), Side.encode(self.trg_tokens, trg_vocab)
+        return Split(src, trg, self.src_tokens, self.trg_tokens)
+
+    def lines(self, split: Split, src_vocab: Vocabulary, trg_vocab: Vocabulary) -> Iterator[str]:
+        """What a log says about the test pairs.
+
+        Args:
+            split: from `encoded`.
+            src_vocab, trg_vocab: the model's.
+        """
+        sides = ((self.src_lang, split.src, src_vocab), (self.trg_lang, split.trg, trg_vocab))
+        types = " and ".join(f"{len(vocab)} {lang}" for lang, _, vocab in sides)
+        yield f"data: {len(split)} test pairs; {types} types; in {self.folder}"
+        yield "unknown words: " + "; ".join(f"{lang} test {side.unknown:.1%}" for lang, side, _ in sides)
+        yield from self.notes
 
 
 @dataclass(frozen=True)
@@ -183,6 +230,8 @@ class Corpus:
 
 # ---------------------------------------------------------------- loading
 
+DOWNLOADS = "data"  # a folder of this name is made for a download, one of another name is not
+
 
 def load(
     data_dir: str | Path,
@@ -193,6 +242,7 @@ def load(
     val_name: str = "val",
     test_name: str = "test",
     min_freq: int = 2,
+    case: str = "lower",
     workers: int = 10,
     cache_dir: str | Path | None = None,
     mirror: str | None = None,
@@ -209,6 +259,7 @@ def load(
         src_lang, trg_lang: spaCy's codes of the languages, which are also the files' suffixes.
         train_name, val_name, test_name: the files' stems. "test" also finds `test2016` and `test_2016_flickr`.
         min_freq: how often a word must stand in train to be in the vocabulary.
+        case: "lower" lower-cases the text, "keep" leaves it as it is.
         workers: processes that tokenise, at most.
         cache_dir: where tokenised corpora are kept, by default `${XDG_CACHE_HOME:-~/.cache}/gru-for-pytorch`.
         mirror: a second address to download from.
@@ -222,35 +273,20 @@ def load(
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
-    if src_lang == trg_lang:
-        raise UserError("usage", f"both languages are {src_lang}", "--src-lang, --trg-lang", "give the other one too")
-    has_corpus = _has_corpus(data_dir, langs)
-    if (langs, names) == (("de", "en"), SPLITS):
-        if others := files.other_training_files(data_dir, langs):
-            what = f"no pair of train.de and train.en, but {', '.join(map(str, others[:5]))}"
-            todo = "name its languages with --src-lang and --trg-lang, or another folder with --data-dir"
-            raise UserError("data", what, str(data_dir), todo)
-        if not has_corpus:
-            download.download_multi30k(data_dir, mirror=mirror, timeout=download_timeout, log=log)
+    _check_languages(langs)
+    _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log)
     download.clear_strays(data_dir)
     pairs = files.find_files(data_dir, langs, names)
     paths = [path for pair in pairs for path in pair]
+    folder = _cache_folder(cache_dir, log)
 
-    folder = cache.find_folder(cache_dir, log)
-    cache.clear_strays(folder)
-    digests = cache.known_digests(folder, paths)
-    entry = None
-    if digests is not None:
-        entry = cache.read(folder, build.cache_key(digests, langs, min_freq), verify=verify)
-    if digests is None or entry is None:
-        digests = cache.read_digests(folder, paths, log)
+    def key(digests: list[str]) -> str:
+        return build.cache_key(digests, langs, min_freq, case)
 
-        def write(writer: cache.Writer) -> dict:
-            log(f"tokenising {paths[0].parent}: no readable cache has these contents")
-            return build.build_corpus(writer, pairs, digests, langs, min_freq, workers)
+    def write(writer: cache.Writer, digests: list[str]) -> dict:
+        return build.build_corpus(writer, pairs, digests, langs, min_freq, workers, case)
 
-        entry = cache.read_or_build(folder, build.cache_key(digests, langs, min_freq), write, log)
-
+    entry, digests = _read_or_build(folder, paths, key, write, verify, log)
     src_words, trg_words = entry.about["vocabs"]
     return Corpus(
         src_vocab=Vocabulary(src_words),
@@ -267,18 +303,139 @@ def load(
     )
 
 
-def _has_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
-    """Whether a file of one of the languages is there.
+def load_test(
+    data_dir: str | Path,
+    *,
+    src_lang: str = "de",
+    trg_lang: str = "en",
+    train_name: str = "train",
+    val_name: str = "val",
+    test_name: str = "test",
+    case: str = "lower",
+    workers: int = 10,
+    cache_dir: str | Path | None = None,
+    mirror: str | None = None,
+    download_timeout: float = 300.0,
+    log: Log = print,
+) -> Words:
+    """Loads the test pair in `data_dir` alone. The other four files may be missing. A model has its vocabularies.
+
+    Args: as in `load`, which finds the same pair if all six files are there.
 
     Raises:
-        UserError: data (`data_dir` is a file, or its parent does not exist), io (it cannot be read).
+        UserError: as from `load`.
     """
-    try:
-        if data_dir.is_file() or not data_dir.absolute().parent.is_dir():
-            what = "is a file, not a folder" if data_dir.is_file() else "there is no such folder, nor the one above it"
-            raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
+    data_dir = Path(data_dir)
+    langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
+    _check_languages(langs)
+    _check_folder(data_dir)
+    if not files.any_pair(data_dir, test_name, langs):
+        _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log)
+    download.clear_strays(data_dir)
+    (pair,) = files.find_files(data_dir, langs, names, wanted=["test"])
+
+    def key(digests: list[str]) -> str:
+        return build.key_of_test(digests, langs, case)
+
+    def write(writer: cache.Writer, digests: list[str]) -> dict:
+        return build.build_test(pair, digests, langs, workers, case)
+
+    entry, _ = _read_or_build(_cache_folder(cache_dir, log), list(pair), key, write, True, log)
+    src_tokens, trg_tokens = entry.about["words"]
+    return Words(src_tokens, trg_tokens, src_lang, trg_lang, entry.about["notes"], str(pair[0].parent))
+
+
+def check_cache_dir(cache_dir: str | Path) -> None:
+    """Raises an io UserError if nothing can be cached in this folder, which the user has named."""
+    cache.check_usable(cache_dir)
+
+
+def _check_languages(langs: tuple[str, str]) -> None:
+    if langs[0] == langs[1]:
+        raise UserError("usage", f"both languages are {langs[0]}", "--src-lang, --trg-lang", "give the other one too")
+
+
+def _fetch_if_absent(
+    data_dir: Path,
+    langs: tuple[str, str],
+    names: tuple[str, str, str],
+    mirror: str | None,
+    timeout: float,
+    log: Log,
+) -> None:
+    """Downloads Multi30k if its languages and names are wanted, and the folder has no corpus."""
+    has_corpus = _has_corpus(data_dir, langs)
+    if (langs, names) == (("de", "en"), SPLITS):
+        if others := files.other_training_files(data_dir, langs):
+            what = f"no pair of train.de and train.en, but {', '.join(map(str, others[:5]))}"
+            todo = "name its languages with --src-lang and --trg-lang, or another folder with --data-dir"
+            raise UserError("data", what, str(data_dir), todo)
+        if not has_corpus:
+            download.download_multi30k(data_dir, mirror=mirror, timeout=timeout, log=log)
+
+
+def _cache_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
+    folder = cache.find_folder(cache_dir, log)
+    cache.clear_strays(folder)
+    return folder
+
+
+def _read_or_build(
+    folder: Path | None,
+    paths: list[Path],
+    key: Callable[[list[str]], str],
+    write: Callable[[cache.Writer, list[str]], dict],
+    verify: bool,
+    log: Log,
+) -> tuple[cache.Entry, list[str]]:
+    """What is cached of some text files, or is built now. And the files' digests.
+
+    Args:
+        folder: of the cache.
+        paths: of the files.
+        key: the entry's name for the digests.
+        write: builds it.
+        verify, log: as in `load`.
+    """
+    digests = cache.known_digests(folder, paths)
+    entry = None if digests is None else cache.read(folder, key(digests), verify=verify)
+    if digests is None or entry is None:
+        digests = found = cache.read_digests(folder, paths, log)
+
+        def build_now(writer: cache.Writer) -> dict:
+            log(f"tokenising {paths[0].parent}: no readable cache has these contents")
+            return write(writer, found)
+
+        entry = cache.read_or_build(folder, key(digests), build_now, log)
+    return entry, digests
+
+
+def _has_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
+    """Whether a file of one of the languages is there. Raises as `_telling_folder`, and as `_check_folder`."""
+    with _telling_folder(data_dir):
+        _check_folder(data_dir)
         return files.any_corpus(data_dir, langs)
-    except OSError as error:  # no permission, or a name that is too long
+
+
+def _check_folder(data_dir: Path) -> None:
+    """Raises a data UserError unless `data_dir` is a folder, or may become one by a download."""
+    with _telling_folder(data_dir):
+        if data_dir.is_file():
+            raise UserError("data", "is a file, not a folder", str(data_dir), "name a folder with --data-dir")
+        if not data_dir.absolute().parent.is_dir():
+            what = "there is no such folder, nor the one above it"
+            raise UserError("data", what, str(data_dir), "name a folder with --data-dir")
+        if not data_dir.is_dir() and data_dir.name != DOWNLOADS:  # most often a slip of the pen
+            todo = f"name the folder of your data with --data-dir; for Multi30k's download, name {DOWNLOADS} or make it"
+            raise UserError("data", "there is no such folder", str(data_dir), todo)
+
+
+@contextlib.contextmanager
+def _telling_folder(data_dir: Path) -> Iterator[None]:
+    """Turns the body's OSError into an io UserError: no permission, or a name that is too long."""
+    try:
+        yield
+    except OSError as error:
         what, todo = f"cannot read: {error.strerror}", "name a folder that you may read with --data-dir"
         raise UserError("io", what, str(error.filename or data_dir), todo) from error
 

@@ -31,12 +31,13 @@ import math
 import random
 from typing import TYPE_CHECKING, NamedTuple
 
-from nmt.kernels import GRU, Dropout, output_loss, step_rows
-from nmt.products import linear, prefers_dense
+from nmt.kernels import GRU, Dropout, accumulate_dtype, output_loss, step_rows
+from nmt.products import Weight, linear, prefers_dense
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
     from data import Batch
@@ -192,13 +193,15 @@ class Memory(NamedTuple):
 
     Attributes:
         context_gates: [sentences, ...] from the decoder's `rnn.context_gates`.
-        context_logits: [sentences, output dim] from `Decoder.context_logits`.
-        own_weight: from `Decoder.own_weight`, the same for all sentences.
+        context_logits: [sentences, words] from `Decoder.context_logits`, in float32 or finer.
+        own_weight: the columns of W_o for [e_t ; h_t], the same for all sentences.
+        decoding: makes the steps.
     """
 
     context_gates: Tensor
     context_logits: Tensor
-    own_weight: Tensor
+    own_weight: Weight
+    decoding: Decoding
 
     def select(self, rows: Tensor) -> Memory:
         """The memory of these sentences: [selected] int64 row numbers."""
@@ -206,6 +209,63 @@ class Memory(NamedTuple):
             context_gates=self.context_gates.index_select(0, rows),
             context_logits=self.context_logits.index_select(0, rows),
         )
+
+
+class Decoding:
+    """A model's calls of decoding, see `nmt/search.py`. The output layer is laid out for them once.
+
+    Args:
+        model: in evaluation mode. What is done to its output layer later does not count.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Seq2Seq):
+        self._encoder, self._decoder = model.encoder, model.decoder
+        fc_out, hid_dim = model.decoder.fc_out, model.decoder.rnn.hidden_size
+        self._exact = accumulate_dtype(fc_out.weight.dtype)
+        self._own_weight = Weight(fc_out.weight[:, :-hid_dim])
+        self._context_weight = Weight(fc_out.weight[:, -hid_dim:])
+        self._bias = fc_out.bias.to(self._exact)
+
+    @torch.no_grad()
+    def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[Memory, Tensor]:
+        """Begins to decode.
+
+        Args:
+            src: [src len, batch] token ids.
+            src_len: [batch] lengths of the sources.
+            words: [words] int64 target ids. Logits are computed for them alone. None: for the whole vocabulary.
+
+        Returns:
+            memory of the batch's sentences, and hidden [batch, hid dim].
+        """
+        context = self._encoder(src, src_len)[0]  # [batch, hid dim]
+        context_gates = self._decoder.rnn.context_gates(len(context), context)
+        own_weight, context_weight, bias = self._own_weight, self._context_weight, self._bias
+        if words is not None:
+            own_weight, context_weight = own_weight.select(words), context_weight.select(words)
+            bias = bias.index_select(0, words)
+        context_logits = context_weight(context).to(self._exact) + bias
+        return Memory(context_gates, context_logits, own_weight, self), context
+
+    @torch.no_grad()
+    def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Decodes one step. A sentence may have several rows, one for each hypothesis. They stand together.
+
+        Args:
+            prev_token: [rows] token ids, `<sos>` at the first step.
+            hidden: [rows, hid dim].
+            memory: of the sentences. All have equally many rows.
+
+        Returns:
+            logits [rows, words], in float32 or finer, and hidden [rows, hid dim].
+        """
+        sentences, rows = len(memory.context_gates), len(prev_token)
+        context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
+        features, hidden = self._decoder.decode_rows(prev_token, [rows], hidden, context_gates)
+        logits = memory.own_weight(features).to(self._exact)  # [rows, words]
+        logits.view(sentences, -1, logits.shape[1]).add_(memory.context_logits.unsqueeze(1))
+        return logits, hidden
 
 
 class Seq2Seq(nn.Module):
@@ -298,35 +358,17 @@ class Seq2Seq(nn.Module):
             segment_features.append(segment)
         return torch.cat(segment_features)
 
-    def start(self, src: Tensor, src_len: Tensor) -> tuple[Memory, Tensor]:
-        """Begins to decode. See `step`.
+    def decoding(self) -> Decoding:
+        """The calls of decoding, for any number of batches, until the weights change."""
+        return Decoding(self)
 
-        Args:
-            src: [src len, batch] token ids.
-            src_len: [batch] lengths of the sources.
-
-        Returns:
-            memory of the batch's sentences, and hidden [batch, hid dim].
-        """
-        context = self.encoder(src, src_len)[0]  # [batch, hid dim]
-        context_gates = self.decoder.rnn.context_gates(len(context), context)
-        return Memory(context_gates, self.decoder.context_logits(context), self.decoder.own_weight()), context
+    def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[Memory, Tensor]:
+        """Begins to decode one batch, see `Decoding.start`."""
+        return self.decoding().start(src, src_len, words)
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        """Decodes one step. A sentence may have several rows, one for each hypothesis. They stand together.
-
-        Args:
-            prev_token: [rows] token ids, `<sos>` at the first step.
-            hidden: [rows, hid dim].
-            memory: of the sentences. All have equally many rows.
-
-        Returns:
-            logits [rows, output dim] and hidden [rows, hid dim].
-        """
-        sentences, rows = len(memory.context_gates), len(prev_token)
-        context_gates = memory.context_gates.unsqueeze(1).expand(-1, rows // sentences, -1).flatten(0, 1)
-        features, hidden = self.decoder.decode_rows(prev_token, [rows], hidden, context_gates)
-        return self.decoder.sum_logits(features, memory.context_logits, memory.own_weight), hidden
+        """Decodes one step, see `Decoding.step`."""
+        return memory.decoding.step(prev_token, hidden, memory)
 
 
 def forced_segments(forced: list[bool]) -> list[tuple[int, int]]:
@@ -522,15 +564,29 @@ def restore(state_dict: dict[str, Tensor], sizes: dict[str, int], device: torch.
     Raises:
         ValueError: a name or a shape is not that of a model of these sizes.
     """
-    with torch.device("meta"):  # where faulty sizes take no memory
+    with torch.device("meta"), _Undrawn():  # where faulty sizes take no memory
         expected = build(**sizes, device="meta").state_dict()
     check_names(state_dict, expected)
     for name, tensor in state_dict.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
-    model = build(**sizes, device=device)
+    with _Undrawn():
+        model = build(**sizes, device=device)
     model.load_state_dict(state_dict)
     return model.eval()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Here a new module's weights are not drawn, because they are replaced at once.
+
+    On the device `meta` a draw would import PyTorch's compiler, which takes a second.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.__name__.endswith(("normal_", "uniform_")):  # of `Tensor`, and of `nn.init`
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def check_names(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

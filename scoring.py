@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import data
 import gru
@@ -15,9 +16,11 @@ from nmt.search import beam_search, greedy
 
 import sacrebleu
 import torch
+from sacrebleu.significance import PairedTest
 
 MAX_LENGTH = 50  # most tokens of a translation of short sentences, as in the original
 BATCH_SIZE = 256
+SIGNIFICANT = 0.05  # two translations differ if chance alone gives such a difference less often
 
 
 # ---------------------------------------------------------------- scores of translations
@@ -25,7 +28,7 @@ BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class Scores:
-    """Corpus scores of tokenised, lower-cased translations, 0 to 100.
+    """Corpus scores of tokenised translations, 0 to 100. They count letters as they are, so `lowered` comes first.
 
     Attributes:
         bleu: `torchtext.data.metrics.bleu_score`, the metric of the published figure.
@@ -39,6 +42,9 @@ class Scores:
     sacrebleu_signature: str
     chrf: float
     chrf_signature: str
+
+    def __str__(self) -> str:
+        return f"BLEU {self.bleu:.4f}  sacreBLEU {self.sacrebleu:.4f}  chrF {self.chrf:.4f}"
 
 
 def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scores:
@@ -73,6 +79,27 @@ def evaluate(translations: list[list[str]], references: list[list[str]]) -> Scor
         chrf=chrf.corpus_score(joined(translations), [joined(references)]).score,
         chrf_signature=str(chrf.get_signature()),
     )
+
+
+def evaluate_in(case: str, translations: list[list[str]], references: list[list[str]]) -> tuple[Scores, Scores | None]:
+    """The scores of lower-cased tokens. And those of the tokens as they are, if the model keeps case, otherwise None.
+
+    Args:
+        case: of the model's words, as in `data.load`.
+        translations, references: as in `evaluate`.
+    """
+    if case == "lower":
+        return evaluate(translations, references), None
+    return evaluate(lowered(translations), lowered(references)), evaluate(translations, references)
+
+
+def lowered(sentences: list[list[str]]) -> list[list[str]]:
+    """The tokens in lower case.
+
+    >>> lowered([["Ein", "Hund"]])
+    [['ein', 'hund']]
+    """
+    return [[token.lower() for token in tokens] for tokens in sentences]
 
 
 # ---------------------------------------------------------------- how long a translation may be
@@ -143,25 +170,27 @@ def translate(
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), max_length, dtype=torch.int64)
     length_step = 1 if kernels.computes_steps(world.device) else data.LENGTH_STEP
-    for indices in batches(by_length, world, BATCH_SIZE // beam_size):
-        pause()
-        tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
-        tokens, lengths = tokens.to(world.device), lengths.to(world.device)
-        if beam_size == 1:
-            found = greedy(model, tokens, lengths, data.SOS, data.EOS, max_length)
-        else:
-            hypotheses = beam_search(
-                model,
-                tokens,
-                lengths,
-                data.SOS,
-                data.EOS,
-                beam_size=beam_size,
-                max_len=max_length,
-                length_penalty=length_penalty,
-            )
-            found = hypotheses.ids[:, :, 0]
-        ids[indices] = found.T.cpu()
+    with kernels.frozen(model):
+        decoding = model.decoding()
+        for indices in batches(by_length, world, BATCH_SIZE // beam_size):
+            pause()
+            tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
+            tokens, lengths = tokens.to(world.device), lengths.to(world.device)
+            if beam_size == 1:
+                found = greedy(decoding, tokens, lengths, data.SOS, data.EOS, max_length)
+            else:
+                hypotheses = beam_search(
+                    decoding,
+                    tokens,
+                    lengths,
+                    data.SOS,
+                    data.EOS,
+                    beam_size=beam_size,
+                    max_len=max_length,
+                    length_penalty=length_penalty,
+                )
+                found = hypotheses.ids[:, :, 0]
+            ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
     return [data.spaceless(vocab.decode(row)) for row in ids.tolist()]
@@ -224,13 +253,15 @@ class Validation:
 
     Attributes:
         losses: over all pairs.
-        bleu: on rank 0, if the losses are finite, otherwise nan.
+        bleu: on rank 0, if the losses are finite, otherwise nan. It is of lower-cased tokens.
         examples: source, reference and translation of two pairs, each in one line. They are there with `bleu`.
+        cased_bleu: the same of the tokens as they are, for a model that keeps case.
     """
 
     losses: Losses
     bleu: float = math.nan
     examples: Sequence[tuple[str, str, str]] = ()
+    cased_bleu: float | None = None
 
     def lines(self, epoch: int, train_loss: float, rate: float) -> Iterator[str]:
         """The lines of the log, for rank 0.
@@ -247,6 +278,8 @@ class Validation:
             f"free-running loss {free_running:.4f} (perplexity {perplexity(free_running):.2f})  "
             f"greedy BLEU {self.bleu:.4f}  learning rate {rate:.2e}"
         )
+        if self.cased_bleu is not None:
+            yield f"cased greedy BLEU {self.cased_bleu:.4f}"
         for source, reference, translation in self.examples:
             yield printable(f"  source     {source}")
             yield printable(f"  reference  {reference}")
@@ -260,6 +293,7 @@ def validate(
     world: World,
     max_length: int | None = None,
     pause: Callable[[], object] = lambda: None,
+    case: str = "lower",
 ) -> Validation:
     """Scores a model on the pairs of a loader.
 
@@ -270,6 +304,7 @@ def validate(
         world: the ranks. Every rank calls this.
         max_length: as in `longest_translation`.
         pause: is called before each batch. It may raise to end the work.
+        case: of the model's words, as in `data.load`.
     """
     model.eval()
     split = loader.split
@@ -286,7 +321,8 @@ def validate(
         (" ".join(split.src_tokens[index]), " ".join(references[index]), " ".join(translations[index]))
         for index in (0, len(split) // 2)
     ]
-    return Validation(found, evaluate(translations, references).bleu, examples)
+    scores, cased = evaluate_in(case, translations, references)
+    return Validation(found, scores.bleu, examples, None if cased is None else cased.bleu)
 
 
 # ---------------------------------------------------------------- a checkpoint on the test set
@@ -305,25 +341,26 @@ def restore(saved: Checkpoint, where: str | Path) -> gru.Seq2Seq:
     try:
         return gru.restore(saved.state_dict, saved.sizes or gru.sizes_of(saved.state_dict))
     except ValueError as error:
-        todo = "use the file as train_8p.py or the original wrote it"
+        todo = "use the file as train_8p.py or the original wrote it, and with the gru.py that it was trained with"
         raise UserError("checkpoint", f"holds no state dict of this model: {error}", str(where), todo) from error
 
 
 def vocabularies(
-    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus, where: str | Path
+    saved: Checkpoint, model: gru.Seq2Seq, corpus: data.Corpus | data.Words, where: str | Path
 ) -> tuple[data.Vocabulary, data.Vocabulary]:
     """The vocabularies that go with a checkpoint: its own, or the data's where it has none and they fit.
 
     Args:
         saved: the checkpoint.
         model: from `restore`.
-        corpus: the data to score on.
+        corpus: the data to score on. A model without vocabularies needs all of it.
         where: the checkpoint's path, for errors.
 
     Raises:
         UserError: checkpoint, they do not fit.
     """
     if saved.src_vocab is None or saved.trg_vocab is None:
+        assert isinstance(corpus, data.Corpus)
         sizes = [model.encoder.embedding.num_embeddings, model.decoder.embedding.num_embeddings]
         there = [len(corpus.src_vocab), len(corpus.trg_vocab)]
         if sizes != there:
@@ -368,6 +405,7 @@ def report(
     max_length: int | None,
     beam_size: int,
     length_penalty: float,
+    case: str = "lower",
 ) -> Iterator[str]:
     """Scores a model on the test set. Each line of the log comes as soon as its figures are known.
 
@@ -380,6 +418,7 @@ def report(
         fixed_length: for the losses alone, see `data.Loader`.
         max_length: as in `longest_translation`.
         beam_size, length_penalty: of the final score. Greedy decoding is scored beside it.
+        case: of the model's words, as in `data.load`. With "keep" there are cased scores beside those of lower case.
     """
     if beam_size > len(trg_vocab):
         yield f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types"
@@ -398,9 +437,54 @@ def report(
         translations = translate(
             model, test.src, trg_vocab, world, max_length=limit, beam_size=size, length_penalty=length_penalty
         )
-        scores = evaluate(translations, references)
+        scores, cased = evaluate_in(case, translations, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
-        yield f"{decoding}: BLEU {scores.bleu:.4f}  sacreBLEU {scores.sacrebleu:.4f}  chrF {scores.chrf:.4f}"
+        yield f"{decoding}: {scores}"
+        if cased is not None:
+            yield f"{decoding}, cased: {cased}"
+    if cased is not None:
+        yield f"cased chrF = {cased.chrf:.4f} ({cased.chrf_signature})"
+        yield f"cased sacreBLEU = {cased.sacrebleu:.4f} ({cased.sacrebleu_signature})"
+        yield f"cased BLEU = {cased.bleu:.4f}"
     yield f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})"
     yield f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})"
     yield f"BLEU score = {scores.bleu:.4f}"
+
+
+# ---------------------------------------------------------------- text, as people read it
+
+
+def text_lines(texts: list[str], reference: list[str]) -> Iterator[str]:
+    """The scores of translated text, a line each, with sacreBLEU's signatures. Its command line gives the same ones.
+
+    Args:
+        texts: the translations.
+        reference: as many lines, in the same order.
+    """
+    for lowercase in (False, True):
+        for metric in (sacrebleu.BLEU(lowercase=lowercase), sacrebleu.CHRF(lowercase=lowercase)):
+            score = metric.corpus_score(texts, [reference]).score
+            name = "sacreBLEU" if isinstance(metric, sacrebleu.BLEU) else "chrF"
+            yield f"{name} = {score:.4f} ({metric.get_signature()})"
+
+
+def comparison_lines(systems: Sequence[tuple[str, list[str]]], reference: list[str]) -> Iterator[str]:
+    """Whether translations are better than the first ones by more than chance: sacreBLEU's paired bootstrap.
+
+    Capital letters do not count, because a model may have none.
+
+    Args:
+        systems: a name and its translations, at least two.
+        reference: as many lines, in the same order.
+    """
+    metrics = {"BLEU": sacrebleu.BLEU(lowercase=True), "chrF": sacrebleu.CHRF(lowercase=True)}
+    signatures, results = PairedTest(list(systems), metrics, [reference], test_type="bs")()
+    for metric, signature in signatures.items():
+        for place, (name, _) in enumerate(systems):
+            found: Any = results[metric][place]
+            line = f"{metric} {name}: {found.score:.4f} (mean {found.mean:.4f} ± {found.ci:.4f})"
+            if place:
+                verdict = "a difference" if found.p_value < SIGNIFICANT else "no difference"
+                line += f", p = {found.p_value:.4f}: {verdict} at the level {SIGNIFICANT}"
+            yield line
+        yield f"{metric}: {signature}"

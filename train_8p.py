@@ -129,6 +129,8 @@ class Settings:
         "folder of tokenised corpora; left out: gru-for-pytorch/ in the user's cache folder")
     min_freq: int = flags.row(DATA, 2, flags.positive_int,
         "how often a word must stand in train to be in the vocabulary")
+    case: str = flags.row(DATA, "lower", flags.CASES,
+        "keep: words and translations have capitals; scores are of lower case, and cased ones stand beside them")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -214,7 +216,11 @@ RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo",
 OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
-DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length")
+DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
+LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
+# What a score takes from the checkpoint, and what stays on the machine that has trained it.
+OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
+OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
@@ -253,7 +259,7 @@ prepare_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume
+from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume, shortlist
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
 from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
@@ -284,7 +290,7 @@ def main(argv: list[str]) -> None:
     if settings.evaluate is not None:
         if unused := flags.given_in_vain(settings):
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
-        evaluate(settings, plan, Path(settings.evaluate))
+        evaluate(settings, typed, plan, Path(settings.evaluate))
         return
     mixed = precision.choose_by_flags(
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
@@ -364,9 +370,8 @@ def run(
             "updates; --batch-size sets another"
         )
     if settings.resume is not None:  # told before anything else is
-        resume.check_same(
-            resume.load(Path(settings.resume)), new_state(settings, given, world, corpus), Path(settings.resume), typed
-        )
+        path = Path(settings.resume)
+        resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
     if plan.spawns:
         how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
@@ -382,15 +387,44 @@ def run(
         say(f"done: {time.monotonic() - start:.0f} s")
 
 
-def evaluate(settings: Settings, plan: distributed.Plan, path: Path) -> None:
-    """Scores the checkpoint at `path` on the test set, on rank 0."""
+def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, path: Path) -> None:
+    """Scores the checkpoint at `path` on the test set, on rank 0.
+
+    Args:
+        settings: as the flags give them. Languages and case are the checkpoint's.
+        typed: the flags of this command.
+        plan: the ranks.
+        path: the checkpoint. One of the original has no vocabulary, so it takes that of the training data.
+
+    Raises:
+        UserError: usage, a flag contradicts the checkpoint.
+    """
     saved = checkpoint.load(path)
     model = scoring.restore(saved, path)  # a faulty file is told before a download, or long tokenising
-    corpus = load_corpus(settings, log=say)
+    if saved.src_vocab is None:
+        corpus: data.Corpus | data.Words = load_corpus(settings, log=say)
+    else:
+        settings = with_flags_of_the_model(settings, typed, saved, path)
+        corpus = load_test(settings)
     if plan.worlds[0].is_main:
-        for line in corpus.lines():
-            say(line)
-        score(settings, plan, path, saved, model, corpus)
+        score(settings, plan, path, saved, model, corpus, tells_data=True)
+
+
+def with_flags_of_the_model(
+    settings: Settings, typed: dict[str, Any], saved: checkpoint.Checkpoint, path: Path
+) -> Settings:
+    """The settings with what the checkpoint says about its words.
+
+    Raises:
+        UserError: usage, a flag of the command says otherwise.
+    """
+    own = {name: value for name, value in (LATER | saved.flags | saved.about).items() if name in OF_THE_MODEL}
+    for name in own:
+        if typed.get(name, own[name]) != own[name]:
+            flag = flags.flag_of(name)
+            what = f"{flag} {typed[name]} contradicts the checkpoint, which has {own[name]}"
+            raise UserError("usage", what, str(path), f"leave {flag} out, or name another checkpoint")
+    return replace(settings, **own)
 
 
 def run_rank(
@@ -463,7 +497,9 @@ def train(
     if world.size > 1:
         settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
     state = state_of_run(settings, given, world, corpus)
-    best = checkpoint.BestFile(Path(settings.ckptpath), state.run, log=say)
+    best = checkpoint.BestFile(
+        Path(settings.ckptpath), state.run, log=say, shortlist=translations(settings, world, corpus)
+    )
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
     world.progress(step)
@@ -518,6 +554,14 @@ def train(
             )
     if world.is_main:
         best.complete()
+
+
+def translations(settings: Settings, world: World, corpus: data.Corpus) -> torch.Tensor | None:
+    """Which words translate each source word, for the checkpoint. None on ranks that write none."""
+    if not world.is_main or settings.performance:
+        return None
+    src, trg = ((side.ids, side.offsets) for side in (corpus.train.src, corpus.train.trg))
+    return shortlist.build(src, trg, len(corpus.src_vocab), len(corpus.trg_vocab))
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -611,7 +655,7 @@ def validate(
     Raises:
         UserError: diverged, on every rank, if a loss or a weight is not finite, or the validation loss has exploded.
     """
-    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length, pause)
+    found = scoring.validate(model, loader, corpus.trg_vocab, world, settings.max_length, pause, settings.case)
     losses = found.losses
     what = ""
     if not (math.isfinite(train_loss) and losses.are_finite and may_recover(losses.forced)):
@@ -629,13 +673,17 @@ def validate(
         say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
     if world.is_main and merit > best.merit:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
+        if found.cased_bleu is not None:
+            scores["cased_bleu"] = found.cased_bleu
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
 
 
 def as_checkpoint(
     settings: Settings, world: World, corpus: data.Corpus, model: gru.Seq2Seq, scores: dict
 ) -> checkpoint.Checkpoint:
-    """All that using the model needs, and what is known of it."""
+    """All that using the model needs, and what is known of it. Nothing says where it was trained."""
+    kept = {name: value for name, value in flags_of(settings, world).items() if name not in OF_THE_MACHINE}
+    kept |= {name: Path(kept[name]).name for name in ("train_name", "val_name", "test_name")}  # they may be paths
     return checkpoint.Checkpoint(
         state_dict={name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
         sizes={
@@ -646,7 +694,7 @@ def as_checkpoint(
         },
         src_vocab=corpus.src_vocab.itos,
         trg_vocab=corpus.trg_vocab.itos,
-        flags=flags_of(settings, world),
+        flags=kept,
         scores=scores,
         about={
             "src_lang": corpus.src_lang,
@@ -665,7 +713,8 @@ def score(
     path: Path,
     saved: checkpoint.Checkpoint,
     model: gru.Seq2Seq,
-    corpus: data.Corpus,
+    corpus: data.Corpus | data.Words,
+    tells_data: bool = False,
 ) -> None:
     """Translates the test set with a checkpoint and prints its scores, on the device of --bleu-npu.
 
@@ -674,14 +723,24 @@ def score(
     Args:
         path: where `saved` was read from.
         model: that of `saved`, from `scoring.restore`.
+        corpus: the data, or its test pair alone.
+        tells_data: whether to print what is known of the data first.
     """
     vocabs = scoring.vocabularies(saved, model, corpus, path)
+    if isinstance(corpus, data.Words):
+        test = corpus.encoded(*vocabs)
+        about_data = corpus.lines(test, *vocabs)
+    else:
+        test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
+        about_data = corpus.lines()
+    for line in about_data if tells_data else ():
+        say(line)
     world = World(device_type=plan.device_type, index=plan.scoring_index)
     world.start()
     how = settings.named("fixed_length max_length beam_size length_penalty")
     made_with = {"max_length": None} | checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions had not all of them
     how |= {name: made_with[name] for name, value in how.items() if value is None}
-    test = scoring.in_vocabularies(corpus.test, (corpus.src_vocab, corpus.trg_vocab), vocabs)
+    how["case"] = settings.case
     for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how):
         say(line)
 
@@ -690,16 +749,31 @@ def score(
 
 
 def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str], object] = say) -> data.Corpus:
-    """The corpus that the flags name, see `data.load`."""
-    if settings.data_dir is None:
-        log("note: no --data-dir was given: using the bundled sample corpus")
-    sample = SAMPLE.relative_to(Path.cwd()) if SAMPLE.is_relative_to(Path.cwd()) else SAMPLE
-    return data.load(
-        sample if settings.data_dir is None else settings.data_dir,
-        **settings.named("src_lang trg_lang train_name val_name test_name min_freq workers cache_dir mirror"),
-        verify=verify,
-        log=log,
-    )
+    """The corpus that the flags name, see `data.load`.
+
+    Raises:
+        UserError: as from `data.load`. Or io, `--cache-dir` cannot be used.
+    """
+    where = data_folder(settings, log)
+    return data.load(where, **settings.named(f"{OF_FILES} min_freq"), verify=verify, log=log)
+
+
+def load_test(settings: Settings, log: Callable[[str], object] = say) -> data.Words:
+    """The test pair that the flags name, see `data.load_test`. Raises as `load_corpus` does."""
+    return data.load_test(data_folder(settings, log), **settings.named(OF_FILES), log=log)
+
+
+OF_FILES = "src_lang trg_lang train_name val_name test_name case workers cache_dir mirror"
+
+
+def data_folder(settings: Settings, log: Callable[[str], object]) -> str | Path:
+    """The folder of --data-dir, or of the sample. A cache folder that the user has named must be one."""
+    if settings.cache_dir is not None:
+        data.check_cache_dir(settings.cache_dir)
+    if settings.data_dir is not None:
+        return settings.data_dir
+    log("note: no --data-dir was given: using the bundled sample corpus")
+    return SAMPLE.relative_to(Path.cwd()) if SAMPLE.is_relative_to(Path.cwd()) else SAMPLE
 
 
 def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
@@ -713,7 +787,7 @@ def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: d
     decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]} - set(INDIFFERENT)
     return resume.State(
         run=secrets.token_hex(8),
-        given=given,
+        given={name: value for name, value in given.items() if name not in OF_THE_COMMAND},
         settings={name: getattr(settings, name) for name in sorted(decisive | set(DECISIVE))},
         about={
             "data": corpus.fingerprint,
@@ -724,6 +798,12 @@ def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: d
             "torch": str(torch.__version__),
         },
     )
+
+
+def saved_state(path: Path) -> resume.State:
+    """The state of a run from its file. One of an earlier version gets what that version did without a setting."""
+    state = resume.load(path)
+    return replace(state, settings=LATER | state.settings)
 
 
 def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
@@ -737,7 +817,7 @@ def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus
     state, number = new_state(settings, given, world, corpus), 0
     if settings.resume is not None:
         path, now = Path(settings.resume), state
-        state = resume.load(path)
+        state = saved_state(path)
         others = resume.check_same(state, now, path)
         steps = len(epoch_steps(settings, corpus, epoch=0))
         counts = state.step == state.epoch * steps + state.position

@@ -17,7 +17,10 @@ from pathlib import Path
 from bench import logs
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / name for name in ("README.md", "README.zh-CN.md", "docs/results.md", "docs/search.md")]
+DOCUMENTS = [
+    ROOT / name
+    for name in ("README.md", "README.zh-CN.md", "docs/results.md", "docs/search.md", "docs/change-the-model.md")
+]
 SEEDS = (1234, 2, 3)
 
 
@@ -141,6 +144,13 @@ BATCHES = [
     Row("1024", of_seeds("batch/1024", SEEDS[:1]), "--batch-size 1024 --lr 0.012"),
     Row("2048", of_seeds("batch/2048", SEEDS[:1]), "--batch-size 2048 --lr 0.017"),
     Row("4096", of_seeds("batch/4096", SEEDS[:1]), "--batch-size 4096 --lr 0.024"),
+]
+CHANGES = [  # of docs/change-the-model.md, each with seed 1234
+    Row("`gru.py` as it is", TUNED_BY_STEP[:1]),
+    Row("hidden size 256", ("results/change/hidden-256.log",), "--hid-dim 256"),
+    Row("bidirectional encoder", ("results/change/bidirectional.log",)),
+    Row("second layer", ("results/change/two-layers.log",)),
+    Row("LSTM", ("results/change/lstm.log",)),
 ]
 BEAMS_OF_TUNED = "results/multi30k-beam-val-cpu.log"  # of its three checkpoints, on the validation pairs
 PENALTIES = ("results/multi30k-length-penalty-val-cpu.log", "results/search/d0-seed1234-beams.log")
@@ -425,6 +435,21 @@ def processes_and_batch(root: str) -> str:
     )
 
 
+def changes(root: str) -> str:
+    """What other models than `gru.py`'s gave on the test pairs. One that has no log was not trained."""
+    rows = []
+    for row in CHANGES:
+        (path,) = row.logs
+        cells = ["not trained", "", "", "", ""]
+        if (ROOT / path).exists():
+            run = read(path)
+            (parameters,) = re.findall(r"^model: ([\d,]+) parameters$", text_of(path), re.MULTILINE)
+            bleus = [mean_and_deviation(run.bleus(name)) for name in ("greedy", "beam of 10")]
+            cells = [parameters, *bleus, f"{run.perplexity:.2f}", f"[log]({root}{path})"]
+        rows.append([row.name, *cells])
+    return table("model | parameters | BLEU, greedy | BLEU, beam of 10 | perplexity | log", rows)
+
+
 def sample(root: str) -> str:
     """The sample corpus: the first command of README, and each level of mixed precision."""
     rows = [[row.name, *sample_cells(read(row.logs[0])), f"[log]({root}{row.logs[0]})"] for row in SAMPLE]
@@ -562,6 +587,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "modelzoo-scores": scores_of_modelzoo,
     "modelzoo-epochs": beginnings_of_modelzoo,
     "processes": processes_and_batch,
+    "changes": changes,
     "sample": sample,
     "speed-epyc": lambda root: speed_table(SPEED, root),
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),

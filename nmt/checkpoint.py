@@ -38,6 +38,7 @@ USED_FLAGS = {
     "fixed_length": flags.zero_or_sentence_length,
     "beam_size": flags.positive_int,
     "length_penalty": flags.power,
+    "case": flags.case,
 }
 
 
@@ -53,6 +54,8 @@ class Checkpoint:
         scores: the epoch's validation figures.
         about: languages, the fingerprints of the data and of the vocabularies, versions.
         completed: whether the run went to its end. Files of earlier versions do not say, and count as completed.
+        shortlist: [source types, width] int32, the probable translations of each source word, see `nmt/shortlist.py`.
+            None in files of earlier versions.
     """
 
     state_dict: dict[str, Tensor]
@@ -63,18 +66,23 @@ class Checkpoint:
     scores: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     completed: bool = True
+    shortlist: Tensor | None = None
 
     def digest(self) -> str:
         """sha256 over everything that the checkpoint says. Files of format 1 hold it."""
         said = [self.sizes, self.src_vocab, self.trg_vocab, self.flags, self.scores, self.about]
         hasher = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict.items()):
+        tensors = sorted(self.state_dict.items())
+        if self.shortlist is not None:
+            tensors.append(("shortlist", self.shortlist))
+        for name, tensor in tensors:
             hasher.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             hasher.update(tensor.contiguous().numpy().data)
         return hasher.hexdigest()
 
 
-CONTENT = [entry.name for entry in dataclasses.fields(Checkpoint) if entry.name != "completed"]  # the file's keys
+# The file's keys. It may have `shortlist` too.
+CONTENT = [entry.name for entry in dataclasses.fields(Checkpoint) if entry.name not in ("completed", "shortlist")]
 
 
 def vocabulary_digest(src_words: list[str], trg_words: list[str]) -> str:
@@ -95,14 +103,15 @@ class BestFile:
         path: the file.
         run: the run's name, by which it knows its own file.
         log: takes the lines that say what was kept and written.
+        shortlist: of the run's data, for each model.
 
     Attributes:
         merit: of the model in the file, the higher the better. Its first number counts, the next ones decide ties.
             Empty before the first model.
     """
 
-    def __init__(self, path: Path, run: str, log: Log):
-        self._path, self._run, self._log = path, run, log
+    def __init__(self, path: Path, run: str, log: Log, shortlist: Tensor | None = None):
+        self._path, self._run, self._log, self._shortlist = path, run, log, shortlist
         self._has_written = False
         self.merit: tuple[float, ...] = ()
 
@@ -134,7 +143,7 @@ class BestFile:
         if not self._has_written:
             make_room(self._path, self._run, self._log)
         about = checkpoint.about | {"run": self._run, "merit": list(merit)}
-        save(self._path, dataclasses.replace(checkpoint, about=about, completed=False))
+        save(self._path, dataclasses.replace(checkpoint, about=about, completed=False, shortlist=self._shortlist))
         self._has_written, self.merit = True, merit
         self._log(f"saved: {self._path} (the best so far)")
 
@@ -160,6 +169,8 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         UserError: io, with the old file untouched.
     """
     content = {name: getattr(checkpoint, name) for name in CONTENT}
+    if checkpoint.shortlist is not None:
+        content["shortlist"] = checkpoint.shortlist
     weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.state_dict.items()}
     try:
         sealed.write(path, content | {"format": FORMAT, "state_dict": weights}, completed=checkpoint.completed)
@@ -376,7 +387,7 @@ def read_own(content: dict, seal: sealed.Seal | None, where: str) -> Checkpoint:
         raise UserError("checkpoint", sealed.INCOMPLETE, where, sealed.OTHER_COPY)
     if missing := [name for name in CONTENT if name not in content]:
         raise damaged(f"it has no {missing[0]}", where)
-    checkpoint = Checkpoint(**{name: content[name] for name in CONTENT})
+    checkpoint = Checkpoint(**{name: content[name] for name in CONTENT}, shortlist=content.get("shortlist"))
     check(checkpoint, where)
     if number == UNSEALED_FORMAT and (actual := checkpoint.digest()) != content.get("sha256"):
         raise damaged(f"sha256 {actual}, expected {content.get('sha256')}", where)
@@ -447,6 +458,18 @@ def faults(checkpoint: Checkpoint) -> Iterator[str]:
         if tensor.requires_grad or not tensor.is_contiguous():
             yield f"{name} is no plain tensor"
     yield from faults_of_values(checkpoint.state_dict)
+    if checkpoint.shortlist is not None:
+        yield from faults_of_shortlist(checkpoint.shortlist, checkpoint.sizes)
+
+
+def faults_of_shortlist(shortlist: Any, sizes: dict[str, int]) -> Iterator[str]:
+    """What is wrong with the probable translations of a model of these sizes."""
+    if fault := fault_of_tensor(shortlist, torch.int32):
+        yield f"shortlist {fault}"
+    if shortlist.dim() != 2 or len(shortlist) != sizes["input_dim"] or not shortlist.is_contiguous():
+        yield f"shortlist has shape {list(shortlist.shape)}, expected [{sizes['input_dim']}, a number of words]"
+    if shortlist.numel() and not 0 <= int(shortlist.min()) <= int(shortlist.max()) < sizes["output_dim"]:
+        yield "shortlist has an id that is no word's"
 
 
 def faults_of_sizes(sizes: dict[str, Any]) -> Iterator[str]:
@@ -481,8 +504,8 @@ def faults_of_flags(values: dict[str, Any]) -> Iterator[str]:
             yield f"the flag {name}: {error}"
 
 
-def fault_of_tensor(tensor: Any) -> str | None:
-    """What makes a value no plain tensor of floats that says as much as it takes up."""
+def fault_of_tensor(tensor: Any, dtype: torch.dtype | None = None) -> str | None:
+    """What makes a value no plain tensor that says as much as it takes up, of `dtype` or of floats."""
     if type(tensor) is not Tensor:
         return f"is of type {type(tensor).__name__}, expected a tensor"
     if vars(tensor):
@@ -491,8 +514,8 @@ def fault_of_tensor(tensor: Any) -> str | None:
         return "is no plain tensor"
     if tensor.is_nested or tensor.is_quantized or tensor.is_neg():
         return "is no plain tensor"
-    if not tensor.is_floating_point():
-        return f"is of {tensor.dtype}, expected floats"
+    if tensor.dtype != dtype if dtype is not None else not tensor.is_floating_point():
+        return f"is of {tensor.dtype}, expected {dtype or 'floats'}"
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         return "repeats its values"
     return None

@@ -74,15 +74,19 @@ def association(src: Sentences, trg: Sentences, src_types: int, trg_types: int) 
     return torch.sparse_coo_tensor(places, values, both.shape, is_coalesced=True, check_invariants=True)
 
 
-def pairs_to_count(src: Sentences, trg: Sentences) -> Tensor:
-    """[at most `MAX_PAIRS`] int64: the indices of the pairs that are read, in ascending order."""
+def pairs_to_count(src: Sentences, trg: Sentences, most: int | None = None) -> Tensor:
+    """[at most `MAX_PAIRS`] int64: the indices of the pairs that are read, in ascending order.
+
+    Together they have at most `most` pairs of tokens. None: `MAX_COUNTS`.
+    """
+    most = MAX_COUNTS if most is None else most
     pairs = len(src[1]) - 1
     taken = min(pairs, MAX_PAIRS)
     indices = torch.arange(taken) * pairs // taken
     word_pairs = lengths_of(src, indices) * lengths_of(trg, indices)
     shuffled = torch.randperm(taken, generator=torch.Generator().manual_seed(0))
-    shuffled = shuffled[word_pairs[shuffled] <= MAX_COUNTS]  # otherwise no pair after the first too long one fits
-    fitting = word_pairs[shuffled].cumsum(0) <= MAX_COUNTS
+    shuffled = shuffled[word_pairs[shuffled] <= most]  # otherwise no pair after the first too long one fits
+    fitting = word_pairs[shuffled].cumsum(0) <= most
     return indices[shuffled[fitting].sort().values]
 
 

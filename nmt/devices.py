@@ -78,11 +78,12 @@ def default_count(device_type: str) -> int:
     return CPU_PROCESSES if device_type == "cpu" else device_count(device_type)
 
 
-def choose_device_type(wanted: str) -> str:
+def choose_device_type(wanted: str, flag: str = "") -> str:
     """The type of device to run on.
 
     Args:
         wanted: "npu", "cuda", "cpu", or "auto" for the first of them that this machine has.
+        flag: the flag that asks for it, if that is not `--device`, for the error.
 
     Raises:
         UserError: usage, there is no such device here. The error gives the reason.
@@ -91,6 +92,8 @@ def choose_device_type(wanted: str) -> str:
         return next(device_type for device_type in DEVICE_TYPES if device_count(device_type))
     if not device_count(wanted):
         reason, todo = npu_count()[1], "try --device cpu instead"
+        if flag:
+            todo = f"leave {flag.split()[0]} out: the run then takes the best device that is here"
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"
@@ -100,7 +103,7 @@ def choose_device_type(wanted: str) -> str:
                 todo = (
                     "unset ASCEND_RT_VISIBLE_DEVICES, or list in it devices of the machine, ascending, without spaces"
                 )
-        raise UserError("usage", f"no {wanted} here: {reason}", f"--device {wanted}", todo)
+        raise UserError("usage", f"no {wanted} here: {reason}", flag or f"--device {wanted}", todo)
     return wanted
 
 

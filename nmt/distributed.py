@@ -325,7 +325,8 @@ def plan(
             "--npu" if gpu is None else "--gpu",
             "leave it out, and give --device-list with --multiprocessing-distributed or under torchrun",
         )
-    device_type = devices.choose_device_type(named[0] if named else device)
+    flag = f"--npu {npu}" if npu is not None else f"--gpu {gpu}"
+    device_type = devices.choose_device_type(*((named[0], flag) if named else (device,)))
     check_backend(dist_backend, device_type)
     if named:
         indices = [named[1]]

@@ -27,7 +27,7 @@ class ModelInfo:
         sizes: input_dim, output_dim, emb_dim, hid_dim.
         flags: the run's flags, recipe resolved.
         scores: the validation figures of the epoch that was kept.
-        about: fingerprints and versions.
+        about: fingerprints and versions, the number of parameters, and whether the run was completed.
     """
 
     src_lang: str

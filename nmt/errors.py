@@ -11,7 +11,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from nmt.signals import Stopped, StopRequest, in_main_thread
@@ -94,20 +94,40 @@ def prepare_imports() -> None:
             report(kind, error, trace)
 
     sys.excepthook = in_one_line
+    exit_unless_installed(PACKAGES, "requirements.txt")
+
+
+def exit_unless_installed(packages: Iterable[str], requirements: str) -> None:
+    """Ends the program with one line if one of the packages is not installed. See `not_installed`."""
+    if told := not_installed(packages, requirements):
+        print(told, file=sys.stderr)
+        sys.exit(told.exit_code)
+
+
+def not_installed(packages: Iterable[str], requirements: str) -> UserError | None:
+    """What to say if one of the packages is not installed.
+
+    Args:
+        packages: their names.
+        requirements: the file of this repository that names their versions.
+    """
     missing = []
-    for package in PACKAGES:
+    for package in packages:
         try:
             importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             missing.append(package)
-    if missing:
-        repository = Path(__file__).resolve().parent.parent
-        own = repository / ".venv" / "bin" / "python"
-        todo = f"run python3 -m pip install -r {repository / 'requirements.txt'}, or use the Python that has them"
+    if not missing:
+        return None
+    repository = Path(__file__).resolve().parent.parent
+    own = repository / ".venv" / "bin" / "python"
+    is_own = own == Path(sys.executable)
+    todo = f"run {own if is_own else 'python3'} -m pip install -r {repository / requirements}"
+    if not is_own:
+        todo += ", or use the Python that has them"
         if own.exists():
             todo = f"run {own}, or {todo.removeprefix('run ')}"
-        print(UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo), file=sys.stderr)
-        sys.exit(EXIT_CODES["usage"])
+    return UserError("usage", f"not installed: {', '.join(missing)}", sys.executable, todo)
 
 
 class LostPeer(UserError):

@@ -1,8 +1,9 @@
 """Command lines that mean what they say.
 
 Plain argparse takes `nan`, `1_0` and `٣` for numbers, abbreviations for flags, and the last of a repeated flag. Here
-each of these is an error. Every flag has two spellings, `--data-dir` and `--data_dir`. Flags behind a lone `--`
-override the flags in front of it, so a wrapper can hand on its user's flags after its own.
+each of these is an error. A flag may be repeated only if its row says so. Every flag has two spellings, `--data-dir`
+and `--data_dir`. Flags behind a lone `--` override the flags in front of it, so a wrapper can hand on its user's flags
+after its own.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 from nmt.errors import UserError
 
+CASES = ("lower", "keep")  # what becomes of capital letters
 INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -51,12 +53,20 @@ class StrictParser(argparse.ArgumentParser):
         self.given = set()
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
-            self.given |= self._refuse_what_argparse_takes(section)
+            given = self._refuse_what_argparse_takes(section)
+            for name in given & self.given & self._repeatable:
+                setattr(namespace, name, None)  # the values before the `--` do not stay beside those after it
+            self.given |= given
             namespace = super().parse_args(section, namespace)
         return namespace
 
+    @property
+    def _repeatable(self) -> set[str]:
+        """The names of the flags that may be given several times."""
+        return {action.dest for action in self._actions if isinstance(action, argparse._AppendAction)}
+
     def _refuse_what_argparse_takes(self, section: list[str]) -> set[str]:
-        """Refuses a repeated flag, and the value `--`, which argparse drops and then fails.
+        """Refuses a repeated flag that takes one value, and the value `--`, which argparse drops and then fails.
 
         Returns:
             The names of the flags that are given.
@@ -68,7 +78,7 @@ class StrictParser(argparse.ArgumentParser):
             if action is None or not arg.startswith("-"):
                 continue
             names = "/".join(action.option_strings)
-            if action.dest in seen:
+            if action.dest in seen and action.dest not in self._repeatable:
                 self.error(f"argument {names}: given more than once")
             if value == "--":
                 self.error(f"argument {names}: '--' is not a value")
@@ -123,7 +133,15 @@ class Choices(tuple[str, ...]):
 
 
 def row(
-    group: str, default: Any, takes: Any, help: str, *, unit: str = "", also: str = "", trains: bool = False
+    group: str,
+    default: Any,
+    takes: Any,
+    help: str,
+    *,
+    unit: str = "",
+    also: str = "",
+    trains: bool = False,
+    repeats: bool = False,
 ) -> Any:
     """A row of a settings table: a field of a dataclass, and its flag.
 
@@ -136,10 +154,12 @@ def row(
         unit: names the value in the help.
         also: other spellings of the flag, with spaces between.
         trains: whether training alone reads it. Then it has no effect with --evaluate.
+        repeats: whether the flag may be given several times. The value is then the list of those that were given. Its
+            default has to be None.
     """
     recipes = default if isinstance(default, dict) else None
     about = {"group": group, "takes": takes, "help": help, "unit": unit, "also": also.split()}
-    about |= {"trains": trains, "recipes": recipes}
+    about |= {"trains": trains, "recipes": recipes, "repeats": repeats}
     return dataclasses.field(default=None if recipes else default, metadata=about)
 
 
@@ -166,6 +186,8 @@ def parser_of(table: type, **options: Any) -> StrictParser:
             settings |= {"type": free_text, "metavar": takes}
         else:
             settings |= {"type": takes, "metavar": about["unit"] or UNITS.get(takes, "N")}
+        if about["repeats"]:
+            settings["action"] = "append"
         if about["group"] not in groups:
             groups[about["group"]] = parser.add_argument_group(about["group"])
         short, long = ([name for name in about["also"] if (name[1] == "-") == is_long] for is_long in (False, True))
@@ -326,6 +348,13 @@ def part(text: str) -> float:
     if value == 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be below 1")
     return value
+
+
+def case(text: str) -> str:
+    """One of `CASES`."""
+    if text not in CASES:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CASES)}")
+    return text
 
 
 def loss_scale(text: str) -> float | str:

@@ -15,13 +15,14 @@ padding's rows, which have no loss, and read the context at each step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from nmt.errors import UserError, first_line
-from nmt.products import mm, rounded, with_spare_rows
+from nmt.products import Weight, mm, rounded, with_spare_rows
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,7 @@ class GRU(nn.GRU):
     weight_hh_l0: nn.Parameter
     bias_ih_l0: nn.Parameter
     bias_hh_l0: nn.Parameter
+    _steps: dict[int, GRUStep] | None = None  # of a frozen GRU, by the input's features; otherwise None
 
     def __init__(self, input_size: int, hidden_size: int, *options: Any, **named: Any):
         super().__init__(input_size, hidden_size, *options, **named)
@@ -127,6 +129,11 @@ class GRU(nn.GRU):
                 f"GRU(..., {', '.join(other)}): `run` computes one layer in one direction, time first, with biases and "
                 "without dropout; for another network use torch.nn.GRU and call it where `run` is called"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.weight_ih_l0.device
 
     def context_gates(self, batch: int, context: Tensor | None = None) -> Tensor:
         """The part of the gates' sums that does not change from step to step, for `run`.
@@ -145,7 +152,8 @@ class GRU(nn.GRU):
         bias = self.bias_ih_l0 + F.pad(self.bias_hh_l0[: 2 * self.hidden_size], (0, self.hidden_size))
         if context is None:
             return bias.expand(batch, -1)
-        return F.linear(context, self.weight_ih_l0[:, -context.shape[1] :], bias)
+        gates = F.linear(context, self.weight_ih_l0[:, -context.shape[1] :], bias)
+        return gates if self._steps is None else gates.to(accumulate_dtype(gates.dtype))
 
     def run(
         self, inputs: Tensor, rows_per_step: list[int], hidden: Tensor | None, context_gates: Tensor
@@ -167,6 +175,8 @@ class GRU(nn.GRU):
         """
         batch = rows_per_step[0]
         context_gates = context_gates[:batch]
+        if self._steps is not None and not torch.is_grad_enabled():
+            return self._run_frozen(inputs, rows_per_step, hidden, context_gates)
         if computes_steps(inputs.device):
             weight_ih = self.weight_ih_l0[:, : inputs.shape[1]]
             tensors = (inputs, context_gates, weight_ih, self.weight_hh_l0, self.bias_hh_l0[-self.hidden_size :])
@@ -178,6 +188,84 @@ class GRU(nn.GRU):
             inputs = torch.cat((inputs, context_gates.expand(len(rows_per_step), -1, -1)), dim=2)
         outputs, last = self(inputs, hidden if hidden is None else hidden.unsqueeze(0))  # [steps, batch, hid dim]
         return outputs.flatten(0, 1), last[0]
+
+    def _run_frozen(self, inputs, rows_per_step, hidden, context_gates) -> tuple[Tensor, Tensor]:
+        """`run` by `GRUStep`, which keeps nothing for a backward pass."""
+        assert self._steps is not None
+        features = inputs.shape[1]
+        if features not in self._steps:
+            self._steps[features] = GRUStep(self, features)
+        make_step = self._steps[features]
+        context_gates = context_gates.to(accumulate_dtype(inputs.dtype))
+        if hidden is None:
+            hidden = context_gates.new_zeros(rows_per_step[0], self.hidden_size)
+        if len(rows_per_step) == 1:
+            hidden = make_step(inputs, hidden, context_gates)
+            return hidden.to(inputs.dtype), hidden
+        outputs = inputs.new_empty(len(inputs), self.hidden_size)
+        for rows, batch in zip(step_rows(rows_per_step), rows_per_step, strict=True):
+            hidden = make_step(inputs[rows], hidden[:batch], context_gates[:batch])
+            outputs[rows] = hidden
+        return outputs, hidden
+
+
+def freeze(modules: Iterable[nn.Module]) -> list[GRU]:
+    """Lays the weights of those that are GRUs out for products, on a CPU, and for runs without a gradient.
+
+    From then on changes of the weights do not count, until `_steps` is None again.
+
+    Returns:
+        Those GRUs.
+    """
+    grus = [module for module in modules if isinstance(module, GRU) and computes_steps(module.device)]
+    for gru in grus:
+        gru._steps = {}
+    return grus
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """`freeze` for a while, for all parts of a model."""
+    grus = freeze(model.modules())
+    try:
+        yield
+    finally:
+        for gru in grus:
+            gru._steps = None
+
+
+class GRUStep:
+    """One step of a GRU at a time, without a gradient, on a CPU. The formulas and the types are those of `GRUSteps`.
+
+    Args:
+        rnn: the GRU. What is done to its weights later does not count.
+        input_dim: of the input without the context.
+    """
+
+    def __init__(self, rnn: GRU, input_dim: int):
+        self._size = rnn.hidden_size
+        self._dtype, self._exact = rnn.weight_hh_l0.dtype, accumulate_dtype(rnn.weight_hh_l0.dtype)
+        self._of_input, self._of_state = Weight(rnn.weight_ih_l0[:, :input_dim]), Weight(rnn.weight_hh_l0)
+        self._bias_hn = rnn.bias_hh_l0.detach()[-self._size :].to(self._exact)
+
+    def __call__(self, inputs: Tensor, hidden: Tensor, context_gates: Tensor) -> Tensor:
+        """Makes a step.
+
+        Args:
+            inputs: [rows, input dim] without the context.
+            hidden: [rows, hid dim] the state before.
+            context_gates: [rows, 3 * hid dim] from `GRU.context_gates`, in float32 or finer.
+
+        Returns:
+            [rows, hid dim] the state after, with all its digits.
+        """
+        size = self._size
+        block, sums = self._of_input(inputs).to(self._exact), self._of_state(hidden.to(self._dtype)).to(self._exact)
+        block.add_(context_gates)
+        block[:, : 2 * size].add_(sums[:, : 2 * size]).sigmoid_()
+        r, z, n = block.split(size, dim=1)
+        n.addcmul_(r, sums[:, 2 * size :].add_(self._bias_hn)).tanh_()
+        return torch.lerp(n, hidden.to(self._exact), z)
 
 
 class GRUSteps(torch.autograd.Function):

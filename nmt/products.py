@@ -21,6 +21,7 @@ from torch.nn import functional as F
 FEWEST_ROWS = 16  # of an AMX tile
 MOST_ROWS = 4096  # of a product of oneDNN's: more would be more shapes, and no quicker
 PART_ROWS = 2048  # of a weight's gradient: the operator needs a copy of them
+PACKED_ROWS = 128  # of a product, roughly, that a weight is laid out for
 ENOUGH_ROWS = 256  # with so many a product is worth a copy of its second matrix
 HALF = (torch.bfloat16, torch.float16)
 NO_INTEL = ("AuthenticAMD", "HygonGenuine")  # vendors of x86 processors that MKL was not written for
@@ -84,6 +85,32 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+class Weight:
+    """A weight matrix that many matrices are multiplied by, without a gradient. It is laid out for that once.
+
+    Args:
+        weight: [columns, inner]. What is done to it later does not count.
+    """
+
+    def __init__(self, weight: Tensor):
+        self._weight = weight.detach().contiguous()
+        self._packed = None
+        if compiles(self._weight) and self._weight.numel() > 0 and onednn_packs(self._weight.dtype):
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_ROWS)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x` [rows, inner] times the transpose of the weight: [rows, columns]."""
+        if self._packed is None or x.numel() == 0:
+            return linear(x, self._weight)
+        rows = len(x)
+        x = with_spare_rows(x, rounded(rows, x)).contiguous()
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")[:rows]
+
+    def select(self, columns: Tensor) -> "Weight":
+        """The weight of these columns of the product: [selected] int64 numbers."""
+        return Weight(self._weight.index_select(0, columns))
+
+
 def compiles(a: Tensor) -> bool:
     """Whether a kernel is compiled for each new shape of a product with `a`: by oneDNN, on a CPU."""
     return a.device.type == "cpu" and (a.dtype in HALF or prefers_dense(a))
@@ -111,6 +138,17 @@ def by_onednn(a: Tensor, b: Tensor) -> Tensor:
         return total
     weight = b.T if is_dense(b) else b.T.contiguous()  # for what has gaps oneDNN has a reference loop, which is slow
     return torch.ops.mkldnn._linear_pointwise(a.contiguous(), weight, None, "none", [], "")
+
+
+@functools.cache
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes a weight in its own layout, and gives what `torch.mm` gives."""
+    a, b = torch.arange(32.0).view(2, 16).to(dtype), torch.arange(48.0).remainder(5).view(3, 16).to(dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(b, PACKED_ROWS)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""), a @ b.T)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 @functools.cache

@@ -29,6 +29,7 @@ SUFFIX = ".state"
 KEPT = ".unfinished"  # behind the name of the best model of a run that did not end, before another run takes the name
 SHARE = 0.02  # of the time goes into saving at the ends of epochs, at most
 MOST_SHOWN = 4  # settings in a message
+MOST_CHARACTERS = 300  # of another's error
 HOW = "to go on, add --resume auto to the command"
 
 
@@ -250,8 +251,12 @@ class Run:
         try:
             part.restore(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            what = f"contradicts itself: {name}: {first_line(error)}"
-            raise UserError("checkpoint", what, "the state of the run", sealed.OTHER_COPY) from error
+            said = " ".join(f"{type(error).__name__}: {error}".split())[
+                :MOST_CHARACTERS
+            ]  # its first line may say little
+            what = f"contradicts itself, or is of another model: {name}: {said}"
+            todo = f"go on with the gru.py that the run began with, or {sealed.OTHER_COPY}"
+            raise UserError("checkpoint", what, "the state of the run", todo) from error
 
     def _save(self, step: int, epoch: int, position: int) -> None:
         assert self._path is not None

@@ -2,7 +2,7 @@
 
 Both know three calls of a model and nothing else of it:
 
-    memory, hidden = model.start(src, src_len)                # what decoding keeps of the source; the first state
+    memory, hidden = model.start(src, src_len[, words])       # what decoding keeps of the source; the first state
     logits, hidden = model.step(prev_token, hidden, memory)   # [rows, vocabulary], [rows, hid dim]
     memory = memory.select(rows)                              # the sentences that go on
 
@@ -17,6 +17,10 @@ from nmt import kernels
 import torch
 from torch import Tensor
 
+GROUP = 16  # columns of a group in `top`
+FEWEST_GROUPS = 32  # with fewer, sorting all is quicker
+BLOCK = 1 << 17  # logits that are summed up at a time
+PART = 16  # a sentence stays until so small a part of the batch, or a larger one, has ended
 LOWEST = torch.finfo(torch.float32).min
 OwnMemory = TypeVar("OwnMemory", bound="Memory")  # a model's own class of memory
 
@@ -31,11 +35,14 @@ class Memory(Protocol):
 class Translator(Protocol[OwnMemory]):
     """A model that can be decoded, in evaluation mode."""
 
-    def start(self, src: Tensor, src_len: Tensor) -> tuple[OwnMemory, Tensor]:
-        """The memory and the first hidden state, [batch, hid dim], of src [src len, batch] with lengths [batch]."""
+    def start(self, src: Tensor, src_len: Tensor, words: Tensor | None = None) -> tuple[OwnMemory, Tensor]:
+        """The memory and the first hidden state, [batch, hid dim], of src [src len, batch] with lengths [batch].
+
+        Only a search that has `words`, [words] int64 ids, gives them: then logits are those of these words alone.
+        """
 
     def step(self, prev_token: Tensor, hidden: Tensor, memory: OwnMemory) -> tuple[Tensor, Tensor]:
-        """The logits, [rows, vocabulary], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
+        """The logits, [rows, words], and the next hidden state for [rows] ids and hidden [rows, hid dim]."""
 
 
 class Hypotheses(NamedTuple):
@@ -52,7 +59,14 @@ class Hypotheses(NamedTuple):
 
 @torch.no_grad()
 def greedy(
-    model: Translator[OwnMemory], src: Tensor, src_len: Tensor, sos_index: int, eos_index: int, max_len: int = 50
+    model: Translator[OwnMemory],
+    src: Tensor,
+    src_len: Tensor,
+    sos_index: int,
+    eos_index: int,
+    max_len: int = 50,
+    *,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Translates a batch. Each step takes the most probable token.
 
@@ -65,19 +79,43 @@ def greedy(
         sos_index: id of `<sos>`.
         eos_index: id of `<eos>`.
         max_len: most tokens a translation has.
+        words: [words] int64 ids, the only ones that a translation may have. `eos_index` is one of them. None: all.
 
     Returns:
         [max len, batch] token ids. From a sentence's end on, `<eos>`.
     """
-    memory, hidden = model.start(src, src_len)  # [batch, hid dim]
+    return _greedy(model, src, src_len, sos_index, eos_index, max_len, words, with_scores=False)[0]
+
+
+def _greedy(
+    model: Translator[OwnMemory],
+    src: Tensor,
+    src_len: Tensor,
+    sos_index: int,
+    eos_index: int,
+    max_len: int,
+    words: Tensor | None,
+    *,
+    with_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`greedy`, and [batch] the log probabilities in float64, if they are wanted, and the lengths, `<eos>` counted."""
+    memory, hidden = model.start(src, src_len) if words is None else model.start(src, src_len, words)
     translations = src.new_full((max_len, len(hidden)), eos_index)
+    log_probs = torch.zeros(len(hidden), dtype=torch.float64, device=src.device)
+    lengths = torch.zeros_like(log_probs)
     # From here on of the sentences that are not dropped, [kept, ...]:
     columns = torch.arange(len(hidden), device=src.device)
     prev_token = src.new_full((len(hidden),), sos_index)
     ended = torch.zeros_like(columns, dtype=torch.bool)
     for step in range(max_len):
-        logits, hidden = model.step(prev_token, hidden, memory)
-        prev_token = logits.argmax(dim=1).masked_fill(ended, eos_index)  # [kept]
+        logits, hidden = model.step(prev_token, hidden, memory)  # [kept, words], [kept, hid dim]
+        best, choices = top(logits.unsqueeze(1), None, 1)  # [kept, 1]
+        if with_scores:
+            step_log_probs = best[:, 0] - log_sum_exp(logits)
+            log_probs[columns] += step_log_probs.double().masked_fill(ended, 0.0)
+            lengths[columns] += ~ended
+        tokens = choices[:, 0] if words is None else words[choices[:, 0]]
+        prev_token = tokens.masked_fill(ended, eos_index)  # [kept]
         translations[step, columns] = prev_token
         ended = prev_token == eos_index
         rows = rows_to_keep(ended)
@@ -87,7 +125,7 @@ def greedy(
             state = (columns, prev_token, ended, hidden)
             columns, prev_token, ended, hidden = (part.index_select(0, rows) for part in state)
             memory = memory.select(rows)
-    return translations
+    return translations, log_probs, lengths
 
 
 @torch.no_grad()
@@ -102,11 +140,12 @@ def beam_search(
     max_len: int = 50,
     length_penalty: float = 1.0,
     n_best: int = 1,
+    words: Tensor | None = None,
 ) -> Hypotheses:
     """Translates a batch. Follows the `beam_size` most probable beginnings of each sentence.
 
     A sentence is done when that many of its hypotheses have ended. What has not ended after `max_len` tokens ends
-    there. With a beam of 1 this is `greedy`, unless two words have exactly the same score.
+    there. A beam of 1 is `greedy`.
 
     A hypothesis that ends is taken out of the beam and kept. The beam is one narrower from then on. Source: Sutskever,
     Vinyals and Le 2014, "Sequence to Sequence Learning with Neural Networks", arXiv 1409.3215. Hypotheses of different
@@ -126,18 +165,22 @@ def beam_search(
         src_len: [batch] lengths of the sources.
         sos_index: id of `<sos>`.
         eos_index: id of `<eos>`.
-        beam_size: number of hypotheses a sentence, at most the target vocabulary's size.
+        beam_size: number of hypotheses a sentence, at most the number of words.
         max_len: most tokens a hypothesis has.
         length_penalty: 0 compares probabilities, which favours short translations. 1 compares their means over the
             tokens.
         n_best: how many hypotheses are wanted, at most `beam_size`.
+        words: as in `greedy`. They have all of the probability.
 
     Raises:
-        ValueError: the vocabulary is smaller than the beam, or the beam than what is wanted.
+        ValueError: there are fewer words than hypotheses in the beam, or fewer of these than are wanted.
     """
     if not 1 <= n_best <= beam_size:
         raise ValueError(f"expected 1 <= n_best ({n_best}) <= beam_size ({beam_size})")
-    memory, hidden = model.start(src, src_len)  # [batch, hid dim]
+    if beam_size == 1:
+        ids, log_p, lengths = _greedy(model, src, src_len, sos_index, eos_index, max_len, words, with_scores=True)
+        return Hypotheses(ids.unsqueeze(2), (log_p / lengths**length_penalty).float().unsqueeze(1))
+    memory, hidden = model.start(src, src_len) if words is None else model.start(src, src_len, words)
     batch = len(hidden)
     # One place more than can end: what goes on is written there, so that no shape depends on what ends.
     ended_ids = src.new_full((batch, beam_size + 1, max_len), eos_index)
@@ -158,13 +201,15 @@ def beam_search(
         vocabulary = logits.shape[1]
         if beam_size > vocabulary:
             raise ValueError(f"expected beam_size ({beam_size}) <= vocabulary ({vocabulary})")
-        logits = logits.view(-1, beam_size, vocabulary).float()  # [kept, beam, vocabulary]
-        log_probs = log_probs - logits.logsumexp(2)
+        logits = logits.float()  # [kept * beam, vocabulary]
+        log_probs = log_probs - log_sum_exp(logits).view(-1, beam_size)
         leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # if all have ended: -inf less -inf would be nan
         common = common + leading
-        candidates = (logits + (log_probs - leading).unsqueeze(2)).flatten(1)
-        log_probs, choices = candidates.topk(beam_size)  # [kept, beam] each, the best first
+        # [kept, beam] each, the best first
+        log_probs, choices = top(logits.view(-1, beam_size, vocabulary), log_probs - leading, beam_size)
         parents, tokens = choices // vocabulary, choices % vocabulary
+        if words is not None:
+            tokens = words[tokens]
 
         chosen = places < (beam_size - ended).unsqueeze(1)  # the beam is narrower by those that have ended
         ends = chosen & ((tokens == eos_index) if step < max_len - 1 else True)
@@ -177,24 +222,73 @@ def beam_search(
         ended = ended + ends.sum(1)
         log_probs = log_probs.masked_fill(ends | ~chosen, -math.inf)
         parents = parents + beam_size * torch.arange(len(parents), device=src.device).unsqueeze(1)
-        hidden, prev_token = hidden.index_select(0, parents.flatten()), tokens.flatten()
+        prev_token = tokens.flatten()
         rows = rows_to_keep(ended == beam_size)
         if len(rows) == 0:
             break
         if len(rows) < len(columns):
-            state = (columns, ids, ended, common, log_probs)
-            columns, ids, ended, common, log_probs = (part.index_select(0, rows) for part in state)
+            state = (columns, ids, ended, common, log_probs, parents, tokens)
+            columns, ids, ended, common, log_probs, parents, tokens = (part.index_select(0, rows) for part in state)
             memory = memory.select(rows)
-            hidden = hidden.view(len(parents), beam_size, -1).index_select(0, rows).flatten(0, 1)
-            prev_token = prev_token.view(len(parents), beam_size).index_select(0, rows).flatten()
+            prev_token = tokens.flatten()
+        hidden = hidden.index_select(0, parents.flatten())
     scores, order = ended_scores[:, :beam_size].topk(n_best)  # [batch, n best] each
     return Hypotheses(ended_ids.gather(1, order.unsqueeze(2).expand(-1, -1, max_len)).permute(2, 0, 1), scores)
+
+
+def top(logits: Tensor, offsets: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+    """The largest sums of a logit and its row's offset, for each sentence over all its rows.
+
+    A sort of all candidates takes longer than computing them. So on a CPU the columns are cut into groups. The largest
+    candidates are in the groups with the largest maxima, and only the candidates of those groups are compared.
+
+    Args:
+        logits: [sentences, rows of one, words].
+        offsets: [sentences, rows of one], or None for zeros.
+        count: how many are wanted, at most the number of words.
+
+    Returns:
+        [sentences, count] the sums, the largest first, and [sentences, count] int64 their places in a sentence's
+        logits.
+    """
+    sentences, rows, words = logits.shape
+    groups = words // GROUP
+    flat = logits.flatten(1)
+    if groups < max(count, FEWEST_GROUPS) or not kernels.computes_steps(logits.device):
+        return (flat if offsets is None else (logits + offsets.unsqueeze(2)).flatten(1)).topk(count)
+    # A group has every `groups`-th column. Up to GROUP - 1 columns are left over, and are candidates too.
+    maxima = logits[:, :, : groups * GROUP].unflatten(2, (GROUP, groups)).amax(2)  # [sentences, rows, groups]
+    if offsets is not None:
+        maxima = maxima + offsets.unsqueeze(2)
+    if count == 1:
+        chosen = maxima.flatten(1).max(1, keepdim=True).indices
+    else:
+        chosen = maxima.flatten(1).topk(count, sorted=False).indices  # [sentences, count]
+    row_starts = words * torch.arange(rows, device=logits.device).unsqueeze(1)
+    firsts = chosen if rows == 1 else chosen // groups * words + chosen % groups
+    inside = groups * torch.arange(GROUP, device=logits.device)
+    left_over = (row_starts + torch.arange(groups * GROUP, words, device=logits.device)).flatten()
+    places = torch.cat(((firsts.unsqueeze(2) + inside).flatten(1), left_over.expand(sentences, -1)), dim=1)
+    candidates = flat.gather(1, places)
+    if offsets is not None:
+        candidates = candidates + offsets.gather(1, places // words)
+    best, order = candidates.topk(count)
+    return best, places.gather(1, order)
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """log sum exp of each row, [rows], of logits [rows, words], in blocks that stay in a processor's cache."""
+    if not kernels.computes_steps(logits.device):
+        return logits.logsumexp(1)
+    size = max(1, BLOCK // logits.shape[1])
+    return torch.cat([block.logsumexp(1) for block in logits.split(size)])
 
 
 def rows_to_keep(ended: Tensor) -> Tensor:
     """The sentences that decoding goes on with: those that have not ended.
 
-    Where few distinct shapes are wanted, it keeps so many others that the batch is only ever halved.
+    On a CPU some others may stay for a while, because each copy of the memory costs as much as a step. Where few
+    distinct shapes are wanted, so many others stay that the batch is only ever halved.
 
     Args:
         ended: [kept] bool. Waits for the device.
@@ -202,8 +296,11 @@ def rows_to_keep(ended: Tensor) -> Tensor:
     Returns:
         [at most kept] int64 row numbers, those that go on first. None if all have ended.
     """
-    going = len(ended) - int(ended.sum())
-    kept = going if kernels.computes_steps(ended.device) or going == 0 else len(ended)
-    while kept // 2 >= going > 0:
+    going, kept = len(ended) - int(ended.sum()), len(ended)
+    if going == 0:
+        return ended.new_empty(0, dtype=torch.int64)
+    if kernels.computes_steps(ended.device):
+        kept = going if kept - going >= max(1, kept // PART) else kept
+    while kept // 2 >= going:
         kept //= 2
     return ended.int().argsort(stable=True)[:kept]

@@ -1,13 +1,25 @@
 """The engine that computes with PyTorch."""
 
-from nmt import search
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
+
+from nmt import devices, kernels, search
+from nmt import shortlist as shortlists
 from nmt.checkpoint import Checkpoint
 from nmt.engine import Hypothesis, ModelInfo
+from nmt.errors import UserError
 from nmt.text.vocabulary import EOS, PAD, SOS
 
 import torch
+from torch import Tensor
 
-BATCH_ROWS = 256  # hypotheses of a batch
+# A batch has at most so much of each, or one sentence. That bounds the memory.
+BATCH_ROWS = 256  # hypotheses
+BATCH_LOGITS = 1 << 21  # hypotheses times words
+BATCH_TOKENS = 1 << 14  # source tokens, padding counted
+BATCH_IDS = 1 << 20  # hypotheses times the most tokens of a translation
+
+PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 def info_of(saved: Checkpoint) -> ModelInfo:
@@ -22,50 +34,142 @@ def info_of(saved: Checkpoint) -> ModelInfo:
         sizes=saved.sizes,
         flags=saved.flags,
         scores=saved.scores,
-        about=saved.about,
+        about=saved.about
+        | {"completed": saved.completed, "parameters": sum(tensor.numel() for tensor in saved.state_dict.values())},
     )
 
 
-class TorchEngine:
-    """See `nmt.engine.Engine`.
+def choose_dtype(precision: str) -> torch.dtype:
+    """What to translate in on a CPU.
 
     Args:
-        model: in evaluation mode.
+        precision: "float32", "bfloat16", or "auto" for bfloat16 where the processor multiplies faster in it. It costs
+            less than a tenth of a BLEU (docs/results.md).
+    """
+    if precision == "auto":
+        precision = "bfloat16" if devices.cpu_gains_from_bfloat16() else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def shortlist_of(saved: Checkpoint, size: int | None, where: str) -> Tensor | None:
+    """The probable translations that a checkpoint has of each source word, for `TorchEngine`.
+
+    Args:
+        saved: the checkpoint.
+        size: how many of each word are wanted. 0: no shortlist. None: `shortlists.DEFAULT`, or no shortlist if the
+            checkpoint has none.
+        where: its path, for errors.
+
+    Returns:
+        [source types, size] int32, or None for no shortlist.
+
+    Raises:
+        UserError: checkpoint, it has none. Or usage, it has fewer.
+    """
+    if size == 0 or (size is None and (saved.shortlist is None or shortlists.DEFAULT == 0)):
+        return None
+    if saved.shortlist is None:
+        todo = "leave --shortlist out, or train again: train_8p.py keeps the probable translations with the model"
+        raise UserError("checkpoint", "holds no shortlist, as an earlier version wrote it", where, todo)
+    width = saved.shortlist.shape[1]
+    if size is not None and size > width:
+        what = f"the model has {width} probable translations of each word"
+        raise UserError("usage", what, f"--shortlist {size}", f"give at most {width}, or 0 for the whole vocabulary")
+    return saved.shortlist[:, : min(width, size or shortlists.DEFAULT)]
+
+
+Own = TypeVar("Own", bound="Model")
+
+
+class Model(Protocol):
+    """What the engine needs of a model. `gru.Seq2Seq` has it."""
+
+    def decoding(self) -> search.Translator[Any]:
+        """The calls of decoding, see `nmt.search`."""
+
+    def modules(self) -> Iterator[Any]:
+        """Its parts, as PyTorch's modules have it."""
+
+    def to(self: Own, dtype: torch.dtype) -> Own:
+        """The model itself, with its weights in this type."""
+
+
+class TorchEngine:
+    """See `nmt.engine.Engine`. It is made for the CPU.
+
+    Args:
+        model: in evaluation mode. It belongs to the engine from now on.
         info: of the model.
+        dtype: to compute in. `choose_dtype` knows what suits the processor.
+        shortlist: from `shortlist_of`. A translation has the words of the shortlist alone. None: all words.
     """
 
-    def __init__(self, model: search.Translator, info: ModelInfo):
+    def __init__(
+        self,
+        model: Model,
+        info: ModelInfo,
+        *,
+        dtype: torch.dtype = torch.float32,
+        shortlist: Tensor | None = None,
+    ):
         self.info = info
-        self._model = model
+        model = model.to(dtype)
+        kernels.freeze(model.modules())
+        self._decoding, self._shortlist = model.decoding(), shortlist
+        devices.keep_freed_memory()
 
     def translate(
         self, sentences: list[list[int]], *, beam_size: int, length_penalty: float, max_length: int, n_best: int = 1
     ) -> list[list[Hypothesis]]:
         """See `nmt.engine.Engine.translate`."""
-        order = sorted(range(len(sentences)), key=lambda place: len(sentences[place]))
         results: list[list[Hypothesis]] = [[] for _ in sentences]
-        size = max(1, BATCH_ROWS // beam_size)
-        for first in range(0, len(order), size):
-            places = order[first : first + size]
-            longest = max(len(sentences[place]) for place in places)
-            src = torch.full((longest, len(places)), PAD)
+        lengths = [len(sentence) for sentence in sentences]
+        most_rows = min(BATCH_ROWS, BATCH_LOGITS // len(self.info.trg_words), BATCH_IDS // max_length)
+        for places in batches(lengths, most_rows // beam_size):
+            src = torch.full((lengths[places[-1]], len(places)), PAD)
             for column, place in enumerate(places):
-                src[: len(sentences[place]), column] = torch.tensor(sentences[place])
-            src_len = torch.tensor([len(sentences[place]) for place in places])
-            found = search.beam_search(
-                self._model,
+                src[: lengths[place], column] = torch.tensor(sentences[place])
+            words = None
+            if self._shortlist is not None:
+                words = shortlists.words_of(src, self._shortlist, len(self.info.trg_words))
+            ids, scores = search.beam_search(
+                self._decoding,
                 src,
-                src_len,
+                torch.tensor([lengths[place] for place in places]),
                 SOS,
                 EOS,
                 beam_size=beam_size,
                 max_len=max_length,
                 length_penalty=length_penalty,
                 n_best=n_best,
+                words=words,
             )
-            for column, place in enumerate(places):
-                for rank in range(n_best):
-                    ids = found.ids[:, column, rank].tolist()
-                    words = ids[: ids.index(EOS)] if EOS in ids else ids
-                    results[place].append(Hypothesis(words, float(found.scores[column, rank])))
+            for place, found, found_scores in zip(places, ids.permute(1, 2, 0).tolist(), scores.tolist(), strict=True):
+                results[place] = [
+                    Hypothesis(tokens[: tokens.index(EOS)] if EOS in tokens else tokens, score)
+                    for tokens, score in zip(found, found_scores, strict=True)
+                ]
         return results
+
+
+def batches(lengths: list[int], most: int) -> Iterator[list[int]]:
+    """Which sentences are translated together: those of like length, the short ones first.
+
+    Args:
+        lengths: of the sources, in tokens.
+        most: sentences of a batch.
+
+    Yields:
+        Numbers of sentences, the longest last. At least one, and with its padding at most `BATCH_TOKENS` otherwise.
+
+    >>> list(batches([9, 3, 5], 2))
+    [[1, 2], [0]]
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) >= most or (len(batch) + 1) * lengths[place] > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch

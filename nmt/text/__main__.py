@@ -4,4 +4,4 @@ import sys
 
 from nmt.text.tokens import serve
 
-serve((sys.argv[1], sys.argv[2]), [int(descriptor) for descriptor in sys.argv[3:]])
+serve((sys.argv[1], sys.argv[2]), sys.argv[3], [int(descriptor) for descriptor in sys.argv[4:]])

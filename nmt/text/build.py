@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,16 +31,30 @@ class Share(NamedTuple):
         return self.part / self.total
 
 
-def cache_key(digests: list[str], langs: tuple[str, str], min_freq: int) -> str:
+def cache_key(digests: list[str], langs: tuple[str, str], min_freq: int, case: str = "lower") -> str:
     """The name of a corpus in the cache. It changes with the texts and with every setting of tokenising.
 
     Args:
         digests: the `files.content_sha256` of the six files.
         langs: spaCy's codes of both languages.
         min_freq: as in `data.load`.
+        case: as in `tokens.tokenise`. Caches of earlier versions, which knew lower case alone, keep their names.
     """
     versions = [importlib.metadata.version(package) for package in ("spacy", "torchtext")]
-    return sha256(json.dumps([CACHE_FORMAT, digests, langs, min_freq, versions]).encode())
+    settings = [CACHE_FORMAT, digests, langs, min_freq, versions]
+    return sha256(json.dumps(settings if case == "lower" else [*settings, case]).encode())
+
+
+def key_of_test(digests: list[str], langs: tuple[str, str], case: str) -> str:
+    """The name of a test pair in the cache.
+
+    Args:
+        digests: the `files.content_sha256` of both files.
+        langs, case: as in `cache_key`.
+    """
+    return sha256(
+        json.dumps([CACHE_FORMAT, "test", digests, langs, case, importlib.metadata.version("spacy")]).encode()
+    )
 
 
 def build_corpus(
@@ -50,13 +64,14 @@ def build_corpus(
     langs: tuple[str, str],
     min_freq: int,
     workers: int,
+    case: str = "lower",
 ) -> dict:
     """Tokenises the files and writes the ids.
 
     Args:
         writer: takes the arrays `SPLIT.SIDE.ids` and `SPLIT.SIDE.offsets`, such as `train.src.ids`.
         paths: source and target file of each split.
-        digests, langs, min_freq: as in `cache_key`.
+        digests, langs, min_freq, case: as in `cache_key`.
         workers: processes that tokenise, at most.
 
     Returns:
@@ -70,34 +85,12 @@ def build_corpus(
     vocabs, words, notes = [], {}, []
     unknown: dict[str, dict[str, Share]] = {lang: {} for lang in langs}
     expected: dict[str, Share] = {}
-    text_bytes = sum(files.text_bytes(path) for pair in paths for path in pair)
-    processes = min(workers, cores(), text_bytes // tokens.BYTES_PER_PROCESS)
-    with tokens.tokenising(langs, processes) as tokenise_chunks:
+    with tokens.tokenising(langs, _processes(paths, workers), case) as tokenise_chunks:
         import torchtext.vocab  # noqa: F401  for `Vocabulary.build`: now, while the processes start
 
         for index, (name, pair) in enumerate(zip(files.SPLITS, paths, strict=True)):
             sides = [_SideBuilder(writer, f"{name}.{side}", keeps_words=name != "train") for side in ("src", "trg")]
-            pairs = dropped = returns = 0
-            for chunk in tokenise_chunks(files.pair_chunks(pair, digests[2 * index : 2 * index + 2])):
-                for side, side_tokens in zip(sides, (chunk.src, chunk.trg), strict=True):
-                    side.add(side_tokens)
-                pairs += len(chunk.src.lengths)
-                dropped += chunk.dropped
-                returns += chunk.returns
-            if not pairs:
-                where = " and ".join(map(str, pair))
-                raise UserError("data", "0 usable pairs", where, "both files need text on the same lines")
-            if dropped:
-                notes.append(f"{dropped} pairs dropped: empty in {pair[0].name} or {pair[1].name}")
-            for side, path in zip(sides, pair, strict=True):
-                if side.cut:
-                    notes.append(f"warning: {side.cut} sentences of {path.name} cut to {tokens.MAX_WORDS} words")
-                if side.long_words:
-                    cut = f"with words cut to {tokens.MAX_WORD} characters"
-                    notes.append(f"warning: {side.long_words} sentences of {path.name} {cut}")
-            if returns:
-                where = f"{pair[0].name} or {pair[1].name}"
-                notes.append(f"warning: {returns} lines have a carriage return (CR) inside, in {where}")
+            notes += _read_split(pair, digests[2 * index : 2 * index + 2], sides, tokenise_chunks)
             if name == "train":
                 vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
             for side, vocab in zip(sides, vocabs, strict=True):
@@ -113,6 +106,64 @@ def build_corpus(
         "notes": notes,
         "unknown": list(_about_unknown_words(unknown, expected)),
     }
+
+
+def build_test(paths: tuple[Path, Path], digests: list[str], langs: tuple[str, str], workers: int, case: str) -> dict:
+    """Tokenises a test pair alone. What it is scored with has its own vocabularies.
+
+    Args:
+        paths: source and target file.
+        digests, langs, case: as in `key_of_test`.
+        workers: processes that tokenise, at most.
+
+    Returns:
+        `words` (the tokens of both sides) and `notes` (lines for the log).
+
+    Raises:
+        UserError: as from `build_corpus`.
+    """
+    sides = [_SideBuilder(Writer(None), side, keeps_words=True) for side in ("src", "trg")]
+    with tokens.tokenising(langs, _processes([paths], workers), case) as tokenise_chunks:
+        notes = _read_split(paths, digests, sides, tokenise_chunks)
+    return {"words": [side.words for side in sides], "notes": notes}
+
+
+def _processes(paths: list[tuple[Path, Path]], most: int) -> int:
+    """How many processes are to tokenise these files. With fewer than 2, this one does."""
+    text_bytes = sum(files.text_bytes(path) for pair in paths for path in pair)
+    return min(most, cores(), text_bytes // tokens.BYTES_PER_PROCESS)
+
+
+def _read_split(
+    pair: tuple[Path, Path],
+    digests: list[str],
+    sides: "list[_SideBuilder]",
+    tokenise_chunks: Callable[[Iterable[files.Chunk]], Iterator[tokens.TokenChunk]],
+) -> list[str]:
+    """Gives the tokens of a split's two files to `sides`. Returns lines for the log."""
+    pairs = dropped = returns = 0
+    for chunk in tokenise_chunks(files.pair_chunks(pair, digests)):
+        for side, side_tokens in zip(sides, (chunk.src, chunk.trg), strict=True):
+            side.add(side_tokens)
+        pairs += len(chunk.src.lengths)
+        dropped += chunk.dropped
+        returns += chunk.returns
+    if not pairs:
+        where = " and ".join(map(str, pair))
+        raise UserError("data", "0 usable pairs", where, "both files need text on the same lines")
+    notes = []
+    if dropped:
+        notes.append(f"{dropped} pairs dropped: empty in {pair[0].name} or {pair[1].name}")
+    for side, path in zip(sides, pair, strict=True):
+        if side.cut:
+            notes.append(f"warning: {side.cut} sentences of {path.name} cut to {tokens.MAX_WORDS} words")
+        if side.long_words:
+            cut = f"with words cut to {tokens.MAX_WORD} characters"
+            notes.append(f"warning: {side.long_words} sentences of {path.name} {cut}")
+    if returns:
+        where = f"{pair[0].name} or {pair[1].name}"
+        notes.append(f"warning: {returns} lines have a carriage return (CR) inside, in {where}")
+    return notes
 
 
 def _about_unknown_words(unknown: dict[str, dict[str, Share]], expected: dict[str, Share]) -> Iterator[str]:

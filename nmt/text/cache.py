@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nmt.errors import UserError
 from nmt.storage import (
     PARTIAL,
     Log,
@@ -293,6 +294,16 @@ def find_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
         return None
     log(f"caching in {spare} instead")
     return spare
+
+
+def check_usable(cache_dir: str | Path) -> None:
+    """Raises an io UserError if the folder that the user wants cannot be the cache folder."""
+    try:
+        _check_writable(Path(cache_dir).expanduser())
+    except (OSError, RuntimeError) as error:
+        what = f"the cache folder cannot be used: {error.strerror if isinstance(error, OSError) else error}"
+        todo = "name a folder that you may write with --cache-dir, or leave the flag out"
+        raise UserError("io", what, str(cache_dir), todo) from error
 
 
 def clear_strays(folder: Path | None) -> None:

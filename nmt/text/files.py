@@ -30,27 +30,34 @@ _MARGIN = UNSEEN + "".join(filter(str.isspace, map(chr, range(0x3001))))
 _INNER_RETURN = re.compile(rb"\r[^\r\n]")
 
 
-def find_files(data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str]) -> list[tuple[Path, Path]]:
-    """The source and target file of train, val and test, all of one folder.
+def find_files(
+    data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str], wanted: Sequence[str] = SPLITS
+) -> list[tuple[Path, Path]]:
+    """The source and target file of train, val and test, or of some of them, all of one folder.
 
     Args:
         data_dir: holds the files, or the folder `multi30k` with the files.
         langs: the files' suffixes, source and target.
         names: the files' stems for train, val and test.
+        wanted: the splits, out of `SPLITS`. If both folders have them, and one has all six files, it is that one.
 
     Raises:
         UserError: data. No folder has them all, and the message has the paths that were tried. Or both folders do.
     """
+    stems = [name for name, split in zip(names, SPLITS, strict=True) if split in wanted]
     tried: list[Path] = []
     found: list[list[tuple[Path, Path]]] = []
     for folder in _folders(data_dir):
         missing: list[Path] = []
-        pairs = [pair for name in names if (pair := _find_pair(folder, name, langs, missing))]
-        if len(pairs) == len(names):
+        pairs = [pair for name in stems if (pair := _find_pair(folder, name, langs, missing))]
+        if len(pairs) == len(stems):
             found.append(pairs)
         elif folder.is_dir():
             tried += missing
     if len(found) == 2 and not _are_same(*found):
+        whole = [pairs for pairs in found if all(has_pair(pairs[0][0].parent, name, langs) for name in names)]
+        if len(whole) == 1:
+            return whole[0]
         first, second = (pairs[0][0].parent for pairs in found)
         todo = f"name {first} with --data-dir to use that one, or move it away to use the other"
         raise UserError("data", f"two corpora, one in {first} and one in {second}", str(data_dir), todo)
@@ -101,6 +108,16 @@ def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Pa
             return src[0], trg[0]
         missing += [path for paths, found in zip(sides, present, strict=True) if not found for path in paths]
     return None
+
+
+def has_pair(folder: Path, name: str, langs: tuple[str, str]) -> bool:
+    """Whether a split's two files are in this very folder. `name` is their stem."""
+    return _find_pair(folder, name, langs, []) is not None
+
+
+def any_pair(data_dir: Path, name: str, langs: tuple[str, str]) -> bool:
+    """Whether a split's two files are in `data_dir`, or in `multi30k` in it. `name` is their stem."""
+    return any(has_pair(folder, name, langs) for folder in _folders(data_dir))
 
 
 def text_bytes(path: Path) -> int:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from nmt.errors import UserError
+from nmt.flags import CASES
 from nmt.text import files
 
 import numpy as np
@@ -47,7 +48,7 @@ class Tokens(NamedTuple):
     """Tokenised lines.
 
     Attributes:
-        words: the distinct tokens, lower-cased.
+        words: the distinct tokens.
         ids: [tokens] unsigned integers: each token's place in `words`, line after line.
         lengths: [lines] int64, in tokens.
         cut: how many lines were too long.
@@ -66,13 +67,14 @@ class Tokens(NamedTuple):
         return [list(itertools.islice(tokens, length)) for length in self.lengths.tolist()]
 
 
-def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
-    """The lower-cased tokens of each line, by the rules of spaCy's blank pipeline.
+def tokenise(lines: list[str], lang: str, case: str = "lower") -> tuple[list[list[str]], int]:
+    """The tokens of each line, by the rules of spaCy's blank pipeline.
 
     Args:
         lines: are stripped and `normalised`, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is
             a space. Where spaCy splits at spaces first, what stands between two of them is cut to `MAX_WORD`.
         lang: spaCy's code of the language.
+        case: one of `flags.CASES`: "lower" lower-cases each token, "keep" leaves it as it stands in the line.
 
     Returns:
         The tokens of each line, white-space tokens among them, and how many lines were cut.
@@ -82,8 +84,10 @@ def tokenise(lines: list[str], lang: str) -> tuple[list[list[str]], int]:
 
     >>> tokenise(["Ein Hund bellt.", "Geht's?"], "de")
     ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
+    >>> tokenise(["Ein Hund bellt."], "de", "keep")
+    ([['Ein', 'Hund', 'bellt', '.']], 0)
     """
-    tokens = tokenise_lines([files.stripped(line.replace("\n", " ")) for line in lines], lang)
+    tokens = tokenise_lines([files.stripped(line.replace("\n", " ")) for line in lines], lang, case)
     return tokens.sentences(), tokens.cut
 
 
@@ -96,11 +100,26 @@ def normalised(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
-def tokenise_lines(lines: list[str], lang: str) -> Tokens:
-    """As `tokenise`, in compact form. The lines are `files.stripped`, and hold no line end."""
-    from spacy.attrs import LOWER
+def without_long_words(line: str, lang: str) -> tuple[str, bool]:
+    """The line with its words cut to `MAX_WORD` characters, and whether one was longer. A word ends at white space.
+
+    Languages that spaCy does not split at spaces first have no such words. Their lines stay.
+    """
     from spacy.tokenizer import Tokenizer
 
+    if max(map(len, line.split()), default=0) <= MAX_WORD or not isinstance(tokenizer_of(lang), Tokenizer):
+        return line, False
+    return _LONG_WORD.sub(r"\1", line), True
+
+
+def tokenise_lines(lines: list[str], lang: str, case: str = "lower") -> Tokens:
+    """As `tokenise`, in compact form. The lines are `files.stripped`, and hold no line end."""
+    from spacy.attrs import LOWER, ORTH
+    from spacy.tokenizer import Tokenizer
+
+    if case not in CASES:
+        raise ValueError(f"case is {case!r}, expected one of {', '.join(CASES)}")
+    attribute = ORTH if case == "keep" else LOWER
     tokenizer = _tokenizer(lang)
     strings = tokenizer.vocab.strings
     newline = strings.add("\n")
@@ -118,7 +137,7 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
     texts = [head for head in heads if head]
     pieces = []
     for start in range(0, len(texts), together):
-        pieces.append(tokenizer("\n".join(texts[start : start + together])).to_array(LOWER))
+        pieces.append(tokenizer("\n".join(texts[start : start + together])).to_array(attribute))
         pieces.append(np.array([newline], np.uint64))
     hashes = np.concatenate(pieces) if pieces else np.zeros(0, np.uint64)
 
@@ -137,6 +156,40 @@ def tokenise_lines(lines: list[str], lang: str) -> Tokens:
         _tokenizer.cache_clear()
     ids = ids.astype(np.min_scalar_type(len(words)))
     return Tokens(words, ids, lengths, int(cut.sum()), int((has_long_word & ~cut).sum()))
+
+
+def import_spacy() -> None:
+    """Imports spaCy without the parts that a tokenizer does not need, which take most of the time.
+
+    It imports torch if that is installed, and its commands, because it offers one of them as a function.
+    """
+    if "spacy" in sys.modules:
+        return
+    stubs: dict[str, types.ModuleType | None] = {
+        "torch": None,  # None forbids the import
+        "spacy.cli": types.ModuleType("spacy.cli"),
+        "spacy.cli.info": types.ModuleType("spacy.cli.info"),
+    }
+    vars(stubs["spacy.cli.info"])["info"] = None
+    before = {name: sys.modules.pop(name) for name in stubs if name in sys.modules}
+    sys.modules |= stubs  # type: ignore[arg-type]  # typeshed has modules alone
+    try:
+        import spacy  # noqa: F401
+    finally:
+        for name in stubs:
+            sys.modules.pop(name, None)
+        sys.modules |= before
+
+
+def tokenizer_of(lang: str, most: int = WORDS_KEPT):
+    """spaCy's tokenizer of a language. It is a new one when the last has more than `most` words in its memory.
+
+    Raises:
+        UserError: as `tokenise`.
+    """
+    if len(_tokenizer(lang).vocab.strings) > most:
+        _tokenizer.cache_clear()
+    return _tokenizer(lang)
 
 
 @functools.cache
@@ -160,10 +213,10 @@ class TokenChunk(NamedTuple):
     returns: int
 
 
-def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str]) -> TokenChunk:
+def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str], case: str = "lower") -> TokenChunk:
     """Tokenises a chunk's pairs. Raises as `files.read_pairs` and `tokenise` do."""
     pairs = files.read_pairs(chunk)
-    src, trg = tokenise_lines(pairs.src, langs[0]), tokenise_lines(pairs.trg, langs[1])
+    src, trg = tokenise_lines(pairs.src, langs[0], case), tokenise_lines(pairs.trg, langs[1], case)
     return TokenChunk(src, trg, pairs.dropped, pairs.returns)
 
 
@@ -172,13 +225,14 @@ def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str]) -> TokenChunk:
 
 @contextlib.contextmanager
 def tokenising(
-    langs: tuple[str, str], processes: int
+    langs: tuple[str, str], processes: int, case: str = "lower"
 ) -> Iterator[Callable[[Iterable[files.Chunk]], Iterator[TokenChunk]]]:
     """Starts processes that tokenise while the body runs.
 
     Args:
         langs: spaCy's codes of both languages.
         processes: their number. With fewer than 2, this process does the work.
+        case: as in `tokenise`.
 
     Yields:
         A function from chunks to their `TokenChunk`s, in the same order. It may be called again when the last call's
@@ -188,7 +242,7 @@ def tokenising(
         UserError: as `tokenise_chunk`.
     """
     if processes < 2:
-        yield lambda chunks: (tokenise_chunk(chunk, langs) for chunk in chunks)
+        yield lambda chunks: (tokenise_chunk(chunk, langs, case) for chunk in chunks)
         return
     pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
     descriptors = [end.fileno() for end in far_ends]
@@ -197,7 +251,7 @@ def tokenising(
     # fork, and only a process without threads can do so safely, so numpy is told to start none.
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     server = subprocess.Popen(
-        [sys.executable, "-m", "nmt.text", *langs, *map(str, descriptors)],
+        [sys.executable, "-m", "nmt.text", *langs, case, *map(str, descriptors)],
         stdin=subprocess.DEVNULL,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path},
         pass_fds=descriptors,
@@ -263,17 +317,12 @@ def _named_failure() -> Iterator[None]:
         raise RuntimeError("a tokenising process ended early: killed, or out of memory?") from error
 
 
-def serve(langs: tuple[str, str], descriptors: list[int]) -> NoReturn:
+def serve(langs: tuple[str, str], case: str, descriptors: list[int]) -> NoReturn:
     """Imports spaCy once, forks one process for each pipe, and waits for them. They end with their pipes.
 
     Processes that each import spaCy, at the same time, would be ready later.
     """
-    # Most of spaCy's import goes to parts that a tokenizer does not need. It imports torch if that is installed, and
-    # its commands, because it offers one of them as a function.
-    sys.modules["torch"] = None  # type: ignore[assignment]  # None forbids the import, typeshed has modules alone
-    sys.modules["spacy.cli"] = types.ModuleType("spacy.cli")
-    sys.modules["spacy.cli.info"] = types.ModuleType("spacy.cli.info")
-    vars(sys.modules["spacy.cli.info"])["info"] = None
+    import_spacy()
     for lang in langs:
         with contextlib.suppress(UserError):  # the first chunk raises it again
             _tokenizer(lang)
@@ -282,14 +331,14 @@ def serve(langs: tuple[str, str], descriptors: list[int]) -> NoReturn:
         if not os.fork():
             for later in descriptors[place + 1 :]:
                 os.close(later)  # left open here, it would hide from the parent that its process has ended
-            _serve(Connection(descriptor), langs)
+            _serve(Connection(descriptor), langs, case)
         os.close(descriptor)
     for _ in descriptors:
         os.wait()
     os._exit(0)  # tidying up after spaCy takes a tenth of a second
 
 
-def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
+def _serve(pipe: Connection, langs: tuple[str, str], case: str) -> NoReturn:
     """The life of a tokenising process. One thread receives chunks and another sends results while it computes."""
     chunks: queue.SimpleQueue = queue.SimpleQueue()
     results: queue.SimpleQueue = queue.SimpleQueue()
@@ -297,7 +346,7 @@ def _serve(pipe: Connection, langs: tuple[str, str]) -> NoReturn:
     threading.Thread(target=_send_results, args=(pipe, results), daemon=True).start()
     while True:
         try:
-            results.put(tokenise_chunk(chunks.get(), langs))
+            results.put(tokenise_chunk(chunks.get(), langs, case))
         except UserError as error:
             results.put(error)
 

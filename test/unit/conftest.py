@@ -9,10 +9,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import gru
 import train_8p
 from bench import logs
-from nmt import precision
+from nmt import checkpoint, precision
 from nmt.errors import UserError
+from nmt.text.vocabulary import SPECIALS
 
 import harness
 import plain_model
@@ -151,6 +153,18 @@ def load(tmp_path):
     return call
 
 
+@pytest.fixture
+def load_test(tmp_path):
+    """As `load`, for `data.load_test`."""
+    import data
+
+    def call(folder, **flags):
+        return data.load_test(folder, **{"cache_dir": tmp_path / "cache", "log": call.lines.append} | flags)
+
+    call.lines = []
+    return call
+
+
 def sentences(side):
     """The ids of each sentence of a `data.Side`."""
     return [side.ids[a:b].tolist() for a, b in zip(side.offsets[:-1], side.offsets[1:], strict=True)]
@@ -187,6 +201,24 @@ def model(seeded):
 def pairs(seeded):
     """`plain_model.small_pairs`."""
     return plain_model.small_pairs()
+
+
+def random_checkpoint(path: Path, words: int = 30, std: float = 0.6, seed: int = 0) -> checkpoint.Checkpoint:
+    """Saves a small model whose weights are drawn, with a vocabulary of so many words besides the special ones.
+
+    Returns:
+        What is in the file.
+    """
+    vocab = [SPECIALS + [f"{side}{number}" for number in range(words)] for side in ("wört", "word")]
+    sizes = {"input_dim": len(vocab[0]), "output_dim": len(vocab[1]), "emb_dim": 10, "hid_dim": 14}
+    torch.manual_seed(seed)
+    model = gru.build(**sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    about = {"src_lang": "de", "trg_lang": "en"}
+    saved = checkpoint.Checkpoint(model.state_dict(), sizes, *vocab, {"lr": 0.1}, {"bleu": 12.5}, about)
+    checkpoint.save(path, saved)
+    return saved
 
 
 def refused(kind, function, *args, says=(), **options):

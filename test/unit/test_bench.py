@@ -318,6 +318,7 @@ def test_curves_refuses_what_is_not_one_whole_run(tmp_path, lines):
     ("script", "arguments", "code"),
     [
         ("decoding", ["--data-dir", REPOSITORY / "sample", "--ckpt", "absent"], 4),
+        ("exported", ["--data-dir", REPOSITORY / "sample", "--ckpt", "absent"], 4),
         ("training", ["--data-dir", "absent/too"], 3),
         ("plain", ["train", "--data-dir", "absent/too"], 3),
         ("curves", ["--out", "a.png", "name=absent"], 2),

@@ -12,7 +12,7 @@ from nmt.errors import printable
 import numpy as np
 import pytest
 import torch
-from conftest import DE, EN, refused, sentences, write_corpus
+from conftest import DE, EN, refused, same_corpus, sentences, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,6 +35,79 @@ def test_references_keep_words_outside_the_vocabulary(folder, load):
     assert corpus.test.src_tokens == [["ein", "dackel", "bellt", "."]]
     assert data.UNK in sentences(corpus.test.trg)[0]
     assert corpus.train.src_tokens is None
+
+
+def test_corpus_that_keeps_case_has_it_in_ids_and_words_and_a_cache_of_its_own(folder, load):
+    lower, keep = load(folder), load(folder, case="keep")
+    assert keep.src_vocab.itos[4:] == [".", "Hund", "schläft", "Ein"]
+    assert keep.test.trg_tokens == [["A", "dachshund", "barks", "."]]
+    for case, corpus in (("lower", lower), ("keep", keep)):
+        lines = len(load.lines)
+        assert same_corpus(load(folder, case=case), corpus)
+        assert load.lines[lines:] == [], "from the cache"
+    assert keep.fingerprint == lower.fingerprint
+
+
+@pytest.mark.parametrize("case", ["lower", "keep"])
+def test_a_test_pair_alone_has_the_words_and_ids_that_it_has_in_its_corpus(tmp_path, load, load_test, case):
+    folder = write_corpus(tmp_path / "whole", test=(["Ein Dackel", "", "Der Hund schläft."] * 3, ["A dog"] * 9))
+    corpus = load(folder, case=case)
+    (tmp_path / "alone").mkdir()
+    for lang in ("de", "en"):
+        (folder / f"test.{lang}").rename(tmp_path / "alone" / f"test.{lang}")
+    for _ in range(2):
+        words = load_test(tmp_path / "alone", case=case)
+        split = words.encoded(corpus.src_vocab, corpus.trg_vocab)
+        assert (split.src_tokens, split.trg_tokens) == (corpus.test.src_tokens, corpus.test.trg_tokens)
+        assert sentences(split.src) == sentences(corpus.test.src)
+        assert sentences(split.trg) == sentences(corpus.test.trg)
+        assert words.notes == ["3 pairs dropped: empty in test.de or test.en"]
+        assert [line for line in corpus.notes if "test." in line] == words.notes
+    assert sum("tokenising" in line for line in load_test.lines) == 1, "the second time from the cache"
+
+
+def test_a_test_pair_is_told_with_the_models_types_and_the_unknown_words(folder, load, load_test):
+    corpus = load(folder)
+    words = load_test(folder)
+    vocabs = (corpus.src_vocab, corpus.trg_vocab)
+    assert list(words.lines(words.encoded(*vocabs), *vocabs)) == [
+        f"data: 1 test pairs; 8 de and 8 en types; in {folder}",
+        "unknown words: de test 50.0%; en test 50.0%",
+    ]
+
+
+def test_a_test_pair_is_the_one_of_the_corpus_that_load_takes(tmp_path, load_test):
+    """Where two folders have one, and one of them has the other files too. Otherwise nobody knows which is meant."""
+    for folder in (tmp_path, tmp_path / "multi30k"):
+        write_corpus(folder, test=([f"In {folder.name}"], ["In"]))
+    refused("data", load_test, tmp_path, says="two corpora")
+    for rest, folder in ((tmp_path, tmp_path / "multi30k"), (tmp_path / "multi30k", tmp_path)):
+        (rest / "val.de").rename(tmp_path / "val.away")
+        assert load_test(tmp_path).folder == str(folder)
+        (tmp_path / "val.away").rename(rest / "val.de")
+
+
+def test_a_test_pair_that_is_not_there_is_downloaded_into_an_empty_folder_alone(tmp_path, load_test, monkeypatch):
+    asked = []
+    monkeypatch.setattr(data.download, "download_multi30k", lambda folder, **_: asked.append(write_corpus(folder)))
+    assert len(load_test(tmp_path / "data").src_tokens) == 4
+    assert asked == [tmp_path / "data"]
+    (tmp_path / "data" / "test.en").unlink()
+    refused("data", load_test, tmp_path / "data", says="test.en")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind", "says"),
+    [
+        ("test.de", b"\xff\n", "data", "is not UTF-8"),
+        ("test.de", b"Ein\nHund\n", "data", "2 lines and 1 lines"),
+        ("test.de", b"\n", "data", "0 usable pairs"),
+    ],
+)
+def test_a_faulty_test_pair_is_refused(folder, load_test, name, text, kind, says):
+    (folder / name).write_bytes(text)
+    refused(kind, load_test, folder, says=[says, name])
 
 
 @pytest.mark.parametrize(("language", "wrong"), [("src", -1), ("trg", 8)])
@@ -96,7 +169,26 @@ def test_a_file_or_a_mistyped_path_is_refused_and_nothing_is_made(tmp_path, load
     (tmp_path / "file").write_text("")
     refused("data", load, tmp_path / "file", says="not a folder")
     refused("data", load, tmp_path / "typo" / "deep", says="no such folder")
+    refused("data", load, tmp_path / "typo", says=["there is no such folder", "name data or make it"])
     assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("name", ["data", "mine"])
+def test_a_download_goes_into_data_or_into_a_folder_that_is_there(tmp_path, load, monkeypatch, name):
+    monkeypatch.setattr(data.download, "download_multi30k", lambda folder, **_: write_corpus(folder))
+    if name == "mine":
+        (tmp_path / name).mkdir()
+    assert len(load(tmp_path / name).train) == 64
+
+
+def test_a_cache_folder_that_the_user_names_must_be_one(tmp_path, as_nobody):
+    data.check_cache_dir(tmp_path / "new" / "cache")
+    (tmp_path / "file").touch()
+    says = ["the cache folder cannot be used: Not a directory", f"{tmp_path}/file/below", "--cache-dir"]
+    refused("io", data.check_cache_dir, tmp_path / "file" / "below", says=says)
+    (tmp_path / "closed").mkdir(mode=0o555)
+    with as_nobody():
+        refused("io", data.check_cache_dir, tmp_path / "closed", says="Permission denied")
 
 
 def test_another_corpus_in_the_folder_is_not_mistaken_for_nothing(tmp_path, load, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from nmt import devices
+from nmt import devices, distributed
 
 import pytest
 import torch
@@ -38,6 +38,11 @@ def test_an_absent_gpu_is_refused(monkeypatch):
     """Row 36."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "try --device cpu" in refused("usage", devices.choose_device_type, "cuda")
+    for flag, device_type in (("--gpu 3", "cuda"), ("--npu 3", "npu")):
+        message = refused("usage", distributed.plan, **{flag[2:5]: 3})
+        assert f"no {device_type} here: " in message
+        assert f"; {flag}; leave {flag[:5]} out" in message
+        assert "--device" not in message, "which would contradict the flag that stays"
 
 
 def test_a_torch_npu_that_fails_to_import_leaves_its_reason_and_no_error(tmp_path):
@@ -105,7 +110,7 @@ def test_on_a_cpu_the_processes_share_the_cores_unless_the_user_has_decided(monk
 # the size up to which the C library may come to keep a freed block by itself.
 MEMORY_PROGRAM = """
 import os
-from nmt import devices
+from nmt import devices, distributed
 import torch
 
 def resident():

@@ -184,3 +184,31 @@ def test_with_the_highest_length_penalty_scores_are_still_normal_numbers():
 
 def test_numbers_are_taken_in_plain_forms():
     assert [flags.decimal(text) for text in ("1", "0.5", ".5", "1e-3", "2.")] == [1.0, 0.5, 0.5, 0.001, 2.0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeating:
+    names: list[str] | None = flags.row("flags", None, "NAME", "names", also="-n", repeats=True)
+    number: int = flags.row("flags", 3, flags.positive_int, "a number")
+
+
+def test_a_flag_may_be_repeated_if_its_row_says_so():
+    def parse(*arguments):
+        parsed = flags.parser_of(Repeating, prog="p").parse_args(list(arguments))
+        return parsed.names, parsed.number
+
+    assert parse() == (None, 3)
+    assert parse("--names", "a") == (["a"], 3)
+    assert parse("--names", "a", "-n", "b", "--names=c") == (["a", "b", "c"], 3)
+    refused("usage", parse, "--number=1", "--number=2", says="more than once")
+    refused("usage", parse, "--names=a", "--names=", says="empty")
+    refused("usage", parse, "--names=a", "--names", "--", says="--names")
+
+
+def test_repeated_flags_behind_a_lone_hyphen_override_those_before_it():
+    def parse(*arguments):
+        return flags.parser_of(Repeating, prog="p").parse_args(list(arguments)).names
+
+    assert parse("--names=a", "--names=b", "--", "--names=c", "--names=d") == ["c", "d"]
+    assert parse("--names=a", "--names=b", "--", "--number=1") == ["a", "b"]
+    assert parse("--", "--names=c") == ["c"]

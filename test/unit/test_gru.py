@@ -1,13 +1,17 @@
 """gru.py against the plain model in plain_model.py."""
 
 import copy
+import functools
 import random
+import subprocess
+import sys
 
 import gru
 from nmt import kernels, search
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from plain_model import (
     BATCH,
     EMB,
@@ -134,6 +138,28 @@ def test_a_target_of_sos_alone_has_the_row_of_zeros_alone(model, pairs):
     assert torch.equal(model(src, trg[:1], 1.0, src_len), plain_logits(model, src, trg[:1], 1.0, src_len))
 
 
+@pytest.mark.filterwarnings("ignore:dropout option")
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"num_layers": 2},
+        {"bias": False},
+        {"batch_first": True},
+        {"dropout": 0.5},
+        {"bidirectional": True},
+        {"proj_size": 4},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+@pytest.mark.parametrize("part", [gru.Encoder, gru.Decoder])
+def test_an_option_of_the_gru_that_would_be_ignored_is_refused_in_the_model_too(monkeypatch, part, option):
+    """As where somebody writes it into gru.py. Once it trained, saved, and left the option out without a word."""
+    monkeypatch.setattr(gru, "GRU", functools.partial(kernels.GRU, **option))
+    (name,) = option
+    with pytest.raises(ValueError, match=name):
+        part(10, 8, 8, 0.0)
+
+
 def test_decoder_forward_is_one_step_of_the_model(model, pairs):
     src, src_len, trg, _ = pairs
     context = plain_context(model, src, src_len).unsqueeze(0)
@@ -229,6 +255,21 @@ def test_a_restored_model_translates_as_the_one_that_was_saved(model, pairs, sta
     assert restored.device == torch.device("cpu")
     expected = model.float().eval()(src, trg, 1.0, src_len)
     assert torch.equal(restored(src, trg, 1.0, src_len), expected)
+
+
+def test_restoring_draws_no_weights_and_imports_no_compiler():
+    """A draw on the device meta imports it, which takes a second."""
+    program = """
+import sys, gru, torch
+before = torch.get_rng_state()
+gru.restore(gru.build(4, 4, emb_dim=2, hid_dim=2).state_dict(), dict(input_dim=4, output_dim=4, emb_dim=2, hid_dim=2))
+drawn = torch.get_rng_state()
+torch.set_rng_state(before)
+gru.build(4, 4, emb_dim=2, hid_dim=2)
+assert torch.equal(drawn, torch.get_rng_state())
+assert "torch._dynamo" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=60)
 
 
 def test_the_sizes_are_read_from_the_shapes(state):

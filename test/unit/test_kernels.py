@@ -165,9 +165,11 @@ def test_run_equals_nn_gru(counts):
         ({"num_layers": 2}, "num_layers=2"),
         ({"batch_first": True}, "batch_first=True"),
         ({"bias": False}, "bias=False"),
+        ({"dropout": 0.5}, "dropout=0.5"),
         ({"num_layers": 2, "dropout": 0.5}, "num_layers=2, dropout=0.5"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:dropout option")  # PyTorch's own word about it
 def test_a_gru_that_run_does_not_compute_is_refused(device, options, said):
     """Kind O. On a CPU it trained, saved, and left the option out without a word."""
     assert torch.nn.GRU(3, 4, device=device, **options), "PyTorch has it"

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 
+import gru
 import train_8p
 from nmt import checkpoint, precision, resume, sealed
 from nmt.errors import run_main
@@ -305,6 +306,7 @@ def resumed(corpus, path, *flags):
         (["--recipe", "modelzoo"], ["average is 0.0, in the run 0.2", "and 9 more", "leave --recipe out"]),
         (["--seed", "5"], ["seed is 5, in the run 1234"]),
         (["--emb-dim", "9"], ["emb_dim is 9"]),
+        (["--case", "keep"], ["case is keep, in the run lower", "leave --case out"]),
         (["--amp", "--amp-dtype", "bfloat16"], ["amp_dtype is bfloat16, in the run float32"]),
     ],
 )
@@ -328,6 +330,43 @@ def test_a_setting_that_differs_without_a_flag_is_to_be_given(stopped, tiny_corp
     sealed.write(path, content)
     says = ["batch_size is 1, in the run 8", "give --batch-size 8"]
     refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", says=says)
+
+
+def test_a_state_from_before_a_flag_was_there_goes_on_with_what_was_done_then(stopped, record, tiny_corpus):
+    path = resume.state_path(stopped)
+    content = sealed.read(path)
+    del content["settings"]["case"]
+    sealed.write(path, content)
+    says = ["case is keep, in the run lower", "leave --case out"]
+    refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", "--case", "keep", says=says)
+    assert record(tiny_corpus, stopped, "--resume", "auto") == 0
+    assert checkpoint.load(stopped).flags["case"] == "lower"
+
+
+def test_the_state_of_another_model_is_one_line_that_names_what_does_not_fit(stopped, tiny_corpus, monkeypatch):
+    """Somebody has changed gru.py since."""
+    build = gru.build
+
+    def with_another_layer(*args, **options):
+        model = build(*args, **options)
+        model.encoder.another = torch.nn.Linear(2, 2)
+        return model
+
+    monkeypatch.setattr(gru, "build", with_another_layer)
+    says = ["is of another model: ", "encoder.another.weight", "the gru.py that the run began with"]
+    refused("checkpoint", resumed, tiny_corpus, stopped, "--resume", "auto", says=says)
+
+
+def test_a_run_that_keeps_case_goes_on_with_it(record, tiny_corpus, tmp_path):
+    for lang in ("de", "en"):
+        for name in ("train", "val", "test"):
+            path = tiny_corpus / f"{name}.{lang}"
+            path.write_text(path.read_text().title())
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, "--case", "keep", stop_at=3) == 143
+    refused("usage", resumed, tiny_corpus, path, "--resume", "auto", "--case", "lower", says="leave --case out")
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert "Hund" in checkpoint.load(path).src_vocab
 
 
 def test_flags_that_change_no_number_may_differ(stopped, record, tiny_corpus):

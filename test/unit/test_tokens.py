@@ -57,11 +57,19 @@ def test_tokens_are_those_of_spacy_line_by_line():
         assert "" in lines
         expected = [[token.lower_ for token in tokenizer(line)] for line in lines]
         assert tokens.tokenise(lines, lang) == (expected, 0)
+        as_they_are = [[token.text for token in tokenizer(line)] for line in lines]
+        assert tokens.tokenise(lines, lang, "keep") == (as_they_are, 0)
+        assert lang == "zh" or as_they_are != expected
 
 
 def test_lines_that_are_not_stripped_keep_their_words_to_themselves():
     expected = [["zwei", "."], ["ein", "hund", "."], ["a", "b"], []]
     assert tokens.tokenise(["Zwei.", " Ein Hund. \n", "a\nb", "\n"], "de") == (expected, 0)
+
+
+def test_case_of_another_name_is_no_case():
+    with pytest.raises(ValueError, match="case is 'upper', expected one of lower, keep"):
+        tokens.tokenise(["Ein Hund."], "de", "upper")
 
 
 def test_long_line_is_cut_before_it_is_tokenised(tmp_path, load, monkeypatch):
@@ -203,10 +211,15 @@ def test_tokens_do_not_depend_on_the_number_of_processes(monkeypatch):
     with tokens.tokenising(("de", "en"), 1) as results:
         alone = list(map(plain, results(chunks(lines))))
     assert sum(result[-1] for result in alone) == 4
+    with tokens.tokenising(("de", "en"), 1, "keep") as results:
+        cased = list(map(plain, results(chunks(lines))))
+    assert cased != alone
     monkeypatch.setattr(tokens, "tokenise_chunk", None)  # in this process, the others have their own
     with tokens.tokenising(("de", "en"), 2) as results:
         assert list(map(plain, results(chunks(lines)))) == alone
         assert list(map(plain, results(chunks(lines[:4])))) == alone[:1] + list(map(plain, results(chunks(lines[3:4]))))
+    with tokens.tokenising(("de", "en"), 2, "keep") as results:
+        assert list(map(plain, results(chunks(lines)))) == cased
 
 
 def watch_server(monkeypatch):

@@ -15,7 +15,7 @@ import nmt.log
 import scoring
 import train_8p
 from bench import logs
-from nmt import checkpoint, devices, distributed, precision
+from nmt import checkpoint, devices, distributed, precision, resume
 from nmt.distributed import World
 from nmt.errors import run_main
 from nmt.search import beam_search
@@ -359,16 +359,219 @@ def test_a_file_with_weights_that_do_not_fit_is_refused(tiny_corpus, tmp_path, c
     assert err.count("\n") == 1
 
 
-def test_another_languages_checkpoint_is_refused(trained, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--src-lang", "fr"],
+        ["--trg-lang", "fr"],
+        ["--min-freq", "7"],
+        ["--case", "keep"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(trained, capsys, flags):
     folder, corpus, _ = trained
-    for path in list(corpus.iterdir()):
-        (tmp_path / path.name.replace(".de", ".fr")).write_bytes(path.read_bytes())
-    code, _, err = run(
-        *("--data-dir", str(tmp_path), "--src-lang", "fr", "--evaluate", str(folder / "seq2seq-gru-model.pth.tar")),
-        capsys=capsys,
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*evaluate, *flags, capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{' '.join(flags)} contradicts the checkpoint, which has " in err
+    assert f"leave {flags[0]} out" in err
+    assert "scored:" not in out
+
+
+def test_flags_that_agree_with_the_checkpoint_are_no_contradiction(trained, capsys):
+    folder, corpus, out = trained
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    flags = "--src-lang de --trg-lang en --min-freq 2 --case lower"
+    code, again, err = run(*evaluate, *flags.split(), capsys=capsys)
+    assert code == 0, err
+    assert logs.parse(again).final == logs.parse(out).final
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    def fails(*args, **options):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr(train_8p.data.download, "download_multi30k", fails)
+
+
+def lines_of_scores(out):
+    """The lines behind that which names the model and the device."""
+    return out.partition("\nscored: ")[2].splitlines()[1:]
+
+
+def test_the_test_pair_alone_is_enough_for_a_score_and_gives_the_same_one(trained, tmp_path, capsys, no_download):
+    folder, corpus, _ = trained
+    path = ("--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, whole, _ = run("--data-dir", str(corpus), *path, capsys=capsys)
+    for lang in ("de", "en"):
+        (tmp_path / f"test.{lang}").write_bytes((corpus / f"test.{lang}").read_bytes())
+    for _ in range(2):  # the second time from the cache
+        code, alone, err = run("--data-dir", str(tmp_path), *path, capsys=capsys)
+        assert code == 0, err
+        assert lines_of_scores(alone) == lines_of_scores(whole) != []
+        assert f"data: 6 test pairs; 11 de and 11 en types; in {tmp_path}\n" in alone
+    assert "tokenising" not in alone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["test.de", "test.en"]
+
+
+def test_a_score_reads_neither_training_nor_validation_files(trained, tmp_path, capsys):
+    folder, corpus, _ = trained
+    for path in corpus.iterdir():
+        broken = path.name.partition(".")[0] != "test"
+        (tmp_path / path.name).write_bytes(b"\xff\n" if broken else path.read_bytes())
+    flags = ("--data-dir", str(tmp_path), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*flags, capsys=capsys)
+    assert code == 0, err
+    assert run("--data-dir", str(tmp_path), "--performance", capsys=capsys)[0] == 3, "the fault must be real"
+
+
+def test_a_score_without_its_test_pair_names_the_paths_that_were_tried(trained, tmp_path, capsys, no_download):
+    folder, corpus, _ = trained
+    (tmp_path / "train.de").write_text("ein hund\n")
+    (tmp_path / "train.en").write_text("a dog\n")
+    (tmp_path / "test.de").write_text("ein hund\n")
+    flags = ("--data-dir", str(tmp_path), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, _, err = run(*flags, capsys=capsys)
+    assert (code, err.count("\n")) == (3, 1)
+    assert f"missing; tried {tmp_path}/test.en, {tmp_path}/test.en.gz, {tmp_path}/test2016.de, " in err
+    assert "train." not in err and "val." not in err
+
+
+def test_the_languages_of_a_score_are_the_checkpoints(trained, tmp_path, capsys):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    saved.about["src_lang"], saved.about["trg_lang"] = "fr", "xx"
+    checkpoint.save(tmp_path / "model", saved)
+    for lang, own in (("fr", "de"), ("xx", "en")):
+        (tmp_path / f"test.{lang}").write_bytes((corpus / f"test.{own}").read_bytes())
+    code, again, err = run("--data-dir", str(tmp_path), "--evaluate", str(tmp_path / "model"), capsys=capsys)
+    assert code == 0, err
+    assert "; 11 fr and 11 xx types; in " in again
+    assert logs.parse(again).final == logs.parse(out).final
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state.pop("encoder.rnn.weight_hh_l0"), "encoder.rnn.weight_hh_l0 is missing"),
+        (lambda state: state.update({"encoder.rnn.bias_hh_l1": torch.zeros(36)}), "encoder.rnn.bias_hh_l1 is none of"),
+        (lambda state: state.update({"encoder.rnn.bias_hh_l0": torch.zeros(48)}), "has shape [48], expected [36]"),
+    ],
+    ids=["less", "more", "another shape"],
+)
+def test_a_changed_models_checkpoint_is_refused_in_one_line(trained, tmp_path, capsys, change, reason):
+    folder, corpus, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    change(saved.state_dict)
+    checkpoint.save(tmp_path / "model", saved)
+    code, out, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), capsys=capsys)
+    assert (code, err.count("\n")) == (4, 1)
+    assert err.startswith("error[checkpoint]: holds no state dict of this model: ")
+    assert reason in err
+    assert "the gru.py that it was trained with" in err
+    assert "data:" not in out, "before the data is read"
+
+
+def test_a_checkpoint_does_not_say_where_it_was_trained(tmp_path, capsys, monkeypatch):
+    """Neither in its flags nor anywhere else. The state of a run has the folder of its data, which it needs."""
+    secret = tmp_path / "telling-name"
+    corpus, cache_dir = write_corpus(secret / "corpus"), secret / "cache"
+    monkeypatch.chdir(secret)
+    flags = ["--data-dir", str(corpus), "--cache-dir", str(cache_dir), "--ckptpath", str(secret / "model")]
+    flags += ["--mirror", "https://telling-name.example", "--test-name", str(corpus / "test")]
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: None)  # which keeps the run's state
+    for more in ([], ["--resume", "auto"]):
+        code, _, err = run(*flags, "--epochs", "1", "-b", "32", "--addr", "127.0.0.1", *more, capsys=capsys)
+        assert code == 0, err
+        content = (secret / "model").read_bytes()
+        for text in ("telling-name", str(tmp_path), os.uname().nodename, str(Path.home())):
+            assert text.encode() not in content
+    saved = checkpoint.load(secret / "model")
+    assert saved.flags["test_name"] == "test"
+    assert not set(train_8p.OF_THE_MACHINE) & saved.flags.keys()
+    given = resume.load(secret / "model.state").given
+    assert given["data_dir"] == str(corpus)
+    assert not set(train_8p.OF_THE_COMMAND) & given.keys()
+
+
+# ---------------------------------------------------------------- letter case
+
+CASED = (["Der Hund bellt.", "DER Hund läuft."] * 8, ["The Dog barks.", "THE dog runs."] * 8)
+
+
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory):
+    """As `trained`, but the run keeps case."""
+    folder = tmp_path_factory.mktemp("cased")
+    corpus = write_corpus(folder / "corpus", CASED, CASED, CASED)
+    flags = ["--data-dir", corpus, "--epochs", "12", "-b", "2", "--case", "keep"]
+    flags += ["--lr", "0.02", "--dropout", "0", "--output-dropout", "0", "--average", "0"]
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    assert code == 4
-    assert "--src-lang de" in err
+    assert done.returncode == 0, done.stderr
+    return folder, corpus, done.stdout
+
+
+def test_a_model_that_keeps_case_has_capitals_and_both_scores(cased):
+    folder, _, out = cased
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    assert saved.flags["case"] == "keep"
+    assert {"Der", "DER", "Hund"} <= set(saved.src_vocab)
+    assert {"The", "THE", "Dog", "dog"} <= set(saved.trg_vocab)
+    assert "hund" not in saved.src_vocab
+    assert re.search("^  model      .*(The|THE|Dog)", out, re.MULTILINE), "a translation with a capital"
+    epochs, lines = logs.parse(out).epochs, out.splitlines()
+    found = [index for index, line in enumerate(lines) if line.startswith("validation: ")]
+    below = [re.fullmatch(r"cased greedy BLEU (\d+\.\d{4})", lines[index + 1]) for index in found]
+    assert len(epochs) == len(below) == 12
+    assert all(float(cased[1]) <= epoch.bleu for cased, epoch in zip(below, epochs, strict=True))
+    assert saved.scores["cased_bleu"] <= saved.scores["bleu"] + 1e-9
+    for name in ("greedy", "beam of 10"):
+        assert (
+            len(re.findall(rf"^{name}: BLEU \S+  sacreBLEU \S+  chrF \S+\n{name}, cased: BLEU ", out, re.MULTILINE))
+            == 1
+        )
+    assert list(scores_of(out)) == ["greedy", "beam of 10"], "what tools read is of lower case alone"
+    assert re.search(r"^cased BLEU = \S+$", out, re.MULTILINE)
+    assert re.search(r"^BLEU score = \S+\Z", out.partition("\ndone: ")[0], re.MULTILINE), "at the end, as always"
+
+
+def test_a_score_of_a_model_that_keeps_case_takes_it_from_the_checkpoint(cased, capsys):
+    folder, corpus, out = cased
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, again, err = run(*evaluate, capsys=capsys)
+    assert code == 0, err
+    assert lines_of_scores(again) == lines_of_scores(out.partition("\ndone: ")[0])
+    code, _, err = run(*evaluate, "--case", "lower", capsys=capsys)
+    assert code == 2
+    assert "--case lower contradicts the checkpoint, which has keep" in err
+
+
+def test_translations_in_other_case_count_in_the_score_of_lower_case_alone(cased, tmp_path, capsys):
+    folder, corpus, _ = cased
+    (tmp_path / "test.de").write_bytes((corpus / "test.de").read_bytes())
+    (tmp_path / "test.en").write_text((corpus / "test.en").read_text().swapcase())
+    flags = ("--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    _, as_is, _ = run("--data-dir", str(corpus), *flags, capsys=capsys)
+    _, swapped, _ = run("--data-dir", str(tmp_path), *flags, capsys=capsys)
+    assert scores_of(swapped) == scores_of(as_is)
+    assert float(scores_of(as_is)["greedy"]) > 50, "it has learned the pairs"
+    (of_swapped,) = re.findall(r"^cased BLEU = (\S+)$", swapped, re.MULTILINE)
+    (of_as_is,) = re.findall(r"^cased BLEU = (\S+)$", as_is, re.MULTILINE)
+    assert float(of_swapped) < float(of_as_is)
+
+
+def test_the_original_of_lower_case_says_nothing_about_case(trained):
+    """With the default no line is another one. Only the line of all flags has the new one."""
+    assert "cased" not in trained[2]
+    assert trained[2].count("case=") == 1
 
 
 def test_a_second_run_keeps_the_first_ones_checkpoint_aside(tiny_corpus, tmp_path, capsys, monkeypatch):
@@ -715,7 +918,7 @@ def test_the_log_names_the_folder_that_was_read_also_from_a_warm_cache(trained, 
         lines = out.splitlines()
         (place,) = (place for place, line in enumerate(lines) if line.startswith("data: "))
         assert lines[place].endswith(f"; in {tmp_path}/a\\x1b[2Jb/multi30k")
-        assert lines[place + 1].startswith("unknown words: de train ")
+        assert lines[place + 1].startswith(f"unknown words: de {'test' if evaluates else 'train'} ")
 
 
 def test_without_a_data_dir_the_sample_is_used_with_a_notice(monkeypatch, tiny_corpus, capsys):
@@ -804,11 +1007,15 @@ def test_a_weight_that_is_not_finite_is_never_saved(tiny_corpus, tmp_path, capsy
         (["--lr", "nan"], 2),
         (["--seed", "99999999999999999999"], 2),
         (["--dist-url", "foo"], 2),
+        (["--case", "upper"], 2),
+        (["--cache-dir", "{empty}/file/below"], 5),
+        (["--data-dir", "{empty}/slip"], 3),
     ],
 )
 def test_bad_input_is_one_line_with_the_kinds_exit_code(tiny_corpus, tmp_path, flags, code, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
+    (empty / "file").touch()
     flags = [flag.format(empty=empty) for flag in flags]
     if "--data-dir" not in flags:
         flags += ["--data-dir", str(tiny_corpus)]
