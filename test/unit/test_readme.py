@@ -82,15 +82,49 @@ def test_every_link_into_the_repository_leads_somewhere(path):
             assert place in [heading.lower().replace(" ", "-") for heading in headings], link
 
 
-def test_both_languages_have_the_same_program_and_it_translates(tmp_path):
-    programs = [re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1) for text in (ENGLISH, CHINESE)]
-    assert programs[0] == programs[1]
-    corpus = write_corpus(tmp_path / "corpus", 64)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a corpus and a model, which has the default name."""
+    folder = tmp_path_factory.mktemp("trained")
+    corpus = write_corpus(folder / "corpus", 64)
     command = [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "1"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    subprocess.run(command, cwd=folder, check=True, timeout=120)
+    return folder
+
+
+@LANGUAGES
+def test_the_commands_that_translate_do_so(text, trained):
+    for name, source in (("in.de", "test.de"), ("test.de", "test.de"), ("test.en", "test.en")):
+        (trained / name).write_bytes((trained / "corpus" / source).read_bytes())
+    commands = [line for line in code_lines(text) if "translate.py" in line]
+    assert len(commands) == 4
+    for command in commands:
+        (trained / "out.en").unlink(missing_ok=True)
+        program = f"{sys.executable} {REPOSITORY / 'translate.py'}"
+        done = subprocess.run(
+            command.replace(".venv/bin/python translate.py", program),
+            shell=True,
+            cwd=trained,
+            input="Ein Hund .\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        if "out.en" in command:
+            lines = (trained / "test.de").read_text().count("\n")
+            assert (trained / "out.en").read_text().count("\n") == lines
+        assert ("BLEU score = " in done.stdout) == ("--reference" in command)
+        assert ("translates: de to en" in done.stdout) == ("--about" in command)
+        assert (done.stdout.count("\n") == 1) == command.endswith("translate.py")
+
+
+def test_the_program_that_translates_does_so(trained):
+    text = (REPOSITORY / "docs" / "reference.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", programs[0]],
-        cwd=tmp_path,
+        [sys.executable, "-c", program],
+        cwd=trained,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
