@@ -20,6 +20,7 @@ What takes long to import is imported where it is needed: PyTorch only by the mo
 import contextlib
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -290,6 +291,7 @@ def progress() -> Any:
     """A bar on standard error, if that is a terminal, and standard output is none."""
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and one that is killed leaves it behind
     hidden = not sys.stderr.isatty() or sys.stdout.isatty()
     return tqdm(unit=" lines", desc="translated", disable=hidden, leave=False)
 
