@@ -138,6 +138,7 @@ def test_in_int8_the_logits_are_near_the_models(tmp_path, capsys):
         assert 255 * 2 * 63 < 1 << 15
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_in_int8_a_word_whose_weights_are_all_0_has_no_part_in_the_logits(tmp_path, capsys):
     saved = random_checkpoint(tmp_path / "model")
     saved.state_dict["decoder.fc_out.weight"][7] = 0
