@@ -13,6 +13,7 @@ from pathlib import Path
 import export_onnx
 from nmt import checkpoint, onnx_engine, storage
 from nmt.errors import UserError, run_main
+from nmt.torch_engine import info_of
 
 import onnx
 import onnxruntime
@@ -111,7 +112,7 @@ def test_in_int8_the_logits_are_near_the_models(tmp_path, capsys):
     exports = [tmp_path / "float32", tmp_path / "int8"]
     assert export(tmp_path / "model", exports[0]) == 0
     assert export(tmp_path / "model", exports[1], "--int8") == 0
-    assert onnx_engine.load(exports[1]).info.about == saved.about | {"export": "int8"}
+    assert onnx_engine.load(exports[1]).info.about == info_of(saved).about | {"export": "int8"}
     generator = torch.Generator().manual_seed(1)
     feeds = {"prev_token": torch.randint(4, 34, (40,), generator=generator), "k": torch.tensor([4])}
     feeds |= {"hidden": torch.rand(40, 14, generator=generator) * 2 - 1, "sentence": torch.arange(40) % 5}
@@ -151,7 +152,7 @@ def test_the_export_says_what_the_checkpoint_says(model_file, out):
     saved, info = checkpoint.load(model_file), onnx_engine.load(out).info
     assert (info.src_words, info.trg_words) == (saved.src_vocab, saved.trg_vocab)
     assert (info.sizes, info.flags, info.scores) == (saved.sizes, saved.flags, saved.scores)
-    assert info.about == saved.about | {"export": "float32"}
+    assert info.about == info_of(saved).about | {"export": "float32"}
     assert (info.src_lang, info.trg_lang, info.case) == ("de", "en", "lower")
     assert '"wört0"'.encode() in (out / "model.json").read_bytes()
 

@@ -241,6 +241,9 @@ def test_onnxruntime_translates_as_pytorch_does_and_alone(tmp_path, capfd):
     out = capfd.readouterr().out
     assert done.stdout.decode() == out and out.count("\n") == 6
     imported = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines()}
+    assert run_main(translate.main, ["--about", "--backend=onnx", f"--ckptpath={folder}"]) == 0
+    card = capfd.readouterr().out
+    assert "run: completed\nexport: ONNX, float32\n" in card and "parameters: " in card
     assert "onnxruntime" in imported and not {"torch.nn", "torch._C", "nmt.checkpoint"} & imported
 
 
