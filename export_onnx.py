@@ -86,19 +86,28 @@ def main(argv: list[str]) -> None:
         what = "a model of the original, which holds no vocabulary: nobody could translate with its export"
         todo = "export a model that train_8p.py of this repository has trained"
         raise UserError("checkpoint", what, settings.ckptpath, todo)
-    parts = {"encoder.onnx": encoder_graph(model), "decoder.onnx": decoder_graph(model, settings.int8)}
-    for name, graph in parts.items():
-        if (size := graph.size()) > LARGEST:
-            what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
-            raise UserError("usage", what, settings.ckptpath, "train a smaller model, by --hid-dim or --min-freq")
-    info = info_of(saved)
-    kept = {name: value for name, value in info.flags.items() if name not in OF_THE_MACHINE}
-    about = info.about | {"export": "int8" if settings.int8 else "float32"}
-    info = replace(info, flags=kept, about=about)
-    onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
+    export(saved, model, out, int8=settings.int8)
     sizes = ", ".join(f"{path.name} {path.stat().st_size / 1e6:.1f} MB" for path in sorted(out.iterdir()))
     say(f"exported: {settings.out} ({sizes})")
     say(f"to translate: python3 translate.py --backend onnx --ckptpath {settings.out}")
+
+
+def export(saved: checkpoint.Checkpoint, model: gru.Seq2Seq, out: Path, int8: bool = False) -> None:
+    """Writes the model of a checkpoint into the folder `out`, which is not there yet or empty.
+
+    Raises:
+        UserError: io. Or usage, the model is too large for the format.
+    """
+    parts = {"encoder.onnx": encoder_graph(model), "decoder.onnx": decoder_graph(model, int8)}
+    for name, graph in parts.items():
+        if (size := graph.size()) > LARGEST:
+            what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
+            raise UserError("usage", what, "the model", "train a smaller one, by --hid-dim, --emb-dim or --min-freq")
+    info = info_of(saved)
+    kept = {name: value for name, value in info.flags.items() if name not in OF_THE_MACHINE}
+    about = info.about | {"export": "int8" if int8 else "float32"}
+    info = replace(info, flags=kept, about=about)
+    onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
 
 
 # ---------------------------------------------------------------- the two graphs

@@ -20,6 +20,7 @@ What takes long to import is imported where it is needed: PyTorch only by the mo
 import contextlib
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -290,6 +291,7 @@ def progress() -> Any:
     """A bar on standard error, if that is a terminal, and standard output is none."""
     from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and one that is killed leaves it behind
     hidden = not sys.stderr.isatty() or sys.stdout.isatty()
     return tqdm(unit=" lines", desc="translated", disable=hidden, leave=False)
 
@@ -515,6 +517,8 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
         yield f"parameters: {about['parameters']:,}"
     if "completed" in about:
         yield f"run: {completed[bool(about['completed'])]}"
+    if "export" in about:
+        yield f"export: ONNX, {about['export']}"
     named = [name for name in ("recipe", "seed", "epochs", "batch_size", "lr", "min_freq") if name in values]
     yield "training: " + ", ".join(f"{name} {values[name]}" for name in named)
     yield "validation: " + ", ".join(
@@ -526,7 +530,8 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
     yield f"data: sha256 {about.get('data', 'unknown')}"
     if "vocabularies" in about:
         yield f"vocabularies' fingerprint: sha256 {about['vocabularies']}"
-    told = {"src_lang", "trg_lang", "data", "vocabularies", "completed", "parameters", "run", "merit", "world_size"}
+    told = {"src_lang", "trg_lang", "data", "vocabularies", "completed", "parameters", "export"}
+    told |= {"run", "merit", "world_size"}  # of use to a run alone
     versions = {name: value for name, value in about.items() if name not in told}
     yield "written with: " + (", ".join(f"{name} {value}" for name, value in sorted(versions.items())) or "unknown")
 

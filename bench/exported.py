@@ -6,6 +6,7 @@ Exports the model both ways first. The beam of 1 is greedy. Seconds are the proc
 thread they are those of a core that nothing else uses. BLEU and equal translations are those of the last round.
 """
 
+import importlib.metadata
 import sys
 import tempfile
 import time
@@ -32,13 +33,15 @@ def main(argv: list[str]) -> None:
     machine.use_all_cores()
     print(machine.describe())
 
+    print(f"onnxruntime: {importlib.metadata.version('onnxruntime')}")
+
     saved = checkpoint.load(args.ckpt)
-    engines: dict[str, Engine] = {"torch": TorchEngine(scoring.restore(saved, args.ckpt), info_of(saved))}
+    model = scoring.restore(saved, args.ckpt)
+    engines: dict[str, Engine] = {"torch": TorchEngine(model, info_of(saved))}
     with tempfile.TemporaryDirectory() as folder:
-        for name, flags in (("onnx", []), ("int8", ["--int8"])):
-            out = str(Path(folder, name))
-            export_onnx.main(["--ckptpath", args.ckpt, "--out", out, *flags])
-            engines[name] = onnx_engine.load(out)
+        for name in ("onnx", "int8"):
+            export_onnx.export(saved, model, Path(folder, name), int8=name == "int8")
+            engines[name] = onnx_engine.load(Path(folder, name))
         test = data.load(args.data_dir, cache_dir=folder).test
     src_vocab, trg_vocab = data.Vocabulary(engines["torch"].info.src_words), data.Vocabulary(saved.trg_vocab)
     sentences = [[SOS, *src_vocab.encode(tokens), EOS] for tokens in test.src_tokens]

@@ -1,14 +1,17 @@
 """translate.py through its command line: one line out for each line in, scores, files, the prompt, how it ends."""
 
 import contextlib
+import fcntl
 import os
 import pty
 import re
 import resource
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -238,6 +241,9 @@ def test_onnxruntime_translates_as_pytorch_does_and_alone(tmp_path, capfd):
     out = capfd.readouterr().out
     assert done.stdout.decode() == out and out.count("\n") == 6
     imported = {line.split("|")[-1].strip() for line in done.stderr.decode().splitlines()}
+    assert run_main(translate.main, ["--about", "--backend=onnx", f"--ckptpath={folder}"]) == 0
+    card = capfd.readouterr().out
+    assert "run: completed\nexport: ONNX, float32\n" in card and "parameters: " in card
     assert "onnxruntime" in imported and not {"torch.nn", "torch._C", "nmt.checkpoint"} & imported
 
 
@@ -598,3 +604,18 @@ def test_a_terminal_gets_a_prompt_with_a_history_until_ctrl_d():
             pass
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(terminal)
+
+
+def test_progress_is_shown_on_a_terminal_alone(tmp_path):
+    (tmp_path / "in").write_bytes(b"Ein Hund .\n" * 1000)
+    terminal, far_end = pty.openpty()
+    fcntl.ioctl(far_end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # on one of no size there is no bar
+    command = [sys.executable, ECHO, "--tokenized", "--input", tmp_path / "in"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=far_end, timeout=60)
+    shown = b""
+    while select.select([terminal], [], [], 0)[0]:
+        shown += os.read(terminal, 1000)
+    os.close(far_end)
+    os.close(terminal)
+    assert done.stdout == b"a dog .\n" * 1000
+    assert b"translated: 0 lines" in shown
