@@ -38,6 +38,7 @@ MEMORY = ("context_gates", "context_logits")
 STEP = ("next_hidden", "log_sum", "top_logits", "top_tokens")
 REQUIREMENTS = "requirements-onnx.txt"
 BATCH_ROWS = 128  # hypotheses of a batch
+ERRORS_ALONE = 3  # of what onnxruntime prints
 EXPORT_AGAIN = "export it again, or use another copy"
 
 
@@ -183,7 +184,8 @@ def load(folder: str | os.PathLike) -> "OnnxEngine":
     info, parts = read(folder)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads()
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = ERRORS_ALONE
+    onnxruntime.set_default_logger_severity(ERRORS_ALONE)
     try:
         sessions = [
             onnxruntime.InferenceSession(parts[name], options, providers=["CPUExecutionProvider"]) for name in PARTS
