@@ -26,7 +26,7 @@ from typing import Any
 
 from nmt.engine import Hypothesis, ModelInfo
 from nmt.errors import UserError, first_line, not_installed
-from nmt.storage import InUse, locked, new_folder, probe, sha256, write_synced
+from nmt.storage import PARTIAL, InUse, locked, new_folder, probe, sha256, write_synced
 from nmt.text.vocabulary import EOS, PAD, SOS, Vocabulary
 
 import numpy as np
@@ -78,7 +78,7 @@ def write(folder: Path, info: ModelInfo, parts: Mapping[str, bytes]) -> None:
     # A flag may be a path that is no text. JSON has escapes for what UTF-8 cannot hold, written as Python's own.
     text = json.dumps(description, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
     lock = folder.with_name(f".{folder.name}.lock")
-    temporary = folder.with_name(f"{folder.name}.partial")
+    temporary = folder.with_name(f"{folder.name}{PARTIAL}export")
     try:
         with locked(lock, None) as file:
             file.truncate(0)

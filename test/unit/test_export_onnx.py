@@ -312,7 +312,7 @@ def test_a_killed_export_leaves_none_or_a_whole_one_and_the_next_one_clears_up(o
             onnx_engine.write(place, info, parts)
             os._exit(0)
         ends.append(os.waitpid(pid, 0)[1])
-        assert Path(f"{place}.partial").exists() == (waits < 4)
+        assert Path(f"{place}.partial-export").exists() == (waits < 4)
         if waits < 4:
             assert not place.exists()
             onnx_engine.write(place, info, parts)
