@@ -211,7 +211,7 @@ class GRU(nn.GRU):
 def freeze(modules: Iterable[nn.Module]) -> None:
     """Lays the weights of those that are GRUs out for products, on a CPU, and for runs without a gradient.
 
-    From then on changes of the weights do not count there.
+    The weights must not change afterwards.
     """
     for module in modules:
         if isinstance(module, GRU) and computes_steps(module.device):
@@ -222,7 +222,7 @@ class GRUStep:
     """One step of a GRU at a time, without a gradient, on a CPU. The formulas and the types are those of `GRUSteps`.
 
     Args:
-        rnn: the GRU. What is done to its weights later does not count.
+        rnn: the GRU. Its weights must not change afterwards.
         input_dim: of the input without the context.
     """
 

@@ -89,7 +89,7 @@ class Weight:
     """A weight matrix that many matrices are multiplied by, without a gradient. It is laid out for that once.
 
     Args:
-        weight: [columns, inner]. What is done to it later does not count.
+        weight: [columns, inner]. It must not change afterwards.
     """
 
     def __init__(self, weight: Tensor):

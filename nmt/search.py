@@ -255,18 +255,18 @@ def survey(logits: Tensor, *, with_sums: bool = True) -> tuple[Tensor | None, Te
     groups = logits.shape[1] // GROUP
     if groups < FEWEST_GROUPS or not kernels.computes_steps(logits.device):
         return None, logits.logsumexp(1) if with_sums else None
-    maxima = logits.new_empty(len(logits), groups)
-    log_sums = logits.new_empty(len(logits)) if with_sums else None
+    if not with_sums:
+        return logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1), None
+    maxima, log_sums = logits.new_empty(len(logits), groups), logits.new_empty(len(logits))
     size = max(1, BLOCK // logits.shape[1])  # of blocks that stay in the processor's cache
     work = torch.empty_like(logits[:size])
     for first in range(0, len(logits), size):
         rows = slice(first, first + size)
         block, block_maxima = logits[rows], maxima[rows]
         torch.amax(block[:, : groups * GROUP].unflatten(1, (GROUP, groups)), 1, out=block_maxima)
-        if log_sums is not None:
-            largest = torch.maximum(block_maxima.amax(1, keepdim=True), block[:, -GROUP:].amax(1, keepdim=True))
-            exponentials = torch.sub(block, largest, out=work[: len(block)]).exp_()
-            log_sums[rows] = exponentials.sum(1).log_().add_(largest[:, 0])
+        largest = torch.maximum(block_maxima.amax(1, keepdim=True), block[:, -GROUP:].amax(1, keepdim=True))
+        exponentials = torch.sub(block, largest, out=work[: len(block)]).exp_()
+        log_sums[rows] = exponentials.sum(1).log_().add_(largest[:, 0])
     return maxima, log_sums
 
 
