@@ -5,9 +5,10 @@
 
 In turn, in one run: CTranslate2 in int8 with a Transformer of 256 dimensions and 3 + 3 layers, and the port in bfloat16
 and float32, each with and without a shortlist. Figures are sentences a second, greedy, with a beam of 5 and of 10. The
-Transformer is not trained, because its speed does not depend on that if its translations have a given length. They have
-the mean length of the port's, rounded down. Seconds are those that the process computes. So other programs on the
-machine change little. Neither gives scores to greedy translations. With `--start`, the seconds from the start of `translate.py` to its first line are measured too.
+Transformer is not trained. Its speed does not depend on that if its translations have a given length: the mean length
+of the port's, rounded down. Neither gives scores to greedy translations. Seconds are those that the process computes,
+so other programs on the machine change little. With `--start`, the seconds from the start of `translate.py` to its
+first line are measured too.
 """
 
 import functools
