@@ -103,7 +103,7 @@ class Weight:
         if self._packed is None or x.numel() == 0:
             return linear(x, self._weight)
         rows = len(x)
-        x = with_spare_rows(x, rounded(rows, x)).contiguous()
+        x = with_spare_rows(x, rounded(rows, x))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")[:rows]
 
     def select(self, columns: Tensor) -> "Weight":

@@ -20,6 +20,7 @@ from torch import Tensor
 GROUP = 16  # words of a group, see `survey`
 FEWEST_GROUPS = 32  # with fewer, sorting all is quicker
 BLOCK = 1 << 17  # logits that are looked at together
+SAFE = 60.0  # float32 holds the sums of exponentials of such logits, with all digits
 PART = 16  # a sentence stays until so small a part of the batch, or a larger one, has ended
 LOWEST = torch.finfo(torch.float32).min
 OwnMemory = TypeVar("OwnMemory", bound="Memory")  # a model's own class of memory
@@ -265,8 +266,11 @@ def survey(logits: Tensor, *, with_sums: bool = True) -> tuple[Tensor | None, Te
         block, block_maxima = logits[rows], maxima[rows]
         torch.amax(block[:, : groups * GROUP].unflatten(1, (GROUP, groups)), 1, out=block_maxima)
         largest = torch.maximum(block_maxima.amax(1, keepdim=True), block[:, -GROUP:].amax(1, keepdim=True))
-        exponentials = torch.sub(block, largest, out=work[: len(block)]).exp_()
-        log_sums[rows] = exponentials.sum(1).log_().add_(largest[:, 0])
+        if bool((largest.abs() < SAFE).all()):  # one pass less
+            log_sums[rows] = torch.exp(block, out=work[: len(block)]).sum(1).log_()
+        else:
+            exponentials = torch.sub(block, largest, out=work[: len(block)]).exp_()
+            log_sums[rows] = exponentials.sum(1).log_().add_(largest[:, 0])
     return maxima, log_sums
 
 

@@ -178,9 +178,12 @@ def test_the_largest_are_those_of_a_sort_of_all(words, rows, count):
 
 
 def test_log_sum_exp_holds_for_logits_that_are_far_from_zero():
-    logits = torch.randn(3, 520) + torch.tensor([[-1e4], [0.0], [1e4]])
+    logits = torch.randn(5, 520) + torch.tensor([[-1e4], [0.0], [1e4], [-70.0], [80.0]])
+    logits[1, -1] = 300.0  # it is left over
     _, sums = search.survey(logits)
     torch.testing.assert_close(sums, logits.logsumexp(1))
+    for row in range(5):
+        torch.testing.assert_close(search.survey(logits[[row]])[1], logits[[row]].logsumexp(1))
     assert search.survey(logits, with_sums=False)[1] is None
 
 
