@@ -32,11 +32,14 @@ def own_memory(monkeypatch):
     monkeypatch.setattr(devices, "keep_freed_memory", lambda: None)
 
 
-def a_model(seed=0):
-    torch.manual_seed(seed)
+def a_model(ends=0.0):
+    """The same model each time. With `ends` its sentences end earlier, and at different steps."""
+    torch.manual_seed(0)
     model = gru.build(**INFO.sizes).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
+    with torch.no_grad():
+        model.decoder.fc_out.bias[data.EOS] += ends
     return model
 
 
@@ -78,8 +81,8 @@ def test_each_sentence_has_the_hypotheses_that_it_has_alone_in_the_order_of_the_
 
 @DECODINGS
 def test_scores_are_log_probabilities_of_the_plain_model(options):
-    model, power, many = a_model(), options["length_penalty"], sentences(60)  # some are kept when they have ended
-    found = TorchEngine(a_model(), INFO).translate(many, **options)
+    model, power, many = a_model(2.0), options["length_penalty"], sentences(60)  # some are kept when they have ended
+    found = TorchEngine(a_model(2.0), INFO).translate(many, **options)
     for sentence, hypotheses in zip(many, found, strict=True):
         assert len(hypotheses) == options.get("n_best", 1)
         for ids, score in hypotheses:
