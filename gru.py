@@ -215,7 +215,7 @@ class Decoding:
     """A model's calls of decoding, see `nmt/search.py`. The output layer is laid out for them once.
 
     Args:
-        model: in evaluation mode. What is done to its output layer later does not count.
+        model: in evaluation mode. Its output layer must not change afterwards.
     """
 
     @torch.no_grad()

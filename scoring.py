@@ -170,27 +170,25 @@ def translate(
     by_length = torch.argsort(src.lengths, stable=True)
     ids = torch.zeros(len(src.lengths), max_length, dtype=torch.int64)
     length_step = 1 if kernels.computes_steps(world.device) else data.LENGTH_STEP
-    with kernels.frozen(model):
-        decoding = model.decoding()
-        for indices in batches(by_length, world, BATCH_SIZE // beam_size):
-            pause()
-            tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
-            tokens, lengths = tokens.to(world.device), lengths.to(world.device)
-            if beam_size == 1:
-                found = greedy(decoding, tokens, lengths, data.SOS, data.EOS, max_length)
-            else:
-                hypotheses = beam_search(
-                    decoding,
-                    tokens,
-                    lengths,
-                    data.SOS,
-                    data.EOS,
-                    beam_size=beam_size,
-                    max_len=max_length,
-                    length_penalty=length_penalty,
-                )
-                found = hypotheses.ids[:, :, 0]
-            ids[indices] = found.T.cpu()
+    for indices in batches(by_length, world, BATCH_SIZE // beam_size):
+        pause()
+        tokens, lengths = data.pad(src, indices, length_step=length_step)  # [src len, batch], [batch]
+        tokens, lengths = tokens.to(world.device), lengths.to(world.device)
+        if beam_size == 1:
+            found = greedy(model, tokens, lengths, data.SOS, data.EOS, max_length)
+        else:
+            hypotheses = beam_search(
+                model,
+                tokens,
+                lengths,
+                data.SOS,
+                data.EOS,
+                beam_size=beam_size,
+                max_len=max_length,
+                length_penalty=length_penalty,
+            )
+            found = hypotheses.ids[:, :, 0]
+        ids[indices] = found.T.cpu()
     # Each rank has filled its own rows and left the others 0, so their sum is the whole.
     ids = world.sum(ids.to(world.device)).cpu()
     return [data.spaceless(vocab.decode(row)) for row in ids.tolist()]

@@ -483,6 +483,26 @@ def speed_table(rows: Iterable[Speed], root: str, other: str = "plain loop", thi
     return table(f"figure | {other} | {this} | {ratio} | share of the limit | log", lines)
 
 
+def translating(root: str) -> str:
+    """Sentences a second on one core and the BLEU of the test pairs, beside CTranslate2."""
+    path = "bench/results/translating-amx.log"
+    measured = logs.parse_measurement(text_of(path))
+    names = {
+        "CTranslate2": "CTranslate2, int8, a Transformer",
+        "bf16": "bfloat16",
+        "bf16 list": "bfloat16, `--shortlist 10`",
+        "fp32": "float32",
+        "fp32 list": "float32, `--shortlist 10`",
+    }
+    lines = []
+    for name, shown in names.items():
+        rates = [measured.medians[f"{name} {beam}"] for beam in (1, 5, 10)]
+        bleus = [measured.figures.get(f"BLEU {name} {beam}", "") for beam in (1, 5, 10)]
+        lines.append([shown, *rates, *bleus, f"[log]({root}{path})"])
+    header = "sentences/s | greedy | beam of 5 | beam of 10 | BLEU, greedy | BLEU, beam of 5 | BLEU, beam of 10 | log"
+    return table(header, lines)
+
+
 def speed_on_the_h200(root: str) -> str:
     path = "results/h200/performance.log"
     computes_in = {"amp": "float16, O2 (`--amp`)", "fp32": "float32", "bf16": "bfloat16, O2"}
@@ -592,6 +612,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed-epyc": lambda root: speed_table(SPEED, root),
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
     "speed-before": lambda root: speed_table(AGAINST, root, "2feed7b", "this commit"),
+    "translating": translating,
     "pieces": lambda root: mean_table("without", WITHOUT, root),
     "batching": batching,
     "beams": lambda root: one_line("beam", beams_of_tuned()),

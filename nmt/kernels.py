@@ -15,7 +15,6 @@ padding's rows, which have no loss, and read the context at each step.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -118,7 +117,7 @@ class GRU(nn.GRU):
     weight_hh_l0: nn.Parameter
     bias_ih_l0: nn.Parameter
     bias_hh_l0: nn.Parameter
-    _steps: dict[int, GRUStep] | None = None  # of a frozen GRU, by the input's features; otherwise None
+    _steps: dict[int, GRUStep] | None = None  # after `freeze`: by the number of the input's features
 
     def __init__(self, input_size: int, hidden_size: int, *options: Any, **named: Any):
         super().__init__(input_size, hidden_size, *options, **named)
@@ -209,44 +208,31 @@ class GRU(nn.GRU):
         return outputs, hidden
 
 
-def freeze(modules: Iterable[nn.Module]) -> list[GRU]:
+def freeze(modules: Iterable[nn.Module]) -> None:
     """Lays the weights of those that are GRUs out for products, on a CPU, and for runs without a gradient.
 
-    From then on changes of the weights do not count, until `_steps` is None again.
-
-    Returns:
-        Those GRUs.
+    The weights must not change afterwards.
     """
-    grus = [module for module in modules if isinstance(module, GRU) and computes_steps(module.device)]
-    for gru in grus:
-        gru._steps = {}
-    return grus
-
-
-@contextlib.contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """`freeze` for a while, for all parts of a model."""
-    grus = freeze(model.modules())
-    try:
-        yield
-    finally:
-        for gru in grus:
-            gru._steps = None
+    for module in modules:
+        if isinstance(module, GRU) and computes_steps(module.device):
+            module._steps = {}
 
 
 class GRUStep:
     """One step of a GRU at a time, without a gradient, on a CPU. The formulas and the types are those of `GRUSteps`.
 
     Args:
-        rnn: the GRU. What is done to its weights later does not count.
+        rnn: the GRU. Its weights must not change afterwards.
         input_dim: of the input without the context.
     """
 
     def __init__(self, rnn: GRU, input_dim: int):
-        self._size = rnn.hidden_size
+        size = self._size = rnn.hidden_size
         self._dtype, self._exact = rnn.weight_hh_l0.dtype, accumulate_dtype(rnn.weight_hh_l0.dtype)
-        self._of_input, self._of_state = Weight(rnn.weight_ih_l0[:, :input_dim]), Weight(rnn.weight_hh_l0)
-        self._bias_hn = rnn.bias_hh_l0.detach()[-self._size :].to(self._exact)
+        of_input, of_state = rnn.weight_ih_l0.detach()[:, :input_dim], rnn.weight_hh_l0.detach()
+        self._of_both = Weight(torch.cat((of_input[: 2 * size], of_state[: 2 * size]), dim=1))  # of r and z
+        self._of_input, self._of_state = Weight(of_input[2 * size :]), Weight(of_state[2 * size :])
+        self._bias_hn = rnn.bias_hh_l0.detach()[-size:].to(self._exact)
 
     def __call__(self, inputs: Tensor, hidden: Tensor, context_gates: Tensor) -> Tensor:
         """Makes a step.
@@ -260,11 +246,11 @@ class GRUStep:
             [rows, hid dim] the state after, with all its digits.
         """
         size = self._size
-        block, sums = self._of_input(inputs).to(self._exact), self._of_state(hidden.to(self._dtype)).to(self._exact)
-        block.add_(context_gates)
-        block[:, : 2 * size].add_(sums[:, : 2 * size]).sigmoid_()
-        r, z, n = block.split(size, dim=1)
-        n.addcmul_(r, sums[:, 2 * size :].add_(self._bias_hn)).tanh_()
+        state = hidden.to(self._dtype)
+        gates = self._of_both(torch.cat((inputs, state), dim=1)).to(self._exact)
+        r, z = gates.add_(context_gates[:, : 2 * size]).sigmoid_().split(size, dim=1)
+        g = self._of_state(state).to(self._exact).add_(self._bias_hn)
+        n = self._of_input(inputs).to(self._exact).add_(context_gates[:, 2 * size :]).addcmul_(r, g).tanh_()
         return torch.lerp(n, hidden.to(self._exact), z)
 
 

@@ -89,7 +89,7 @@ class Weight:
     """A weight matrix that many matrices are multiplied by, without a gradient. It is laid out for that once.
 
     Args:
-        weight: [columns, inner]. What is done to it later does not count.
+        weight: [columns, inner]. It must not change afterwards.
     """
 
     def __init__(self, weight: Tensor):
@@ -103,7 +103,7 @@ class Weight:
         if self._packed is None or x.numel() == 0:
             return linear(x, self._weight)
         rows = len(x)
-        x = with_spare_rows(x, rounded(rows, x)).contiguous()
+        x = with_spare_rows(x, rounded(rows, x))
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")[:rows]
 
     def select(self, columns: Tensor) -> "Weight":

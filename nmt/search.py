@@ -17,9 +17,10 @@ from nmt import kernels
 import torch
 from torch import Tensor
 
-GROUP = 16  # columns of a group in `top`
+GROUP = 16  # words of a group, see `survey`
 FEWEST_GROUPS = 32  # with fewer, sorting all is quicker
-BLOCK = 1 << 17  # logits that are summed up at a time
+BLOCK = 1 << 17  # logits that are looked at together
+SAFE = 60.0  # float32 holds the sums of exponentials of such logits, with all digits
 PART = 16  # a sentence stays until so small a part of the batch, or a larger one, has ended
 LOWEST = torch.finfo(torch.float32).min
 OwnMemory = TypeVar("OwnMemory", bound="Memory")  # a model's own class of memory
@@ -109,10 +110,10 @@ def _greedy(
     ended = torch.zeros_like(columns, dtype=torch.bool)
     for step in range(max_len):
         logits, hidden = model.step(prev_token, hidden, memory)  # [kept, words], [kept, hid dim]
-        best, choices = top(logits.unsqueeze(1), None, 1)  # [kept, 1]
-        if with_scores:
-            step_log_probs = best[:, 0] - log_sum_exp(logits)
-            log_probs[columns] += step_log_probs.double().masked_fill(ended, 0.0)
+        maxima, log_sums = survey(logits, with_sums=with_scores)
+        best, choices = top(logits.unsqueeze(1), maxima, None, 1)  # [kept, 1]
+        if log_sums is not None:
+            log_probs[columns] += (best[:, 0] - log_sums).double().masked_fill(ended, 0.0)
             lengths[columns] += ~ended
         tokens = choices[:, 0] if words is None else words[choices[:, 0]]
         prev_token = tokens.masked_fill(ended, eos_index)  # [kept]
@@ -202,11 +203,13 @@ def beam_search(
         if beam_size > vocabulary:
             raise ValueError(f"expected beam_size ({beam_size}) <= vocabulary ({vocabulary})")
         logits = logits.float()  # [kept * beam, vocabulary]
-        log_probs = log_probs - log_sum_exp(logits).view(-1, beam_size)
+        maxima, log_sums = survey(logits)
+        assert log_sums is not None
+        log_probs = log_probs - log_sums.view(-1, beam_size)
         leading = log_probs.amax(1, keepdim=True).clamp(min=LOWEST)  # if all have ended: -inf less -inf would be nan
         common = common + leading
         # [kept, beam] each, the best first
-        log_probs, choices = top(logits.view(-1, beam_size, vocabulary), log_probs - leading, beam_size)
+        log_probs, choices = top(logits.view(-1, beam_size, vocabulary), maxima, log_probs - leading, beam_size)
         parents, tokens = choices // vocabulary, choices % vocabulary
         if words is not None:
             tokens = words[tokens]
@@ -236,14 +239,49 @@ def beam_search(
     return Hypotheses(ended_ids.gather(1, order.unsqueeze(2).expand(-1, -1, max_len)).permute(2, 0, 1), scores)
 
 
-def top(logits: Tensor, offsets: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+def survey(logits: Tensor, *, with_sums: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """What a search needs to know of all logits.
+
+    To sort the logits takes longer than to compute them. So on a CPU the words are cut into groups for `top`. Group g
+    has the words g, g + groups, g + 2 * groups, and so on, `GROUP` of them. Fewer than that are left over at the end.
+
+    Args:
+        logits: [rows, words].
+        with_sums: whether log sum exp is wanted.
+
+    Returns:
+        [rows, groups] the largest logit of each group, or None where sorting is quicker.
+        [rows] log sum exp of each row, or None.
+    """
+    groups = logits.shape[1] // GROUP
+    if groups < FEWEST_GROUPS or not kernels.computes_steps(logits.device):
+        return None, logits.logsumexp(1) if with_sums else None
+    if not with_sums:
+        return logits[:, : groups * GROUP].unflatten(1, (GROUP, groups)).amax(1), None
+    maxima, log_sums = logits.new_empty(len(logits), groups), logits.new_empty(len(logits))
+    size = max(1, BLOCK // logits.shape[1])  # of blocks that stay in the processor's cache
+    work = torch.empty_like(logits[:size])
+    for first in range(0, len(logits), size):
+        rows = slice(first, first + size)
+        block, block_maxima = logits[rows], maxima[rows]
+        torch.amax(block[:, : groups * GROUP].unflatten(1, (GROUP, groups)), 1, out=block_maxima)
+        largest = torch.maximum(block_maxima.amax(1, keepdim=True), block[:, -GROUP:].amax(1, keepdim=True))
+        if bool((largest.abs() < SAFE).all()):  # one pass less
+            log_sums[rows] = torch.exp(block, out=work[: len(block)]).sum(1).log_()
+        else:
+            exponentials = torch.sub(block, largest, out=work[: len(block)]).exp_()
+            log_sums[rows] = exponentials.sum(1).log_().add_(largest[:, 0])
+    return maxima, log_sums
+
+
+def top(logits: Tensor, maxima: Tensor | None, offsets: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """The largest sums of a logit and its row's offset, for each sentence over all its rows.
 
-    A sort of all candidates takes longer than computing them. So on a CPU the columns are cut into groups. The largest
-    candidates are in the groups with the largest maxima, and only the candidates of those groups are compared.
+    They are in the groups with the largest maxima. Only the logits of those groups are compared, and what is left over.
 
     Args:
         logits: [sentences, rows of one, words].
+        maxima: [sentences * rows of one, groups] from `survey`, or None.
         offsets: [sentences, rows of one], or None for zeros.
         count: how many are wanted, at most the number of words.
 
@@ -252,12 +290,11 @@ def top(logits: Tensor, offsets: Tensor | None, count: int) -> tuple[Tensor, Ten
         logits.
     """
     sentences, rows, words = logits.shape
-    groups = words // GROUP
     flat = logits.flatten(1)
-    if groups < max(count, FEWEST_GROUPS) or not kernels.computes_steps(logits.device):
+    if maxima is None or maxima.shape[1] < count:
         return (flat if offsets is None else (logits + offsets.unsqueeze(2)).flatten(1)).topk(count)
-    # A group has every `groups`-th column. Up to GROUP - 1 columns are left over, and are candidates too.
-    maxima = logits[:, :, : groups * GROUP].unflatten(2, (GROUP, groups)).amax(2)  # [sentences, rows, groups]
+    groups = maxima.shape[1]
+    maxima = maxima.view(sentences, rows, groups)
     if offsets is not None:
         maxima = maxima + offsets.unsqueeze(2)
     if count == 1:
@@ -274,14 +311,6 @@ def top(logits: Tensor, offsets: Tensor | None, count: int) -> tuple[Tensor, Ten
         candidates = candidates + offsets.gather(1, places // words)
     best, order = candidates.topk(count)
     return best, places.gather(1, order)
-
-
-def log_sum_exp(logits: Tensor) -> Tensor:
-    """log sum exp of each row, [rows], of logits [rows, words], in blocks that stay in a processor's cache."""
-    if not kernels.computes_steps(logits.device):
-        return logits.logsumexp(1)
-    size = max(1, BLOCK // logits.shape[1])
-    return torch.cat([block.logsumexp(1) for block in logits.split(size)])
 
 
 def rows_to_keep(ended: Tensor) -> Tensor:

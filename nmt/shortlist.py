@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 WIDTH = 16  # translations of a source word that are kept
-DEFAULT = 10  # of them are used, if nobody says otherwise
 FREQUENT = 1024  # target words that each shortlist has
 ROUNDS = 3  # of expectation and maximisation
 MAX_LINKS = 1 << 22  # of a larger corpus fewer pairs are read: it bounds the memory, which is about 60 bytes a link

@@ -1,5 +1,6 @@
 """The engine that computes with PyTorch."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -56,8 +57,7 @@ def shortlist_of(saved: Checkpoint, size: int | None, where: str) -> Tensor | No
 
     Args:
         saved: the checkpoint.
-        size: how many of each word are wanted. 0: no shortlist. None: `shortlists.DEFAULT`, or no shortlist if the
-            checkpoint has none.
+        size: how many of each word are wanted. None or 0: no shortlist.
         where: its path, for errors.
 
     Returns:
@@ -66,16 +66,16 @@ def shortlist_of(saved: Checkpoint, size: int | None, where: str) -> Tensor | No
     Raises:
         UserError: checkpoint, it has none. Or usage, it has fewer.
     """
-    if size == 0 or (size is None and (saved.shortlist is None or shortlists.DEFAULT == 0)):
+    if not size:
         return None
     if saved.shortlist is None:
         todo = "leave --shortlist out, or train again: train_8p.py keeps the probable translations with the model"
         raise UserError("checkpoint", "holds no shortlist, as an earlier version wrote it", where, todo)
     width = saved.shortlist.shape[1]
-    if size is not None and size > width:
+    if size > width:
         what = f"the model has {width} probable translations of each word"
         raise UserError("usage", what, f"--shortlist {size}", f"give at most {width}, or 0 for the whole vocabulary")
-    return saved.shortlist[:, : min(width, size or shortlists.DEFAULT)]
+    return saved.shortlist[:, :size].contiguous()
 
 
 Own = TypeVar("Own", bound="Model")
@@ -102,6 +102,7 @@ class TorchEngine:
         info: of the model.
         dtype: to compute in. `choose_dtype` knows what suits the processor.
         shortlist: from `shortlist_of`. A translation has the words of the shortlist alone. None: all words.
+        scores: whether anyone reads the scores. Greedy decoding does not need them, and without them they are nan.
     """
 
     def __init__(
@@ -111,11 +112,12 @@ class TorchEngine:
         *,
         dtype: torch.dtype = torch.float32,
         shortlist: Tensor | None = None,
+        scores: bool = True,
     ):
         self.info = info
         model = model.to(dtype)
         kernels.freeze(model.modules())
-        self._decoding, self._shortlist = model.decoding(), shortlist
+        self._decoding, self._shortlist, self._scores = model.decoding(), shortlist, scores
         devices.keep_freed_memory()
 
     def translate(
@@ -132,18 +134,22 @@ class TorchEngine:
             words = None
             if self._shortlist is not None:
                 words = shortlists.words_of(src, self._shortlist, len(self.info.trg_words))
-            ids, scores = search.beam_search(
-                self._decoding,
-                src,
-                torch.tensor([lengths[place] for place in places]),
-                SOS,
-                EOS,
-                beam_size=beam_size,
-                max_len=max_length,
-                length_penalty=length_penalty,
-                n_best=n_best,
-                words=words,
-            )
+            sources = src, torch.tensor([lengths[place] for place in places])
+            if beam_size == 1 and not self._scores:
+                ids = search.greedy(self._decoding, *sources, SOS, EOS, max_length, words=words).unsqueeze(2)
+                scores = torch.full((len(places), 1), math.nan)
+            else:
+                ids, scores = search.beam_search(
+                    self._decoding,
+                    *sources,
+                    SOS,
+                    EOS,
+                    beam_size=beam_size,
+                    max_len=max_length,
+                    length_penalty=length_penalty,
+                    n_best=n_best,
+                    words=words,
+                )
             for place, found, found_scores in zip(places, ids.permute(1, 2, 0).tolist(), scores.tolist(), strict=True):
                 results[place] = [
                     Hypothesis(tokens[: tokens.index(EOS)] if EOS in tokens else tokens, score)

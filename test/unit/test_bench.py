@@ -24,12 +24,13 @@ from bench import (
     time_to_bleu,
     tokenising,
     training,
+    translating,
 )
 from nmt import search
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, SMALL
 from torch import nn
 from torch.nn import functional as F
 
@@ -222,6 +223,21 @@ def test_decoding_runs_and_all_agree_in_float32(tiny_corpus, no_products, capsys
     values = figures(capsys.readouterr().out)
     assert values["equal to plain, fp32"] == 1
     assert values["decoding bf16 / plain fp32"] > 0
+
+
+def test_translating_runs_beside_ctranslate2(tiny_corpus, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ctranslate2", reason="bench/README.md names it")
+    monkeypatch.setattr(translating.os, "sched_setaffinity", lambda pid, cores: None)
+    monkeypatch.setattr(translating, "BEAMS", (1, 3))
+    path = tmp_path / "model"
+    train = ["--data-dir", str(tiny_corpus), "--epochs", "1", "--ckptpath", str(path), *SMALL]
+    subprocess.run([*machine.TRAIN, *train], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    translating.main(["--data-dir", str(tiny_corpus), "--ckpt", str(path), "--repetitions", "1"])
+    values = figures(capsys.readouterr().out)
+    names = ("bf16", "bf16 list", "fp32", "fp32 list")
+    assert {f"{name} / CTranslate2, beam {beam}" for name in names for beam in (1, 3)} <= set(values)
+    assert {f"BLEU {name} {beam}" for name in names for beam in (1, 3)} <= set(values)
+    assert all(value > 0 for name, value in values.items() if "CTranslate2" in name)
 
 
 def test_startup_runs(tiny_corpus, capsys):

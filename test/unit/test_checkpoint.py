@@ -330,6 +330,66 @@ CONTRADICTIONS = {
 }
 
 
+def make_with_shortlist(table: object) -> checkpoint.Checkpoint:
+    return dataclasses.replace(make(), shortlist=table)
+
+
+TABLE = torch.tensor([[4, 5], [0, 6], [0, 0], [6, 0], [5, 0], [1, 2]], dtype=torch.int32)  # a row a source word
+
+
+def test_a_shortlist_is_saved_with_the_model_and_may_be_missing(saved):
+    assert checkpoint.load(saved).shortlist is None
+    assert "shortlist" not in sealed.read(saved)
+    checkpoint.save(saved, make_with_shortlist(TABLE))
+    loaded = checkpoint.load(saved)
+    assert torch.equal(loaded.shortlist, TABLE) and loaded.shortlist.dtype == torch.int32
+    digests = [
+        made.digest() for made in (make(), loaded, make_with_shortlist(TABLE), make_with_shortlist(TABLE.flip(0)))
+    ]
+    assert digests[1] == digests[2] and len(set(digests)) == 3
+
+
+def test_the_best_file_gets_the_shortlist_of_its_run(tmp_path):
+    best = checkpoint.BestFile(tmp_path / "model", "a run", log=lambda line: None, shortlist=TABLE)
+    best.replace((1.0,), make())
+    assert torch.equal(checkpoint.load(tmp_path / "model").shortlist, TABLE)
+
+
+def test_no_flipped_bit_of_a_shortlist_is_accepted(saved):
+    checkpoint.save(saved, make_with_shortlist(TABLE))
+    content = saved.read_bytes()
+    start = content.index(TABLE.numpy().tobytes())
+    for offset in range(TABLE.numel() * 4):
+        with flipping(saved, start + offset, 0):
+            refused("checkpoint", checkpoint.load, saved, says=str(saved))
+
+
+SHORTLISTS = {
+    "a number": 3,
+    "a list": TABLE.tolist(),
+    "of int64": TABLE.long(),
+    "of floats": TABLE.float(),
+    "of one dimension": TABLE.flatten(),
+    "of too few rows": TABLE[:5],
+    "with an id too high": TABLE + 2,
+    "with an id below 0": TABLE - 1,
+    "that repeats its values": torch.zeros(1, 1, dtype=torch.int32).expand(6, 2),
+    "that is not contiguous": TABLE.T.contiguous().T,
+    "that is sparse": TABLE.to_sparse(),
+    "without values": TABLE.to("meta"),
+    "with attributes": with_attribute(TABLE.clone()),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, where such tensors are made
+@pytest.mark.parametrize("table", SHORTLISTS.values(), ids=SHORTLISTS)
+def test_a_shortlist_that_cannot_be_one_is_refused(saved, table):
+    sealed.write(
+        saved, {name: getattr(make(), name) for name in checkpoint.CONTENT} | {"format": 2, "shortlist": table}
+    )
+    refused("checkpoint", checkpoint.load, saved, says=["shortlist", str(saved)])
+
+
 @pytest.mark.filterwarnings("ignore")  # PyTorch's own, where such tensors are made
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)

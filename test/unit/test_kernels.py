@@ -299,3 +299,25 @@ def test_dropout_is_independent_from_element_to_element():
 def test_dropout_of_one_and_in_evaluation_are_as_ever():
     assert (kernels.Dropout(1.0)(torch.ones(9)) == 0).all()
     assert (kernels.Dropout(0.5).eval()(torch.ones(9)) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_frozen_gru_runs_as_before(dtype, seeded):
+    gru_ = kernels.GRU(EMB + HID, HID).to(dtype)
+    rows_per_step = [4, 4, 3, 1]
+    inputs, context, hidden = (torch.randn(rows, size).to(dtype) for rows, size in ((12, EMB), (4, HID), (4, HID)))
+
+    def run(first_state):
+        with torch.no_grad():
+            outputs, last = gru_.run(inputs, rows_per_step, first_state, gru_.context_gates(4, context))
+            _, after = gru_.run(inputs[:4], [4], first_state, gru_.context_gates(4, context))
+            return outputs, last, after
+
+    expected = [run(state) for state in (hidden, None)]
+    kernels.freeze([gru_, nn.Linear(2, 2)])
+    tolerance = {"rtol": 0, "atol": 2e-2 if dtype == torch.bfloat16 else 1e-5}
+    for state, values in zip((hidden, None), expected, strict=True):
+        torch.testing.assert_close(run(state), values, **tolerance)
+    steps = gru_._steps
+    assert steps is not None and list(steps) == [EMB], "it ran by its own steps"
+    assert gru_.run(inputs, rows_per_step, hidden, gru_.context_gates(4, context))[0].requires_grad, "they train on"

@@ -141,3 +141,35 @@ def test_loss_and_gradients_by_onednn_are_those_of_torch_mm(pairs, by_onednn, mo
     expected = gru.TrainingLoss(model, 0.1)(batch, 1.0)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(actual, gradients(expected, model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_a_weight_that_is_laid_out_gives_the_same_products(dtype, by_onednn, monkeypatch):
+    monkeypatch.setattr(products, "float32_by_onednn", lambda: by_onednn)
+    weight = torch.randn(70, 33).to(dtype)[:, :32]
+    laid_out = products.Weight(weight)
+    packs = dtype == torch.bfloat16 or (dtype == torch.float32 and by_onednn)
+    assert (laid_out._packed is not None) == (packs and products.onednn_packs(dtype))
+    with torch.no_grad():
+        for rows in (0, 1, 16, 37):
+            x = torch.randn(rows, 40).to(dtype)[:, 4:36]
+            for words, found in (
+                (slice(None), laid_out(x)),
+                ([5, 0, 69], laid_out.select(torch.tensor([5, 0, 69]))(x)),
+            ):
+                expected = x.double() @ weight[words].T.double()
+                assert found.dtype == dtype and found.shape == expected.shape
+                torch.testing.assert_close(
+                    found.double(),
+                    expected,
+                    rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+                    atol=0.1 if dtype == torch.bfloat16 else 1e-4,
+                )
+
+
+def test_where_onednn_does_not_pack_torch_multiplies(monkeypatch):
+    monkeypatch.setattr(products, "onednn_packs", lambda dtype: False)
+    weight, x = torch.randn(7, 5).bfloat16(), torch.randn(3, 5).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(products.Weight(weight)(x), x @ weight.T)

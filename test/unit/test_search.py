@@ -142,6 +142,92 @@ def test_all_hypotheses_equal_the_plain_search(model, sources, beam_size, length
         assert scores[column].tolist() == pytest.approx([score for score, _ in hypotheses], abs=1e-5)
 
 
+@pytest.mark.parametrize("beam_size", [1, 2, 3])
+def test_the_search_without_a_sort_equals_the_plain_search(model, sources, beam_size, monkeypatch):
+    """Three groups of two words, and one word left over."""
+    monkeypatch.setattr(search, "GROUP", 2)
+    monkeypatch.setattr(search, "FEWEST_GROUPS", 3)
+    monkeypatch.setattr(search, "BLOCK", 3 * VOCAB)  # the last block of rows is smaller, or not
+    monkeypatch.setattr(torch.Tensor, "logsumexp", None)
+    expected = [plain_beam(model, alone(sources, column), beam_size, 1.0) for column in range(BATCH)]
+    ids, scores = found_by(model, sources, beam_size, n_best=beam_size)
+    for column, hypotheses in enumerate(expected):
+        assert [tokens_of(ids[:, column, rank]) for rank in range(beam_size)] == [tokens for _, tokens in hypotheses]
+        assert scores[column].tolist() == pytest.approx([score for score, _ in hypotheses], abs=1e-5)
+
+
+@pytest.mark.parametrize("words", [512, 515, 527, 600])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 10, 32])
+def test_the_largest_are_those_of_a_sort_of_all(words, rows, count):
+    torch.manual_seed(words)
+    logits = torch.randn(4 * rows, words)
+    logits[0, -3:] += 9  # of those that are left over, if any are
+    logits[1, ::32] += 9  # all of them in one group, or in a few
+    offsets = torch.randn(4, rows)
+    offsets[2, -1] = -math.inf if rows > 1 else 0.0
+    maxima, sums = search.survey(logits)
+    assert maxima is not None
+    torch.testing.assert_close(sums, logits.logsumexp(1))
+    for shift in (offsets, None):
+        candidates = logits.view(4, rows, words) + (0 if shift is None else shift.unsqueeze(2))
+        expected = candidates.flatten(1).topk(count)
+        best, places = search.top(logits.view(4, rows, words), maxima, shift, count)
+        assert torch.equal(best, expected.values)
+        assert torch.equal(places, expected.indices)
+
+
+def test_log_sum_exp_holds_for_logits_that_are_far_from_zero():
+    logits = torch.randn(5, 520) + torch.tensor([[-1e4], [0.0], [1e4], [-70.0], [80.0]])
+    logits[1, -1] = 300.0  # it is left over
+    _, sums = search.survey(logits)
+    torch.testing.assert_close(sums, logits.logsumexp(1))
+    for row in range(5):
+        torch.testing.assert_close(search.survey(logits[[row]])[1], logits[[row]].logsumexp(1))
+    assert search.survey(logits, with_sums=False)[1] is None
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_a_search_among_some_words_is_that_of_a_model_of_these_words(model, sources, beam_size):
+    """In the other model the words that are left out are as good as impossible."""
+    everywhere = found_by(model, sources, beam_size, n_best=beam_size)
+    said = everywhere.ids[:, :, 0].flatten()
+    left_out = [int(said[said != data.EOS].mode().values), 0]
+    words = torch.tensor([word for word in range(VOCAB) if word not in left_out])
+    ids, scores = found_by(model, sources, beam_size, words=words, n_best=beam_size)
+    assert not torch.equal(ids, everywhere.ids), "otherwise the words make no difference"
+    if beam_size == 1:
+        assert torch.equal(
+            ids[:, :, 0], search.greedy(model, *sources, data.SOS, data.EOS, max_len=MAX_LEN, words=words)
+        )
+    with torch.no_grad():
+        model.decoder.fc_out.bias[left_out] = -1e9
+    expected = found_by(model, sources, beam_size, n_best=beam_size)
+    assert torch.equal(ids, expected.ids)
+    torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-5)
+
+
+def test_a_search_among_all_words_is_the_search(model, sources):
+    ids, scores = found_by(model, sources, 3, words=torch.arange(VOCAB), n_best=3)
+    expected = found_by(model, sources, 3, n_best=3)
+    assert torch.equal(ids, expected.ids)
+    torch.testing.assert_close(scores, expected.scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "kept"), [(3, [2, 1]), (64, [60, 57, 54, 51])])
+def test_on_a_cpu_a_sixteenth_of_the_batch_is_dropped_at_a_time(batch, kept):
+    ended, found = torch.zeros(batch, dtype=torch.bool), []
+    for _ in range(batch - 1):
+        ended[(~ended).nonzero()[0]] = True
+        rows = search.rows_to_keep(ended)
+        if len(rows) < len(ended):
+            assert not ended[rows].any()
+            ended = ended[rows]
+            found.append(len(rows))
+    assert found[: len(kept)] == kept and found[-1] == 1
+    assert len(search.rows_to_keep(torch.ones(batch, dtype=torch.bool))) == 0
+
+
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 def test_the_score_is_that_of_reading_the_hypothesis_as_the_reference(model, sources, length_penalty):
     ids, scores = found_by(model, sources, 4, length_penalty=length_penalty, n_best=2)

@@ -15,7 +15,7 @@ import nmt.log
 import scoring
 import train_8p
 from bench import logs
-from nmt import checkpoint, devices, distributed, precision, resume
+from nmt import checkpoint, devices, distributed, precision, resume, shortlist
 from nmt.distributed import World
 from nmt.errors import run_main
 from nmt.search import beam_search
@@ -216,6 +216,21 @@ def test_the_checkpoint_can_be_used_without_the_data(trained):
     assert saved.completed
     assert saved.scores["bleu"] >= 0
     assert all(tensor.dtype == torch.float32 for tensor in saved.state_dict.values())
+
+
+def test_the_checkpoint_has_the_probable_translations_of_each_word(trained):
+    folder, _, _ = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    assert saved.shortlist.shape == (len(saved.src_vocab), shortlist.WIDTH)
+    for word, translation in (("hund", "dog"), ("rot", "red"), ("läuft", "runs"), ("schnell", "fast")):
+        probable = saved.shortlist[saved.src_vocab.index(word)].tolist()
+        assert translation in [saved.trg_vocab[index] for index in probable[:2]]
+
+
+def test_a_performance_run_and_other_ranks_build_no_shortlist(monkeypatch):
+    monkeypatch.setattr(train_8p.shortlist, "build", None)
+    assert train_8p.translations(parse("--performance"), World(), None) is None
+    assert train_8p.translations(parse(""), World(rank=1, size=2), None) is None
 
 
 def test_evaluate_scores_what_the_training_scored(trained, capsys):
