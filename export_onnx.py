@@ -66,8 +66,6 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-# Flags that say nothing of the model. A checkpoint of an earlier version has them.
-OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
 # onnxruntime has known these since 1.12, of 2022.
 OPSET, IR_VERSION = 17, 8
 # Processors without 8-bit dot products add two products in 16 bits: 255 * 63 * 2 fits, 255 * 127 * 2 does not.
@@ -104,9 +102,8 @@ def export(saved: checkpoint.Checkpoint, model: gru.Seq2Seq, out: Path, int8: bo
             what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
             raise UserError("usage", what, "the model", "train a smaller one, by --hid-dim, --emb-dim or --min-freq")
     info = info_of(saved)
-    kept = {name: value for name, value in info.flags.items() if name not in OF_THE_MACHINE}
     about = info.about | {"export": "int8" if int8 else "float32"}
-    info = replace(info, flags=kept, about=about)
+    info = replace(info, flags=checkpoint.portable(info.flags), about=about)  # a file of an earlier version has more
     onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
 
 

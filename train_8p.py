@@ -218,9 +218,8 @@ OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "di
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
 LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
-# What a score takes from the checkpoint, and what stays on the machine that has trained it.
+# What a score takes from the checkpoint.
 OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
-OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
@@ -682,8 +681,6 @@ def as_checkpoint(
     settings: Settings, world: World, corpus: data.Corpus, model: gru.Seq2Seq, scores: dict
 ) -> checkpoint.Checkpoint:
     """All that using the model needs, and what is known of it. Nothing says where it was trained."""
-    kept = {name: value for name, value in flags_of(settings, world).items() if name not in OF_THE_MACHINE}
-    kept |= {name: Path(kept[name]).name for name in ("train_name", "val_name", "test_name")}  # they may be paths
     return checkpoint.Checkpoint(
         state_dict={name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()},
         sizes={
@@ -694,7 +691,7 @@ def as_checkpoint(
         },
         src_vocab=corpus.src_vocab.itos,
         trg_vocab=corpus.trg_vocab.itos,
-        flags=kept,
+        flags=checkpoint.portable(flags_of(settings, world)),
         scores=scores,
         about={
             "src_lang": corpus.src_lang,
@@ -702,6 +699,7 @@ def as_checkpoint(
             "data": corpus.fingerprint,
             "vocabularies": checkpoint.vocabulary_digest(corpus.src_vocab.itos, corpus.trg_vocab.itos),
             "torch": str(torch.__version__),
+            "spacy": importlib.metadata.version("spacy"),
             "world_size": world.size,
         },
     )

@@ -168,7 +168,7 @@ def test_what_utf_8_cannot_hold_comes_back(tmp_path, capsys):
 
 def test_no_path_of_the_training_machine_is_in_the_export(tmp_path, capsys):
     saved = random_checkpoint(tmp_path / "model")
-    for name in export_onnx.OF_THE_MACHINE:
+    for name in checkpoint.OF_THE_MACHINE:
         saved.flags[name] = f"/home/me/{name}"
     checkpoint.save(tmp_path / "model", saved)
     assert export(tmp_path / "model", tmp_path / "export") == 0

@@ -505,7 +505,7 @@ def test_a_checkpoint_does_not_say_where_it_was_trained(tmp_path, capsys, monkey
             assert text.encode() not in content
     saved = checkpoint.load(secret / "model")
     assert saved.flags["test_name"] == "test"
-    assert not set(train_8p.OF_THE_MACHINE) & saved.flags.keys()
+    assert not set(checkpoint.OF_THE_MACHINE) & saved.flags.keys()
     given = resume.load(secret / "model.state").given
     assert given["data_dir"] == str(corpus)
     assert not set(train_8p.OF_THE_COMMAND) & given.keys()
