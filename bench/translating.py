@@ -131,8 +131,11 @@ def main(argv: list[str]) -> None:
             start = process_time()
             table = shortlist.build(src, trg, len(saved.src_vocab), len(saved.trg_vocab))
             print(f"the shortlist was built in {process_time() - start:.2f} s")
-        test = corpus.test
-    ids = [[data.SOS, *data.Vocabulary(saved.src_vocab).encode(tokens), data.EOS] for tokens in test.src_tokens]
+        test, val = corpus.test, corpus.val
+    src_vocab, vocab = data.Vocabulary(saved.src_vocab), data.Vocabulary(saved.trg_vocab)
+    ids, val_ids = (
+        [[data.SOS, *src_vocab.encode(tokens), data.EOS] for tokens in part.src_tokens] for part in (test, val)
+    )
     penalty = float(saved.flags.get("length_penalty", 1.0))
 
     engines = {}
@@ -142,9 +145,16 @@ def main(argv: list[str]) -> None:
             engines[name] = TorchEngine(model, info_of(saved), dtype=dtype, shortlist=used, scores=False)
     found: dict[tuple[str, int], list[list[Hypothesis]]] = {}
 
-    def ours(name: str, beam_size: int) -> None:
+    def translate(name: str, beam_size: int, sentences: list[list[int]]) -> list[list[Hypothesis]]:
         options = {"beam_size": beam_size, "length_penalty": penalty, "max_length": MAX_LENGTH}
-        found[name, beam_size] = engines[name].translate(ids, **options)
+        return engines[name].translate(sentences, **options)
+
+    def ours(name: str, beam_size: int) -> None:
+        found[name, beam_size] = translate(name, beam_size, ids)
+
+    def bleu(hypotheses: list[list[Hypothesis]], references: list[list[str]]) -> float:
+        translations = [data.spaceless(vocab.decode(best.ids)) for best, *_ in hypotheses]
+        return scoring.evaluate(translations, references).bleu
 
     ours("fp32", 1)
     steps = statistics.mean(len(hypotheses[0].ids) + 1 for hypotheses in found["fp32", 1])
@@ -158,20 +168,20 @@ def main(argv: list[str]) -> None:
         def measure(number: int) -> dict[str, float]:
             rates = {}
             for beam_size in BEAMS:
-                for name, translate in runs.items():
+                for name, run in runs.items():
                     if number == 1:
-                        translate(beam_size)  # oneDNN compiles its kernels
+                        run(beam_size)  # oneDNN compiles its kernels
                     start = process_time()
-                    translate(beam_size)
+                    run(beam_size)
                     rates[f"{name} {beam_size}"] = len(ids) / (process_time() - start)
             return rates
 
         middle = machine.repeat(args.repetitions, measure)
     print(f"peak memory of all together: {machine.peak_rss_mb():.0f} MB")
-    vocab = data.Vocabulary(saved.trg_vocab)
     for (name, beam_size), hypotheses in sorted(found.items()):
-        translations = [data.spaceless(vocab.decode(best.ids)) for best, *_ in hypotheses]
-        machine.print_figure(f"BLEU {name} {beam_size}", scoring.evaluate(translations, test.references).bleu, "stated")
+        machine.print_figure(f"BLEU {name} {beam_size}", bleu(hypotheses, test.references), "stated")
+        of_val = bleu(translate(name, beam_size, val_ids), val.references)
+        machine.print_figure(f"BLEU of the validation pairs {name} {beam_size}", of_val, "stated")
     for beam_size in BEAMS:
         for name in engines:
             must = ">= 1" if name.startswith("bf16") else "stated"

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 # A batch has at most so much of each, or one sentence. That bounds the memory.
-BATCH_ROWS = 256  # hypotheses
-BATCH_LOGITS = 1 << 21  # hypotheses times words
+BATCH_SENTENCES = 256
+BATCH_ROWS = 512  # hypotheses
+BATCH_LOGITS = 1 << 22  # hypotheses times words
 BATCH_TOKENS = 1 << 14  # source tokens, padding counted
 BATCH_IDS = 1 << 20  # hypotheses times the most tokens of a translation
 
@@ -127,7 +128,7 @@ class TorchEngine:
         results: list[list[Hypothesis]] = [[] for _ in sentences]
         lengths = [len(sentence) for sentence in sentences]
         most_rows = min(BATCH_ROWS, BATCH_LOGITS // len(self.info.trg_words), BATCH_IDS // max_length)
-        for places in batches(lengths, most_rows // beam_size):
+        for places in batches(lengths, min(BATCH_SENTENCES, most_rows // beam_size)):
             src = torch.full((lengths[places[-1]], len(places)), PAD)
             for column, place in enumerate(places):
                 src[: lengths[place], column] = torch.tensor(sentences[place])

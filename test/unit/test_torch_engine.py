@@ -148,6 +148,7 @@ def test_a_batch_bounds_its_memory(monkeypatch):
 @pytest.mark.parametrize(
     ("limits", "most"),
     [
+        ({"BATCH_SENTENCES": 5}, 5),
         ({"BATCH_ROWS": 12}, 3),
         ({"BATCH_LOGITS": 2 * 4 * TRG}, 2),
         ({"BATCH_IDS": 4 * 9}, 1),
