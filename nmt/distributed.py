@@ -87,7 +87,7 @@ class World:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         if self.meeting is None:
             check_meeting_variables()  # torch.distributed reads them
-        store = None if self.meeting is None else join_store(*self.meeting, self.timeout)
+        store = self._store_of_torchrun() if self.meeting is None else join_store(*self.meeting, self.timeout)
         try:
             dist.init_process_group(
                 self._collectives,
@@ -105,6 +105,18 @@ class World:
                 f"rank {self.rank}",
                 "see that every node was started with the same --addr, port and --world-size",
             ) from error
+
+    def _store_of_torchrun(self) -> dist.Store | None:
+        """A store with the keys of this start alone. None: PyTorch takes what the environment names.
+
+        torchrun's agent keeps one store for all its restarts. A rank that is early would find there where a dead rank
+        was, and wait for it. On one node the number of the restart keeps them apart. The agents of several nodes count
+        differently.
+        """
+        if self.nodes > 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return None
+        store = join_store(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), self.timeout)
+        return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     def stop(self) -> None:
         """Leaves the process group."""

@@ -612,3 +612,44 @@ def test_ranks_tell_whether_they_agree_on_a_number(monkeypatch, numbers, agree):
     monkeypatch.setattr(World, "sum", lambda self, tensor: tensor.fill_(sum(numbers)))
     assert World(size=2).agrees_on(numbers[0]) == agree
     assert World(size=2).agrees_on(numbers[1]) == agree
+
+
+RANK = """
+import sys
+from nmt.distributed import World
+import torch
+world = World(rank=int(sys.argv[1]), size=2, local_size=2, timeout=20.0)
+print("joining", flush=True)
+world.start()
+print(int(world.sum(torch.ones(1))), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ranks_that_torchrun_starts_again_do_not_look_for_the_dead_ones():
+    """Its store has the addresses of the earlier start. The second rank is there first, and reads them."""
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for restart in range(2):
+        environment = os.environ | variables | {"TORCHELASTIC_RESTART_COUNT": str(restart)}
+        ranks = []
+        for rank in (1, 0):
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", RANK, str(rank)],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            assert ranks[-1].stdout.readline() == "joining\n"
+            if rank == 1:
+                time.sleep(1.0)  # in which it would find the dead rank's address
+        try:
+            assert [rank.stdout.readline() for rank in ranks] == ["2\n", "2\n"]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.communicate()
