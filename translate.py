@@ -219,7 +219,8 @@ def engine_of(settings: Settings, path: str) -> "Engine":
         todo = "use the file as train_8p.py wrote it, and the gru.py that it was trained with"
         raise UserError("checkpoint", f"holds no model of this gru.py: {error}", path, todo) from error
     words = shortlist_of(saved, settings.shortlist, path)
-    return TorchEngine(model, info_of(saved), dtype=choose_dtype(settings.precision), shortlist=words)
+    dtype = choose_dtype(settings.precision)
+    return TorchEngine(model, info_of(saved), dtype=dtype, shortlist=words, scores=settings.scores)
 
 
 def translator_of(settings: Settings, engine: "Engine") -> "Translator":

@@ -498,9 +498,28 @@ def translating(root: str) -> str:
     for name, shown in names.items():
         rates = [measured.medians[f"{name} {beam}"] for beam in (1, 5, 10)]
         bleus = [measured.figures.get(f"BLEU {name} {beam}", "") for beam in (1, 5, 10)]
-        lines.append([shown, *rates, *bleus, f"[log]({root}{path})"])
-    header = "sentences/s | greedy | beam of 5 | beam of 10 | BLEU, greedy | BLEU, beam of 5 | BLEU, beam of 10 | log"
-    return table(header, lines)
+        start = measured.figures.get(f"first line {name}, s", "")
+        lines.append([shown, *rates, *bleus, start, f"[log]({root}{path})"])
+    header = "sentences/s | greedy | beam of 5 | beam of 10 | BLEU, greedy | BLEU, beam of 5 | BLEU, beam of 10"
+    return table(f"{header} | seconds to the first line | log", lines)
+
+
+def exported(root: str) -> str:
+    """Sentences a second on one core, BLEU and equal translations of the test pairs, by onnxruntime and by PyTorch."""
+    path = "bench/results/exported-amx.log"
+    text = text_of(path)
+    medians = logs.parse_measurement(text).medians
+    names = {"torch": "PyTorch, float32", "onnx": "onnxruntime, float32", "int8": "onnxruntime, `--int8`"}
+    lines = []
+    for name, shown in names.items():
+        rates = [medians[f"{name}, beam {beam}"] for beam in (1, 5, 10)]
+        found = [re.search(rf"^{name}, beam {beam}: BLEU (\S+), (\d+) of ", text, re.MULTILINE) for beam in (1, 5, 10)]
+        scores = [f"{float(line[1]):.2f}, {line[2]}" for line in found if line]
+        lines.append([shown, *rates, *scores, f"[log]({root}{path})"])
+    header = (
+        "sentences/s | greedy | beam of 5 | beam of 10 | BLEU and equal translations, greedy | beam of 5 | beam of 10"
+    )
+    return table(f"{header} | log", lines)
 
 
 def speed_on_the_h200(root: str) -> str:
@@ -613,6 +632,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
     "speed-before": lambda root: speed_table(AGAINST, root, "2feed7b", "this commit"),
     "translating": translating,
+    "exported": exported,
     "pieces": lambda root: mean_table("without", WITHOUT, root),
     "batching": batching,
     "beams": lambda root: one_line("beam", beams_of_tuned()),
