@@ -247,7 +247,7 @@ def test_onnxruntime_translates_as_pytorch_does_and_alone(tmp_path, capfd):
     assert "onnxruntime" in imported and not {"torch.nn", "torch._C", "nmt.checkpoint"} & imported
 
 
-def test_precision_and_shortlist_reach_the_engine(tmp_path, monkeypatch):
+def test_what_the_engine_needs_to_know_reaches_it(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_engine, "TorchEngine", lambda model, info, **options: options)
     with_list = write_model(tmp_path / "model", shortlist=torch.arange(4, 8, dtype=torch.int32).repeat(8, 1))
 
@@ -255,8 +255,13 @@ def test_precision_and_shortlist_reach_the_engine(tmp_path, monkeypatch):
         settings = translate.Settings(**vars(translate.build_parser().parse_args([f"--ckptpath={with_list}", *flags])))
         return translate.engine_of(settings, settings.models[0])
 
-    assert options("--precision=bfloat16", "--shortlist=0") == {"dtype": torch.bfloat16, "shortlist": None}
-    assert options("--precision=float32", "--shortlist=0") == {"dtype": torch.float32, "shortlist": None}
+    assert options("--precision=bfloat16", "--shortlist=0") == {
+        "dtype": torch.bfloat16,
+        "shortlist": None,
+        "scores": False,
+    }
+    assert options("--precision=float32", "--shortlist=0")["dtype"] == torch.float32
+    assert options("--scores")["scores"], "greedy decoding computes them if they are printed"
     assert options("--shortlist=3")["shortlist"].tolist() == [[4, 5, 6]] * 8
     assert "at most 4" in refused("usage", options, "--shortlist=5")
 
