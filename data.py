@@ -330,6 +330,10 @@ def load_test(
     _check_languages(langs)
     _check_folder(data_dir)
     if not files.any_pair(data_dir, test_name, langs):
+        if others := files.other_training_files(data_dir, langs):
+            what = f"no test pair of {src_lang} and {trg_lang}, the model's languages"
+            todo = "give the folder of such a pair with --data-dir, and the pair's name with --test-name"
+            raise UserError("data", f"{what}, but {', '.join(map(str, others[:5]))}", str(data_dir), todo)
         _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log)
     download.clear_strays(data_dir)
     (pair,) = files.find_files(data_dir, langs, names, wanted=["test"])

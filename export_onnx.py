@@ -9,6 +9,8 @@ The graphs are built node by node, from the formulas of `gru.py` and `nmt/kernel
 `torch.onnx.export` would need a second copy of the model without its own kernels, and more packages.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -52,17 +54,21 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 if __name__ == "__main__":
     end_imports_at_sigterm()
 prepare_imports()
-exit_unless_installed(["onnx"], "requirements-onnx.txt")
+exit_unless_installed(["onnx", "onnxruntime"], "requirements-onnx.txt")
 
 import gru
 from nmt import checkpoint, onnx_engine
 from nmt.errors import UserError
+from nmt.kernels import GRU
 from nmt.log import say
+from nmt.text.vocabulary import SOS
 from nmt.torch_engine import info_of
 from scoring import restore
 
 import numpy as np
 import onnx
+import onnxruntime
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
@@ -70,6 +76,13 @@ from torch import Tensor
 OPSET, IR_VERSION = 17, 8
 # Processors without 8-bit dot products add two products in 16 bits: 255 * 63 * 2 fits, 255 * 127 * 2 does not.
 INT8_LARGEST = 63
+# The weights that the graphs know. Those of a changed gru.py may be others.
+WEIGHTS = {"encoder.embedding.weight", "decoder.embedding.weight", "decoder.fc_out.weight", "decoder.fc_out.bias"} | {
+    f"{side}.rnn.{weight}_l0"
+    for side in ("encoder", "decoder")
+    for weight in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+}
+TOLERANCE = 1e-3  # between PyTorch's numbers and those of the graphs, as a part of the largest
 LARGEST = 2_000_000_000  # bytes of a file's weights: protobuf ends at 2 GiB
 
 
@@ -94,17 +107,66 @@ def export(saved: checkpoint.Checkpoint, model: gru.Seq2Seq, out: Path, int8: bo
     """Writes the model of a checkpoint into the folder `out`, which is not there yet or empty.
 
     Raises:
-        UserError: io. Or usage, the model is too large for the format.
+        UserError: io. Or usage, the graphs are not those of this gru.py, or the model is too large for the format.
     """
+    check_weights(model)
     parts = {"encoder.onnx": encoder_graph(model), "decoder.onnx": decoder_graph(model, int8)}
     for name, graph in parts.items():
         if (size := graph.size()) > LARGEST:
             what = f"{name} would have {size / 1e9:.1f} GB, and ONNX files end at 2"
             raise UserError("usage", what, "the model", "train a smaller one, by --hid-dim, --emb-dim or --min-freq")
+    check_formulas(model, {"decoder.onnx": decoder_graph(model)} if int8 else {}, parts)
     info = info_of(saved)
     about = info.about | {"export": "int8" if int8 else "float32"}
     info = replace(info, flags=checkpoint.portable(info.flags), about=about)  # a file of an earlier version has more
     onnx_engine.write(out, info, {name: graph.serialised() for name, graph in parts.items()})
+
+
+def check_weights(model: gru.Seq2Seq) -> None:
+    """Raises a usage UserError if the model has other parts than the graphs. Someone may have edited gru.py."""
+    others = sorted(model.state_dict().keys() ^ WEIGHTS)
+    kinds = {type(rnn) for rnn in (model.encoder.rnn, model.decoder.rnn)} - {GRU}
+    if others or kinds:
+        raise of_another_model(others[0] if others else kinds.pop().__name__)
+
+
+def check_formulas(model: gru.Seq2Seq, exact: dict[str, Graph], parts: dict[str, Graph]) -> None:
+    """Compares the graphs with the model, on sentences of random words.
+
+    Args:
+        model: in evaluation mode.
+        exact: name → the graph in float32, of those whose products are in integers.
+        parts: the graphs of the export.
+
+    Raises:
+        UserError: usage, they compute something else.
+    """
+    encoder, decoder = (
+        onnxruntime.InferenceSession((parts | exact)[name].serialised(), providers=["CPUExecutionProvider"])
+        for name in ("encoder.onnx", "decoder.onnx")
+    )
+    draws = torch.Generator().manual_seed(0)
+    src_len = torch.tensor([7, 5, 4, 3])
+    src = torch.randint(model.encoder.embedding.num_embeddings, (7, 4), generator=draws)
+    prev_token = torch.full((4,), min(SOS, model.decoder.embedding.num_embeddings - 1))
+    with torch.no_grad():
+        memory, hidden = model.start(src, src_len)
+        logits, next_hidden = model.step(prev_token, hidden, memory)
+    given = {"src": src.numpy(), "src_len": src_len.int().numpy()}
+    first, gates, context_logits = encoder.run(["hidden", "context_gates", "context_logits"], given)
+    given = {"prev_token": prev_token.numpy(), "hidden": first, "context_gates": gates}
+    given |= {"context_logits": context_logits, "sentence": np.arange(4), "k": np.array([1])}
+    found = first, *decoder.run(["next_hidden", "logits"], given)
+    wanted = {"hidden": hidden, "next_hidden": next_hidden, "logits": logits}
+    for (name, theirs), ours in zip(wanted.items(), found, strict=True):
+        expected = theirs.numpy()
+        if ours.shape != expected.shape or not np.abs(ours - expected).max() <= TOLERANCE * np.abs(expected).max():
+            raise of_another_model(f"the formula of {name}")
+
+
+def of_another_model(what: str) -> UserError:
+    todo = "use the gru.py of this repository, or change encoder_graph and decoder_graph in export_onnx.py too"
+    return UserError("usage", f"gru.py computes another model than the export: {what}", "gru.py", todo)
 
 
 # ---------------------------------------------------------------- the two graphs

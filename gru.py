@@ -193,7 +193,7 @@ class Memory(NamedTuple):
 
     Attributes:
         context_gates: [sentences, ...] from the decoder's `rnn.context_gates`.
-        context_logits: [sentences, words] from `Decoder.context_logits`, in float32 or finer.
+        context_logits: [sentences, words] the context's part of the logits, in float32 or finer.
         own_weight: the columns of W_o for [e_t ; h_t], the same for all sentences.
         decoding: makes the steps.
     """

@@ -482,7 +482,11 @@ def comparison_lines(systems: Sequence[tuple[str, list[str]]], reference: list[s
             found: Any = results[metric][place]
             line = f"{metric} {name}: {found.score:.4f} (mean {found.mean:.4f} ± {found.ci:.4f})"
             if place:
-                verdict = "a difference" if found.p_value < SIGNIFICANT else "no difference"
-                line += f", p = {found.p_value:.4f}: {verdict} at the level {SIGNIFICANT}"
+                # Where nothing varies, sacreBLEU's p is the smallest that there is.
+                first: Any = results[metric][0]
+                same = len(reference) == 1 or (found.mean, found.ci) == (first.mean, first.ci)
+                p = 1.0 if same else found.p_value
+                verdict = "significant" if p < SIGNIFICANT else "not significant"
+                line += f", p = {p:.4f}: {verdict} at the level {SIGNIFICANT}"
             yield line
         yield f"{metric}: {signature}"

@@ -32,15 +32,18 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
 from nmt import flags
-from nmt.errors import UserError, lacks_memory, not_installed, printable, run_main
+from nmt.errors import NO_ROOM, UserError, lacks_memory, not_installed, printable, run_main
 from nmt.signals import end_imports_at_sigterm
 from nmt.storage import InUse, clear_partial, locked, replacing
 
 if TYPE_CHECKING:
     from nmt.engine import Engine, ModelInfo
+    from nmt.text.stream import Changes
     from nmt.translating import Translation, Translator
 
 DEFAULT_CKPTPATH = "./seq2seq-gru-model.pth.tar"  # where train_8p.py writes
+DEFAULT_EXPORT = "./seq2seq-gru-model-onnx"  # where export_onnx.py writes
+MANY_UNKNOWN = 0.3  # of a text's words
 
 # ---------------------------------------------------------------- the settings
 
@@ -98,15 +101,15 @@ class Settings:
     precision: str = flags.row(ENGINE, "auto", ("auto", "float32", "bfloat16"),
         "format of the numbers; auto: bfloat16 where the processor is faster in it; torch only")
     shortlist: int | None = flags.row(ENGINE, None, flags.non_negative_int,
-        "target words that are tried for each source word, beside the most frequent ones; 0: all words; left out: so "
-        "many that the scores stay, or all words if the model keeps no list; torch only")
+        "target words that are tried for each source word, beside the most frequent ones; left out or 0: all "
+        "words; torch only")
     debug: bool = flags.row(ENGINE, False, None, "show the traceback of every error")
     # fmt: on
 
     @property
     def models(self) -> list[str]:
         """The paths of the models, at least one."""
-        return self.ckptpath or [DEFAULT_CKPTPATH]
+        return self.ckptpath or [DEFAULT_EXPORT if self.backend == "onnx" else DEFAULT_CKPTPATH]
 
 
 def build_parser() -> flags.StrictParser:
@@ -137,7 +140,9 @@ def main(argv: list[str]) -> None:
         translators = [translator_of(settings, engine) for engine in engines]
         if settings.input is None and sys.stdin.isatty():
             info = engines[0].info
-            print(f"translates {info.src_lang} to {info.trg_lang}, line by line; Ctrl-D ends it", file=sys.stderr)
+            where = "" if settings.output is None else f" into {settings.output}"
+            how = f"translates {info.src_lang} to {info.trg_lang}{where}, line by line; Ctrl-D ends it"
+            print(printable(how), file=sys.stderr)
             if settings.output is None and sys.stdout.isatty():
                 prompt(translators[0], settings)
                 return
@@ -173,7 +178,7 @@ def check(settings: Settings) -> None:
 def check_installed(settings: Settings) -> None:
     """Raises a usage UserError that names the packages which these settings need and which are not installed."""
     needed = ["numpy", "spacy", "tqdm"]
-    if settings.backend == "torch":
+    if settings.backend == "torch" or settings.reference is not None:
         needed.append("torch")
     if not settings.tokenized or settings.reference is not None:
         needed.append("sacremoses")
@@ -209,6 +214,9 @@ def engine_of(settings: Settings, path: str) -> "Engine":
     from nmt import checkpoint
     from nmt.torch_engine import TorchEngine, choose_dtype, info_of, shortlist_of
 
+    if settings.ckptpath is None and not os.path.exists(path):
+        todo = "train one with train_8p.py, or name a model with --ckptpath"
+        raise UserError("checkpoint", "there is no model here", path, todo)
     saved = checkpoint.load(path)
     if saved.src_vocab is None:
         todo = "translate with a model of train_8p.py; train_8p.py --evaluate scores this one, with the data it had"
@@ -265,7 +273,7 @@ def translate(
     """
     from nmt.text import stream
 
-    changes: Counter[str] = Counter()
+    changes = stream.Changes()
     number = 0
     with progress() as bar:
         for lines in stream.windows(file, changes, settings.input or "standard input"):
@@ -276,7 +284,10 @@ def translate(
             out.flush()
             yield [[translations[0] for translations in window] for window in found]
             bar.update(len(lines))
-    tell(changes + translators[0].changes)
+    tell(changes, translators[0].changes)
+    if translators[0].unknown > MANY_UNKNOWN * translators[0].words:
+        part = translators[0].unknown / translators[0].words
+        print(f"note: the model does not know {part:.0%} of the words: see what it was trained on", file=sys.stderr)
 
 
 def written(number: int, translation: "Translation", settings: Settings) -> str:
@@ -297,11 +308,11 @@ def progress() -> Any:
     return tqdm(unit=" lines", desc="translated", disable=hidden, leave=False)
 
 
-def tell(changes: Counter[str]) -> None:
+def tell(of_lines: "Changes", of_sentences: "Counter[str] | None" = None) -> None:
     """Says what had to be changed in the input, one line for each kind."""
-    for what, count in changes.items():
-        if count:
-            print(f"note: {count} {what}", file=sys.stderr)
+    for what, count in (of_lines + (of_sentences or Counter())).items():
+        first = of_lines.first.get(what)
+        print(f"note: {count} {what}{f' (the first is line {first})' if first else ''}", file=sys.stderr)
 
 
 def prompt(translator: "Translator", settings: Settings) -> None:
@@ -318,13 +329,13 @@ def prompt(translator: "Translator", settings: Settings) -> None:
         except EOFError:
             print()
             return
-        changes: Counter[str] = Counter()
+        changes = stream.Changes()
         text = stream.readable(line.encode(errors="surrogateescape"), changes)
         translator.changes.clear()
         for translations in translator([text]):
             number += 1
             print("".join(written(number, one, settings) for one in translations), end="", flush=True)
-        tell(changes + translator.changes)
+        tell(changes, translator.changes)
 
 
 # ---------------------------------------------------------------- scores
@@ -352,13 +363,13 @@ class Scored:
             what = f"the models translate {' and '.join(f'{src} to {trg}' for src, trg in sorted(pairs))}"
             raise UserError("usage", what, "--ckptpath", "compare models of the same languages")
         with opened(self._path) as reference:
-            changes: Counter[str] = Counter()
+            changes = stream.Changes()
             self._reference = [line for window in stream.windows(reference, changes, self._path) for line in window]
         tell(changes)
         self._found: list[list[Translation]] = [[] for _ in infos]
         if settings.input is not None and os.path.isfile(settings.input):
             with opened(settings.input) as again:
-                self._check(sum(len(window) for window in stream.windows(again, Counter(), settings.input)))
+                self._check(sum(len(window) for window in stream.windows(again, stream.Changes(), settings.input)))
 
     def add(self, window: list[list["Translation"]]) -> None:
         """Takes what `translate` yields."""
@@ -387,14 +398,14 @@ class Scored:
                 [token for token in sentence if not token.isspace()]
                 for sentence in tokenise(self._reference, info.trg_lang, "keep")[0]
             ]
-            for case in ("lower", "keep") if info.case == "keep" else ("lower",):
-                ours, theirs = (
-                    [[token.lower() for token in sentence] if case == "lower" else sentence for sentence in side]
-                    for side in (tokens, reference)
-                )
-                scores, cased = scoring.evaluate(ours, theirs), "cased " if case == "keep" else ""
-                yield f"{cased}BLEU score = {scores.bleu:.4f} (torchtext, tokens as in training)"
-                yield f"{cased}sacreBLEU = {scores.sacrebleu:.4f} (tokens as in training, {scores.sacrebleu_signature})"
+            if info.case == "lower":  # words that were copied from the source have the source's case
+                tokens, reference = scoring.lowered(tokens), scoring.lowered(reference)
+            scores, cased = scoring.evaluate_in(info.case, tokens, reference)
+            for prefix, each in (("", scores), ("cased ", cased)):
+                if each is not None:
+                    yield f"{prefix}BLEU score = {each.bleu:.4f} (torchtext, tokens as in training)"
+                    signature = each.sacrebleu_signature
+                    yield f"{prefix}sacreBLEU = {each.sacrebleu:.4f} (tokens as in training, {signature})"
             yield from scoring.text_lines([translation.text for translation in found], self._reference)
         if len(self._models) > 1:
             systems = [
@@ -491,7 +502,7 @@ def telling_of_output(settings: Settings) -> Iterator[None]:
     except OSError as error:
         if lacks_memory(error):
             raise
-        todo = "make room there, or give a file that can be written"
+        todo = "make room there" if error.errno in NO_ROOM else "give a file in a folder that you may write to"
         raise UserError("io", f"cannot write: {error.strerror or error}", where, todo) from error
 
 
@@ -526,7 +537,9 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in info.scores.items()
     )
     yield "decoding: " + ", ".join(
-        f"{name} {values[name]}" for name in ("beam_size", "length_penalty", "max_length") if name in values
+        f"{name} {values[name]}"
+        for name in ("beam_size", "length_penalty", "max_length")
+        if values.get(name) is not None
     )
     yield f"data: sha256 {about.get('data', 'unknown')}"
     if "vocabularies" in about:

@@ -251,10 +251,8 @@ class Run:
         try:
             part.restore(state)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[
-                :MOST_CHARACTERS
-            ]  # its first line may say little
-            what = f"contradicts itself, or is of another model: {name}: {said}"
+            said = " ".join(f"{type(error).__name__}: {error}".split())  # its first line may say little
+            what = f"contradicts itself, or is of another model: {name}: {said[:MOST_CHARACTERS]}"
             todo = f"go on with the gru.py that the run began with, or {sealed.OTHER_COPY}"
             raise UserError("checkpoint", what, "the state of the run", todo) from error
 

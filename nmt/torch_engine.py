@@ -21,8 +21,6 @@ BATCH_LOGITS = 1 << 22  # hypotheses times words
 BATCH_TOKENS = 1 << 14  # source tokens, padding counted
 BATCH_IDS = 1 << 20  # hypotheses times the most tokens of a translation
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-
 
 def info_of(saved: Checkpoint) -> ModelInfo:
     """What a checkpoint of this program says. The original's have no vocabulary, and translate nothing."""
@@ -134,7 +132,8 @@ class TorchEngine:
                 src[: lengths[place], column] = torch.tensor(sentences[place])
             words = None
             if self._shortlist is not None:
-                words = shortlists.words_of(src, self._shortlist, len(self.info.trg_words))
+                frequent = max(shortlists.FREQUENT, beam_size)  # a beam has no more hypotheses than words
+                words = shortlists.words_of(src, self._shortlist, len(self.info.trg_words), frequent)
             sources = src, torch.tensor([lengths[place] for place in places])
             if beam_size == 1 and not self._scores:
                 ids = search.greedy(self._decoding, *sources, SOS, EOS, max_length, words=words).unsqueeze(2)

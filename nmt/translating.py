@@ -59,6 +59,7 @@ class Translator:
     Attributes:
         beam_size, length_penalty: as they were resolved.
         changes: counts what was left out, by `CUT` and `LONG_WORD`.
+        words, unknown: how many words were translated, and how many of them are not in the vocabulary.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Translator:
         self._replace_unknown = replace_unknown
         self._detokeniser = Detokeniser(info.trg_lang) if detokenise else None
         self.changes: Counter[str] = Counter()
+        self.words = self.unknown = 0
 
     def __call__(self, lines: Sequence[str]) -> list[list[Translation]]:
         """Translates lines.
@@ -115,6 +117,8 @@ class Translator:
         self.changes[CUT] += tokenised.cut
         words = [self._kept(tokens) for tokens in tokenised.sentences()]
         ids = [self._ids(tokens) for tokens in words]
+        self.words += sum(map(len, ids))
+        self.unknown += sum(sentence.count(UNK) for sentence in ids)
         by_limit: dict[int, list[int]] = {}
         for place, tokens in enumerate(words):
             if tokens:

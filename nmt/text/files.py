@@ -63,9 +63,11 @@ def find_files(
         raise UserError("data", f"two corpora, one in {first} and one in {second}", str(data_dir), todo)
     if found:
         return found[0]
-    absent = tried or [data_dir]
+    if not tried:
+        todo = "name a folder that has the files with --data-dir"
+        raise UserError("data", "there is no such folder", str(data_dir), todo)
     todo = "put it there, or name other files (--src-lang, --trg-lang, --train-name, ...) or another --data-dir"
-    raise UserError("data", f"missing; tried {', '.join(map(str, absent))}", str(data_dir), todo)
+    raise UserError("data", f"missing; tried {', '.join(map(str, tried))}", str(data_dir), todo)
 
 
 def _are_same(one: list[tuple[Path, Path]], other: list[tuple[Path, Path]]) -> bool:

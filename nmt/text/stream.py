@@ -1,5 +1,6 @@
 """Lines from a file, a pipe or a terminal, as they come, whatever they hold. Memory does not grow with their number."""
 
+import codecs
 import os
 import re
 import select
@@ -21,10 +22,31 @@ _CONTROL = re.compile(r"[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
 NOT_UTF8 = "line(s) not in UTF-8: the wrong bytes became U+FFFD"
 CONTROL = "line(s) with control characters, such as NUL: these became spaces"
 HUGE = f"line(s) of more than {LINE_BYTES >> 20} MiB: what is beyond was left out"
+RETURN = "line(s) with a CR in the middle, which ends no line here"
+UTF_16 = "line that begins as UTF-16 does: convert the text by iconv -f UTF-16 -t UTF-8"
+
+
+class Changes(Counter[str]):
+    """Counts what happened to lines, by kind.
+
+    Attributes:
+        line: number of the line at hand, from 1. 0: lines have no numbers.
+        first: kind → the line where it happened first.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = 0
+        self.first: dict[str, int] = {}
+
+    def note(self, kind: str) -> None:
+        """Something happened to the line at hand."""
+        self[kind] += 1
+        self.first.setdefault(kind, self.line)
 
 
 def windows(
-    file: int, changes: Counter[str], name: str = "standard input", first: int = FIRST_WINDOW
+    file: int, changes: Changes, name: str = "standard input", first: int = FIRST_WINDOW
 ) -> Iterator[list[str]]:
     r"""Reads a file to its end, some lines at a time. Lines end at `\n` alone.
 
@@ -33,7 +55,7 @@ def windows(
 
     Args:
         file: a descriptor.
-        changes: counts the lines that had to be changed, by `NOT_UTF8`, `CONTROL` and `HUGE`.
+        changes: counts the lines that had to be changed, by `NOT_UTF8`, `CONTROL` and the like.
         name: the file's, for errors.
         first: lines of the first window.
 
@@ -73,8 +95,15 @@ def windows(
             size += len(window[-1])
         pending -= size
         if window:
-            yield [readable(line, changes) for line in window]
+            yield [_numbered(line, changes) for line in window]
             most = min(2 * most, LARGEST_WINDOW)
+
+
+def _numbered(line: bytes, changes: Changes) -> str:
+    changes.line += 1
+    if changes.line == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        changes.note(UTF_16)
+    return readable(line, changes)
 
 
 def _has_more(file: int) -> bool:
@@ -82,19 +111,19 @@ def _has_more(file: int) -> bool:
     return bool(select.select([file], [], [], PATIENCE)[0])
 
 
-def readable(line: bytes, changes: Counter[str]) -> str:
+def readable(line: bytes, changes: Changes) -> str:
     r"""A line as text, without what nobody sees at its ends. What is no text is replaced.
 
     Args:
         line: without its `\n`.
         changes: as in `windows`.
 
-    >>> changes = Counter()
+    >>> changes = Changes()
     >>> readable(b"Ein\0Hund \xff\r", changes), sorted(changes.values())
     ('Ein Hund �', [1, 1])
     """
     if len(line) > LINE_BYTES:
-        changes[HUGE] += 1
+        changes.note(HUGE)
         edge = LINE_BYTES
         while edge > LINE_BYTES - 4 and line[edge] & 0xC0 == 0x80:
             edge -= 1  # to the first byte of a character
@@ -102,9 +131,12 @@ def readable(line: bytes, changes: Counter[str]) -> str:
     try:
         text = line.decode()
     except UnicodeDecodeError:
-        changes[NOT_UTF8] += 1
+        changes.note(NOT_UTF8)
         text = line.decode(errors="replace")
     if _CONTROL.search(text):
-        changes[CONTROL] += 1
+        changes.note(CONTROL)
         text = _CONTROL.sub(" ", text)
-    return files.stripped(text)
+    text = files.stripped(text)
+    if "\r" in text:
+        changes.note(RETURN)
+    return text

@@ -14,7 +14,7 @@ from nmt.errors import run_main
 
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, flags_of_recipe, step_lines, with_todays_names
+from conftest import REPOSITORY, SMALL, flags_of_recipe, random_checkpoint, refused, step_lines, with_todays_names
 
 PAGE = (REPOSITORY / "docs" / "change-the-model.md").read_text(encoding="utf-8")
 MODEL = (REPOSITORY / "gru.py").read_text(encoding="utf-8")
@@ -201,3 +201,14 @@ def test_a_changed_model_trains_on_the_sample_and_its_checkpoint_is_its_own(chan
         monkeypatch.setattr(user, "gru", gru)
     assert run_main(train_8p.main, [*flags, "--evaluate", path]) == 4
     assert capsys.readouterr().err.startswith("error[checkpoint]: holds no state dict of this model: ")
+
+
+@CHANGES
+def test_a_changed_model_is_not_exported_as_the_one_of_before(changed, tmp_path):
+    pytest.importorskip("onnx")
+    import export_onnx
+
+    model = changed.build(20, 20, emb_dim=6, hid_dim=8).eval()
+    saved = random_checkpoint(tmp_path / "model")
+    refused("usage", export_onnx.export, saved, model, tmp_path / "export", says="computes another model")
+    assert not (tmp_path / "export").exists()

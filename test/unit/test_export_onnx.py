@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 import export_onnx
+import gru
 from nmt import checkpoint, onnx_engine, storage
 from nmt.errors import UserError, run_main
 from nmt.torch_engine import info_of
@@ -330,3 +331,23 @@ def test_the_documents_lines_decode_greedily(out):
     engine = onnx_engine.load(out)
     [[found]] = engine.translate([[2, 5, 6, 3]], beam_size=1, length_penalty=1.0, max_length=49)
     assert found.ids == [number for number in values["ids"][1:] if number != 3]
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(gru.Encoder, "encode_rows"), (gru.Decoder, "decode_rows"), (gru.Decoding, "step")]
+)
+def test_a_changed_formula_is_not_exported(tmp_path, monkeypatch, owner, name, int8):
+    """The weights have the names of before."""
+    saved = random_checkpoint(tmp_path / "model")
+    model = gru.restore(saved.state_dict, saved.sizes)
+    computed = getattr(owner, name)
+
+    def halved(*args):
+        found = computed(*args)
+        return tuple(0.5 * part for part in found) if isinstance(found, tuple) else 0.5 * found
+
+    monkeypatch.setattr(owner, name, halved)
+    refused("usage", export_onnx.export, saved, model, tmp_path / "export", int8, says="the formula of ")
+    monkeypatch.setattr(owner, name, computed)
+    export_onnx.export(saved, model, tmp_path / "export", int8)

@@ -3,7 +3,6 @@
 import os
 import threading
 import tracemalloc
-from collections import Counter
 
 from nmt.text import stream
 
@@ -11,9 +10,9 @@ import pytest
 from conftest import refused
 
 
-def read(content: bytes, first: int = 1000) -> tuple[list[list[str]], Counter]:
+def read(content: bytes, first: int = 1000) -> tuple[list[list[str]], stream.Changes]:
     """The windows of a text that comes through a pipe all at once."""
-    changes: Counter[str] = Counter()
+    changes = stream.Changes()
     reading, writing = os.pipe()
 
     def write():
@@ -43,13 +42,14 @@ def read(content: bytes, first: int = 1000) -> tuple[list[list[str]], Counter]:
 def test_a_line_ends_at_a_line_feed_alone(content, lines):
     windows, changes = read(content)
     assert [line for window in windows for line in window] == lines
-    assert not changes
+    assert changes == ({stream.RETURN: 1} if "\r" in "".join(lines) else {})
 
 
 def test_what_is_no_text_is_replaced_and_counted():
     windows, changes = read(b"a\0b\n\x1b[31mred\x7f\n\xff\xfe\nok\n" + "ä".encode()[:1] + b"\n")
     assert windows == [["a b", "[31mred", "��", "ok", "�"]]
     assert changes == {stream.CONTROL: 2, stream.NOT_UTF8: 2}
+    assert changes.first == {stream.CONTROL: 1, stream.NOT_UTF8: 3}
 
 
 @pytest.mark.parametrize("letter", ["a", "ä", "€", "😀"])
@@ -68,7 +68,7 @@ def test_a_huge_line_is_cut_between_two_letters(monkeypatch, letter, shift):
 def test_a_line_of_the_largest_size_is_whole(monkeypatch):
     monkeypatch.setattr(stream, "LINE_BYTES", 100)
     assert read(b"x" * 100 + b"\ny")[0] == [["x" * 100, "y"]]
-    assert set(stream.readable(b"\x80" * 101, Counter())) == {"�"}, "bytes that begin no letter"
+    assert set(stream.readable(b"\x80" * 101, stream.Changes())) == {"�"}, "bytes that begin no letter"
 
 
 def test_windows_grow_to_their_limits(monkeypatch):
@@ -83,7 +83,7 @@ def test_windows_grow_to_their_limits(monkeypatch):
 
 def test_lines_that_are_there_do_not_wait_for_more():
     reading, writing = os.pipe()
-    windows = stream.windows(reading, Counter())
+    windows = stream.windows(reading, stream.Changes())
     for line in (b"one\n", b"two\nthree\nfo", b"ur\n"):
         os.write(writing, line)
         if b"fo" in line:
@@ -111,7 +111,7 @@ def most_held(content: bytes, separator: bytes) -> int:
     thread.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "read", counting)
-        for window in stream.windows(reading, Counter()):
+        for window in stream.windows(reading, stream.Changes()):
             most = max(most, taken - handed)
             handed += len(window) if separator else sum(len(line) + 1 for line in window)
     assert handed == taken
@@ -141,5 +141,16 @@ def test_of_a_line_without_an_end_no_more_is_held_than_is_kept(monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
-    refused("io", next, stream.windows(folder, Counter(), "its name"), says="its name")
+    refused("io", next, stream.windows(folder, stream.Changes(), "its name"), says="its name")
     os.close(folder)
+
+
+def test_files_of_another_make_are_told_of():
+    """Old line ends, and UTF-16. Each line is read as it is."""
+    windows, changes = read(b"ein\r\nzwei\rdrei\n\r\nvier\rf\n")
+    assert windows == [["ein", "zwei\rdrei", "", "vier\rf"]]
+    assert changes == {stream.RETURN: 2} and changes.first == {stream.RETURN: 2}
+    for codec in ("utf-16-le", "utf-16-be"):
+        windows, changes = read("\ufeffHund\nKatze\n".encode(codec))
+        assert changes[stream.UTF_16] == 1 and changes.first[stream.UTF_16] == 1
+    assert stream.UTF_16 not in read("Hund\n".encode("utf-16-le") * 2)[1]

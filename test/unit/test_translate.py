@@ -116,8 +116,9 @@ def test_whatever_a_line_holds_it_gives_one_line(tmp_path):
     assert {"torch", "spacy", "sacremoses", "nmt.torch_engine"} <= imported
     assert not {"torch._dynamo", "torchtext", "sacrebleu", "data", "scoring", "spacy.cli.download"} & imported
     assert sorted(line for line in told if not line.startswith("import time:")) == [
-        "note: 1 line(s) not in UTF-8: the wrong bytes became U+FFFD",
-        "note: 1 line(s) with control characters, such as NUL: these became spaces",
+        "note: 1 line(s) not in UTF-8: the wrong bytes became U+FFFD (the first is line 5)",
+        "note: 1 line(s) with a CR in the middle, which ends no line here (the first is line 8)",
+        "note: 1 line(s) with control characters, such as NUL: these became spaces (the first is line 4)",
         "note: 1 sentence(s) of more than 254 words or 10000 characters: what is beyond was left out",
         "note: 2 line(s) with a word of more than 200 characters: what is beyond was left out",
     ]
@@ -373,7 +374,23 @@ def test_a_second_model_is_compared_by_paired_bootstrap(monkeypatch, tmp_path, c
     assert f"(p = {figures[1][3]})" in theirs and f"(p = {figures[4][3]})" in theirs
     for line in out[start + 3], out[start + 6]:
         assert line.partition(": ")[2] in theirs, "the signature"
-    assert "a difference at the level 0.05" in out[start + 2]
+    assert ": significant at the level 0.05" in out[start + 2]
+
+
+@pytest.mark.parametrize("times", [1, 8])
+def test_models_that_cannot_be_told_apart_do_not_differ(monkeypatch, tmp_path, capfd, times):
+    """The same model twice, and two models on a single line."""
+    monkeypatch.chdir(tmp_path)
+    line = EN.splitlines(keepends=True)[0]
+    (tmp_path / "in.de").write_text(line if times == 1 else DE * times)
+    (tmp_path / "ref.en").write_text(line if times == 1 else EN * times)
+    monkeypatch.setattr(translate, "engine_of", lambda settings, path: Echo(beam_size=2, max_length=4 - len(path)))
+    other = "BB" if times == 1 else "C"
+    both = ["--ckptpath", "A", "--ckptpath", other, "--input", "in.de", "--reference", "ref.en"]
+    assert run_main(translate.main, [*both, "--output", "out"]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if ", p = " in line]
+    assert len(said) == 2
+    assert all(line.endswith("p = 1.0000: not significant at the level 0.05") for line in said)
 
 
 def test_a_reference_of_another_length_is_refused_and_no_translation_lost(echo, tmp_path, capfd, monkeypatch):
@@ -408,7 +425,7 @@ def test_the_output_is_replaced_when_all_of_it_is_there(echo, tmp_path, monkeypa
     (tmp_path / "out").write_text("old")
     (tmp_path / "out.partial-12345678").write_text("of a killed process")
     seen = []
-    monkeypatch.setattr(translate, "tell", lambda changes: seen.append((tmp_path / "out").read_text()))
+    monkeypatch.setattr(translate, "tell", lambda *changes: seen.append((tmp_path / "out").read_text()))
     assert echo("--input", "in.de", "--output", "out") == 0
     assert seen == ["old"]
     assert (tmp_path / "out").read_text() == TRANSLATED
@@ -624,3 +641,33 @@ def test_progress_is_shown_on_a_terminal_alone(tmp_path):
     os.close(terminal)
     assert done.stdout == b"a dog .\n" * 1000
     assert b"translated: 0 lines" in shown
+
+
+# ---------------------------------------------------------------- what a newcomer meets
+
+
+def test_a_model_that_is_not_there_is_told_of_by_how_it_comes_to_be(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").write_text("Ein Hund.\n")
+    assert run_main(translate.main, ["--input", "in"]) == 4
+    assert capfd.readouterr().err == (
+        "error[checkpoint]: there is no model here; ./seq2seq-gru-model.pth.tar; "
+        "train one with train_8p.py, or name a model with --ckptpath\n"
+    )
+    assert translate.Settings(backend="onnx").models == [export_onnx.Settings().out]
+
+
+def test_a_text_of_words_that_the_model_does_not_know_is_noted(echo, capfd):
+    assert echo("--input", "in.de") == 0
+    assert "does not know" not in capfd.readouterr().err
+    Path("strange").write_text("Xylophon Yak Zebu Hund\n" * 3)
+    assert echo("--input", "strange") == 0
+    assert "note: the model does not know 75% of the words" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "todo"), [("none/out", "give a file in a folder"), (".", "give a file in a folder")]
+)
+def test_an_output_that_cannot_be_says_what_helps(echo, capfd, output, todo):
+    assert echo("--input", "in.de", "--output", output) == 5
+    assert todo in capfd.readouterr().err
