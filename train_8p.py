@@ -51,6 +51,7 @@ if HERE not in sys.path:  # with PYTHONSAFEPATH=1
 from nmt import flags
 from nmt.errors import UserError, prepare_imports, run_main, telling_memory
 from nmt.signals import end_imports_at_sigterm, end_with_parent
+from nmt.storage import state_path
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -246,9 +247,18 @@ def build_parser() -> flags.StrictParser:
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
+
+
+def tell_what_starts(argv: list[str]) -> None:
+    """Parses the flags, and prints whether a run would begin or go on."""
+    settings = Settings(**vars(build_parser().parse_args(argv)))
+    begins = settings.resume is None or (settings.resume == "auto" and not state_path(settings.ckptpath).exists())
+    print("begins" if begins else "goes on")
+
+
 # A wrapper asks first whether its arguments are in order. That needs no package either.
 if __name__ == "__main__" and sys.argv[1:2] == ["--parse-only"]:
-    sys.exit(run_main(build_parser().parse_args, sys.argv[2:]))
+    sys.exit(run_main(tell_what_starts, sys.argv[2:]))
 if __name__ == "__main__":
     end_imports_at_sigterm()
     if "TORCHELASTIC_RUN_ID" in os.environ:

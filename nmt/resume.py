@@ -22,10 +22,10 @@ from nmt.checkpoint import is_plain
 from nmt.errors import UserError, first_line
 from nmt.flags import flag_of
 from nmt.signals import Stopped, StopRequest
-from nmt.storage import Log, clear_partial
+from nmt.storage import STATE_SUFFIX as SUFFIX
+from nmt.storage import Log, clear_partial, real, state_path
 
 FORMAT = 1
-SUFFIX = ".state"
 KEPT = ".unfinished"  # behind the name of the best model of a run that did not end, before another run takes the name
 SHARE = 0.02  # of the time goes into saving at the ends of epochs, at most
 MOST_SHOWN = 4  # settings in a message
@@ -66,16 +66,6 @@ class State:
     epoch: int = 0
     position: int = 0
     parts: dict[str, Any] = field(default_factory=dict)
-
-
-def state_path(ckptpath: str | Path) -> Path:
-    """Where the state of a run stands whose best model is `ckptpath`."""
-    return Path(f"{real(ckptpath)}{SUFFIX}")
-
-
-def real(ckptpath: str | Path) -> str:
-    """The path itself, or where it leads to if it is a link, as the model stands there."""
-    return os.path.realpath(ckptpath) if os.path.islink(ckptpath) else os.fspath(ckptpath)
 
 
 def load(path: Path) -> State:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 Log = Callable[[str], object]
+STATE_SUFFIX = ".state"  # behind the name of a run's best model
 PARTIAL = ".partial-"  # stands in the name of a file that `replacing` has not finished
 
 
@@ -34,6 +35,19 @@ def stream_sha256(file: BinaryIO | io.BufferedIOBase, size: int = sys.maxsize) -
         digest.update(block)
         size -= len(block)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- names
+
+
+def state_path(ckptpath: str | Path) -> Path:
+    """Where the state of a run stands whose best model is `ckptpath`."""
+    return Path(f"{real(ckptpath)}{STATE_SUFFIX}")
+
+
+def real(ckptpath: str | Path) -> str:
+    """The path itself, or where it leads to if it is a link, as the model stands there."""
+    return os.path.realpath(ckptpath) if os.path.islink(ckptpath) else os.fspath(ckptpath)
 
 
 # ---------------------------------------------------------------- writing

@@ -215,7 +215,13 @@ choose_environment() {
 
 check_arguments() {
     # By the program's own parser, before an earlier run's files are touched. The program would say the same, but later.
-    "$python" "${options[0]}" --parse-only ${options[1]+"${options[@]:1}"} </dev/null || exit "$?"
+    local start
+    start=$("$python" "${options[0]}" --parse-only ${options[1]+"${options[@]:1}"} </dev/null) || exit "$?"
+    # Where there is nothing to go on with, the precision is a new run's.
+    if [[ -z $arg_precision_mode && -n $arg_resume && $start == begins ]]; then
+        options=("${options[0]}" --amp --opt-level=O2 "${options[@]:1}")
+        again=("${again[0]}" --amp --opt-level=O2 "${again[@]:1}")
+    fi
 }
 
 activate_conda() { # name

@@ -31,6 +31,7 @@ NETWORK = "GRU_ID0104_for_PyTorch"
 STAND_IN = """
 import json, os, sys
 if sys.argv[1:2] == ["--parse-only"]:
+    print(os.environ.get("RUN", "goes on"))
     sys.exit(os.environ.get("REFUSES"))  # nothing, or its one line
 record = dict(argv=sys.argv[1:], script=sys.argv[0], cwd=os.getcwd(), env=dict(os.environ), pid=os.getpid())
 with open(os.environ["RECORD"], "w") as file:
@@ -1019,12 +1020,12 @@ sys.exit(int(how))
 """
 
 
-def run_starts(repo, wrapper, *arguments, starts, texts=None):
+def run_starts(repo, wrapper, *arguments, starts, texts=None, **changes):
     """The wrapper's end, and the arguments of each start."""
     file = Path(f"{repo.record}.starts")
     file.unlink(missing_ok=True)
     texts = texts or "|".join([canned_log("100.000")] * (starts.count(",") + 1))
-    done = repo.run(wrapper, *arguments, behaviour=STARTS, STARTS=starts, TEXTS=texts)
+    done = repo.run(wrapper, *arguments, behaviour=STARTS, STARTS=starts, TEXTS=texts, **changes)
     return done, [json.loads(line) for line in file.read_text().splitlines()]
 
 
@@ -1080,6 +1081,30 @@ def test_resume_is_an_argument_too_and_leaves_the_precision_to_the_run(repo):
     assert starts == [["--resume=auto"]] * 2
     repo.run("train_full_1p.sh", "--resume", "my state", "--precision_mode=must_keep_origin_dtype")
     assert repo.argv() == ["--resume=my state", "--opt-level=O0"]
+
+
+def test_a_resume_that_finds_nothing_to_go_on_with_begins_in_the_wrappers_precision(repo):
+    """It began in float32, without a word. The same where the run dies before its first save."""
+    assert repo.run("train_full_1p.sh", "--resume=auto", "--", "-p", "3", RUN="begins").returncode == 0
+    assert repo.argv() == ["--amp", "--opt-level=O2", "--resume=auto", "--", "-p", "3"]
+    twice = ["--resume=auto", "--restarts=1", "--", "-p", "3"]
+    _, starts = run_starts(repo, "train_full_1p.sh", *twice, starts="6,0", RUN="begins")
+    assert starts == [["--amp", "--opt-level=O2", "--resume=auto", "--", "-p", "3"]] * 2
+    repo.run("train_full_1p.sh", "--resume=auto", "--precision_mode=must_keep_origin_dtype", RUN="begins")
+    assert repo.argv() == ["--resume=auto", "--opt-level=O0"]
+
+
+def test_the_program_says_whether_a_run_begins(tmp_path):
+    command = [sys.executable, "-S", str(ROOT / "train_8p.py"), "--parse-only"]
+
+    def said(*flags):
+        return subprocess.run([*command, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60).stdout
+
+    (tmp_path / "is here.state").touch()
+    (tmp_path / "link").symlink_to("is here")
+    assert said() == said("--resume=auto") == said("--resume=auto", "--ckptpath=is") == "begins\n"
+    assert said("--resume=auto", "--", "--ckptpath", "is here") == "goes on\n"
+    assert said("--resume=auto", "--ckptpath=link") == said("--resume=any.state") == "goes on\n"
 
 
 def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo):
