@@ -112,7 +112,7 @@ class Translator:
         return sentences.split(line, self._info.src_lang)
 
     def _translate(self, pieces: list[str]) -> list[list[Translation]]:
-        """The translations of each sentence. None of one without a word."""
+        """The translations of each sentence. None of white space. One without a letter or a digit is copied."""
         tokenised = tokenise_lines(pieces, self._info.src_lang, "keep")
         self.changes[CUT] += tokenised.cut
         words = [self._kept(tokens) for tokens in tokenised.sentences()]
@@ -120,10 +120,12 @@ class Translator:
         self.words += sum(map(len, ids))
         self.unknown += sum(sentence.count(UNK) for sentence in ids)
         by_limit: dict[int, list[int]] = {}
-        for place, tokens in enumerate(words):
-            if tokens:
-                by_limit.setdefault(self._limit(tokens), []).append(place)
         results: list[list[Translation]] = [[] for _ in pieces]
+        for place, tokens in enumerate(words):
+            if tokens and not any(map(str.isalnum, pieces[place])):
+                results[place] = [Translation(tokens, one_line(pieces[place]), 0.0)] * self._n_best
+            elif tokens:
+                by_limit.setdefault(self._limit(tokens), []).append(place)
         for limit, places in sorted(by_limit.items()):
             found = self._engine.translate(
                 [[SOS, *ids[place], EOS] for place in places],

@@ -46,6 +46,16 @@ def test_a_line_without_a_word_gets_an_empty_translation_and_no_decoding(line):
     assert [count for count, _ in engine.calls] == [2]
 
 
+@pytest.mark.parametrize("line", ["...", '"', "— * —", "😀 !", "(?)"])
+def test_what_has_no_letter_and_no_digit_is_copied(line):
+    """A model makes a sentence of it."""
+    engine = Echo()
+    for one in Translator(engine, beam_size=2, n_best=2)([line])[0]:
+        assert (one.text, one.score) == (line, 0.0)
+    assert not engine.calls
+    assert translated("7 .") != "" and translated(f"Ein Hund. {line}").startswith("A dog.")
+
+
 def test_each_sentence_of_a_line_is_translated_on_its_own():
     engine = Echo()
     (found,) = Translator(engine, beam_size=2, n_best=2)(["Ein Hund läuft. Ein Hund bellt! Ein Hund."])
