@@ -596,6 +596,6 @@ def check_names(state_dict: dict[str, Tensor], expected: dict[str, Tensor]) -> N
             raise ValueError(f"{name} is missing")
     for name, tensor in state_dict.items():
         if name not in expected:
-            raise ValueError(f"{name} is none of this model's: {', '.join(expected)}")
+            raise ValueError(f"{name} is none of this model's")
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is of type {type(tensor).__name__}, expected a tensor")

@@ -93,7 +93,7 @@ def choose_device_type(wanted: str, flag: str = "") -> str:
     if not device_count(wanted):
         reason, todo = npu_count()[1], "try --device cpu instead"
         if flag:
-            todo = f"leave {flag.split()[0]} out: the run then takes the best device that is here"
+            todo = f"try --device cpu in the place of {flag.split()[0]}, or neither: a run takes the best device here"
         if wanted == "cuda":
             built = torch.version.cuda is not None
             reason = "torch finds no CUDA device" if built else f"torch {torch.__version__} is built without CUDA"

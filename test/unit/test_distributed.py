@@ -42,19 +42,22 @@ def test_each_argument_of_a_plan_is_a_flag_with_the_same_default():
         assert any(action.dest == name for action in parser._actions), name
 
 
-@pytest.mark.parametrize("named", [{"device": "npu"}, {"npu": 0}])
-def test_each_flag_that_asks_for_an_npu_is_refused_where_there_is_none(monkeypatch, named):
+@pytest.mark.parametrize(
+    ("named", "todo"), [({"device": "npu"}, "try --device cpu"), ({"npu": 0}, "try --device cpu in the place of --npu")]
+)
+def test_each_flag_that_asks_for_an_npu_is_refused_where_there_is_none(monkeypatch, named, todo):
     """Row 36."""
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so: cannot open shared object file")
     message = refused("usage", plan, **named)
     assert "libhccl.so" in message
-    assert "try --device cpu" in message
+    assert todo in message
 
 
 def test_the_flag_gpu_is_refused_where_there_is_no_gpu(monkeypatch):
     """Row 36."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "try --device cpu" in refused("usage", plan, gpu=0)
+    assert "try --device cpu in the place of --gpu" in refused("usage", plan, gpu=0)
+    assert "try --device cpu" in refused("usage", plan, device="cuda")
 
 
 @pytest.mark.parametrize(

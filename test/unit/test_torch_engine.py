@@ -104,7 +104,7 @@ def test_a_shortlist_with_all_words_changes_nothing(options):
 @DECODINGS
 def test_with_a_shortlist_the_search_is_that_of_a_model_with_these_words_alone(options, monkeypatch):
     monkeypatch.setattr(torch_engine.shortlists, "STEP", 1)
-    monkeypatch.setattr(torch_engine.shortlists.words_of, "__defaults__", (6,))
+    monkeypatch.setattr(torch_engine.shortlists, "FREQUENT", 6)
     table = torch.zeros(SRC, 2, dtype=torch.int32)
     table[:, 0] = torch.arange(SRC) + 25
     few, (sentence, *_) = a_model(), sorted(sentences(), key=len)[-1:]
@@ -118,6 +118,15 @@ def test_with_a_shortlist_the_search_is_that_of_a_model_with_these_words_alone(o
     assert max(max(best.ids, default=0) for best in found) > 10, "a word of the table"
     whole, _ = alone(a_model(), sentence, options)
     assert whole != expected
+
+
+def test_a_beam_may_be_wider_than_the_shortlist(monkeypatch):
+    monkeypatch.setattr(torch_engine.shortlists, "STEP", 1)
+    monkeypatch.setattr(torch_engine.shortlists, "FREQUENT", 2)
+    options = {"beam_size": 20, "length_penalty": 1.0, "max_length": 4, "n_best": 20}
+    table = torch.zeros(SRC, 1, dtype=torch.int32)
+    (found,) = TorchEngine(a_model(), INFO, shortlist=table).translate(sentences()[:1], **options)
+    assert len(found) == 20
 
 
 @DECODINGS
