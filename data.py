@@ -126,6 +126,17 @@ class Split:
     src_tokens: list[list[str]] | None = None
     trg_tokens: list[list[str]] | None = None
 
+    @classmethod
+    def encode(
+        cls,
+        src_tokens: list[list[str]],
+        trg_tokens: list[list[str]],
+        src_vocab: Vocabulary,
+        trg_vocab: Vocabulary,
+    ) -> "Split":
+        """The pairs with their ids in these vocabularies."""
+        return cls(Side.encode(src_tokens, src_vocab), Side.encode(trg_tokens, trg_vocab), src_tokens, trg_tokens)
+
     @property
     def references(self) -> list[list[str]]:
         """`trg_tokens` as they are scored, `spaceless`."""
@@ -156,8 +167,7 @@ class Words:
 
     def encoded(self, src_vocab: Vocabulary, trg_vocab: Vocabulary) -> Split:
         """The pairs with their ids in these vocabularies."""
-        src, trg = Side.encode(self.src_tokens, src_vocab), Side.encode(self.trg_tokens, trg_vocab)
-        return Split(src, trg, self.src_tokens, self.trg_tokens)
+        return Split.encode(self.src_tokens, self.trg_tokens, src_vocab, trg_vocab)
 
     def lines(self, split: Split, src_vocab: Vocabulary, trg_vocab: Vocabulary) -> Iterator[str]:
         """What a log says about the test pairs.

@@ -387,9 +387,7 @@ def in_vocabularies(
     if [vocab.itos for vocab in own] == [vocab.itos for vocab in wanted]:
         return split
     assert split.src_tokens is not None and split.trg_tokens is not None
-    src_vocab, trg_vocab = wanted
-    src, trg = data.Side.encode(split.src_tokens, src_vocab), data.Side.encode(split.trg_tokens, trg_vocab)
-    return data.Split(src, trg, split.src_tokens, split.trg_tokens)
+    return data.Split.encode(split.src_tokens, split.trg_tokens, *wanted)
 
 
 def report(

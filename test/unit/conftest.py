@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import random
+import resource
 import signal
 import tempfile
 import time
@@ -298,3 +299,20 @@ def as_nobody():
             os.setresuid(*before)
 
     return nobody
+
+
+def refusal_with_files_of(most: int, write) -> str:
+    """What a process says whose `write()` is refused, because it may write no file of more than `most` bytes."""
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            write()
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writer)
+    with open(reader) as said:
+        return said.read()

@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import random
-import resource
 import stat
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from nmt.errors import UserError, run_main
 
 import pytest
 import torch
-from conftest import refused
+from conftest import refusal_with_files_of, refused
 from test_sealed import SWEEPS, flipping, killed, with_seal
 
 SIZES = {"input_dim": 6, "output_dim": 7, "emb_dim": 3, "hid_dim": 4}
@@ -84,21 +83,8 @@ def test_a_disk_that_is_full_is_told_and_the_old_checkpoint_stays(saved):
     """Row 11: a process that may write no file of more than 2,000 bytes."""
     before = saved.read_bytes()
     assert len(before) > 2000
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
-            checkpoint.save(saved, make(seed=1))
-        except UserError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    os.close(writer)
-    with open(reader) as said:
-        assert said.read().startswith(
-            f"error[io]: cannot write the checkpoint: File too large; {saved}; make room there"
-        )
+    said = refusal_with_files_of(2000, lambda: checkpoint.save(saved, make(seed=1)))
+    assert said.startswith(f"error[io]: cannot write the checkpoint: File too large; {saved}; make room there")
     assert saved.read_bytes() == before
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 

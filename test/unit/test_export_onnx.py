@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -13,14 +12,14 @@ from pathlib import Path
 import export_onnx
 import gru
 from nmt import checkpoint, onnx_engine, storage
-from nmt.errors import UserError, run_main
+from nmt.errors import run_main
 from nmt.torch_engine import info_of
 
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import REPOSITORY, random_checkpoint, refused
+from conftest import REPOSITORY, random_checkpoint, refusal_with_files_of, refused
 from onnx import numpy_helper
 
 PROGRAM = str(REPOSITORY / "export_onnx.py")
@@ -275,19 +274,8 @@ def test_a_model_that_is_too_large_for_the_format_is_refused(model_file, tmp_pat
 def test_a_full_disk_leaves_nothing(out, tmp_path):
     """Row 11: a process that may write no file of more than 5,000 bytes."""
     info, parts = onnx_engine.read(out)
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-            onnx_engine.write(tmp_path / "other", info, parts)
-        except UserError as error:
-            os.write(writer, str(error).encode())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
-    os.close(writer)
-    with open(reader) as said:
-        assert said.read().startswith("error[io]: cannot write the export: File too large; ")
+    said = refusal_with_files_of(5000, lambda: onnx_engine.write(tmp_path / "other", info, parts))
+    assert said.startswith("error[io]: cannot write the export: File too large; ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export", "model.pth.tar"]
 
 

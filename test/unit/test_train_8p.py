@@ -170,20 +170,25 @@ def run(*args, capsys=None):
     return code, out, err
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of two epochs: its folder, the corpus, and what it printed."""
-    folder = tmp_path_factory.mktemp("trained")
-    corpus = write_corpus(folder / "corpus", 64, test=6)
+def output_of_training(folder, *flags):
+    """What the program prints that trains a small model in this folder."""
     done = subprocess.run(
-        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, "--data-dir", corpus, "--epochs", "2", "-b", "4"],
+        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, *flags],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return folder, corpus, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of two epochs: its folder, the corpus, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    corpus = write_corpus(folder / "corpus", 64, test=6)
+    return folder, corpus, output_of_training(folder, "--data-dir", corpus, "--epochs", "2", "-b", "4")
 
 
 def test_the_log_has_the_lines_that_other_tools_read(trained):
@@ -523,15 +528,7 @@ def cased(tmp_path_factory):
     corpus = write_corpus(folder / "corpus", CASED, CASED, CASED)
     flags = ["--data-dir", corpus, "--epochs", "12", "-b", "2", "--case", "keep"]
     flags += ["--lr", "0.02", "--dropout", "0", "--output-dropout", "0", "--average", "0"]
-    done = subprocess.run(
-        [sys.executable, REPOSITORY / "train_8p.py", *SMALL, *flags],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, corpus, done.stdout
+    return folder, corpus, output_of_training(folder, *flags)
 
 
 def test_a_model_that_keeps_case_has_capitals_and_both_scores(cased):
