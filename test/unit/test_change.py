@@ -61,9 +61,6 @@ def test_the_page_has_the_changes_that_it_promises():
 @pytest.mark.parametrize("row", tables.CHANGES, ids=lambda row: row.name)
 def test_the_rows_of_the_table_have_the_logs_of_such_runs(row):
     (path,) = row.logs
-    if not (REPOSITORY / path).exists():
-        assert f"| {row.name} | not trained |" in PAGE
-        return
     run = tables.read(path)
     assert flags_of_recipe("tuned", row.flags).items() <= with_todays_names(run.flags).items()
     assert (run.flags["seed"], run.facts["precision"], run.facts["batch"]) == ("1234", "bfloat16/O2", "64")
