@@ -43,7 +43,7 @@ def address(name: str = "multi30k_url") -> str:
         return parser["url"][name]
     except (OSError, UnicodeDecodeError, configparser.Error, KeyError) as error:
         why = (isinstance(error, OSError) and error.strerror) or f"no readable line {name}=URL"
-        todo = "take the file from the repository, or name a corpus's folder with --data-dir, or an address with --mirror"
+        todo = "take the repository's file, or name a corpus's folder with --data-dir, or an address with --mirror"
         raise UserError("io", f"there is no address to download Multi30k from: {why}", str(ADDRESSES), todo) from error
 
 
