@@ -6,6 +6,7 @@ tests are skipped: they need Linux, root and `ip`.
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,11 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import train_8p
+from bench import tables
+
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL, eventually, gone, heed_signals, write_corpus
+from torch.distributed import run
 
-DEADLINE = 180
+DEADLINE = 400
 PROGRAM = str(REPOSITORY / "test" / "unit" / "hashing.py")
 COMMON = [*SMALL, "-p", "1", "--beam-size", "2", "--workers", "1"]
 ADDRESSES = ("10.213.71.1", "10.213.71.2")
@@ -103,9 +108,10 @@ def remove(nodes: tuple[Node, ...]) -> None:
         subprocess.run(["ip", "netns", "del", node.name], capture_output=True)
 
 
-def agent(node: Node, log: Path, *flags: str) -> subprocess.Popen:
+def agent(node: Node, log: Path, *flags: str, restarts: int = 2) -> subprocess.Popen:
     """torchrun on one of the two nodes, as docs/several-machines.md writes it, with short waits."""
-    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2"]
+    launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    launcher += ["--max-restarts", str(restarts)]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:{PORT}", "--rdzv-id", "test"]
     host = int(node.address == ADDRESSES[0])  # in a namespace torchrun does not recognise its own address
     waits = f"is_host={host},keep_alive_interval=1,keep_alive_max_attempt=2"
@@ -150,6 +156,26 @@ def same_weights(one: Path, two: Path) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_the_commands_of_the_page_are_taken_and_its_count_is_the_models():
+    """docs/several-machines.md. Of torchrun too: its flags are parsed by torchrun's own parser."""
+    text = (REPOSITORY / "docs" / "several-machines.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [shlex.split(line) for line in re.findall(r"^    (\S.*)$", text, re.M)]
+    (by_torchrun,) = (line for line in lines if line[0] == "torchrun")
+    parsed = run.parse_args(by_torchrun[1:])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 3)
+    assert parsed.training_script == "train_8p.py"
+    commands = [line[2:] for line in lines if line[:2] == ["python3", "train_8p.py"]] + [parsed.training_script_args]
+    settings = [vars(train_8p.build_parser().parse_args(words)) for words in commands]
+    assert [(each["world_size"], each["rank"], each["resume"]) for each in settings] == [
+        (2, 0, None),
+        (2, 1, None),
+        (-1, -1, "auto"),
+    ]
+    assert f"{tables.PARAMETERS:,} parameters" in text
+    assert f"\nmodel: {tables.PARAMETERS:,} parameters\n" in tables.text_of("results/h200/performance.log")
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 " in text
+
+
 def test_two_nodes_train_what_two_processes_on_one_node_train(nodes, tiny_corpus, tmp_path):
     flags = ["--data-dir", str(tiny_corpus), "--epochs", "2", "--ckptpath"]
     apart = on_two_nodes(nodes, tmp_path, *flags, str(tmp_path / "two.pth"))
@@ -159,6 +185,13 @@ def test_two_nodes_train_what_two_processes_on_one_node_train(nodes, tiny_corpus
     assert told(apart) == told(together)
     assert same_weights(tmp_path / "two.pth", tmp_path / "one.pth")
     assert "node1" not in apart and "Epoch" not in (tmp_path / "node1.log").read_text(), "rank 0 alone writes the log"
+
+
+def assert_same_end(log: str, quiet: str) -> None:
+    """Of a run of three epochs."""
+    final = [line for line in told(quiet) if line.startswith(("hash: epoch 2", "validation: epoch 2", "BLEU", "beam"))]
+    assert len(final) == 4
+    assert [line for line in final if line not in told(log)] == []
 
 
 @pytest.mark.slow
@@ -182,7 +215,39 @@ def test_a_node_that_is_killed_and_started_again_goes_on_to_the_weights_of_a_qui
     (step,) = re.findall(r"^resumed: \S+: (\d+) steps are done", log, re.M)
     assert 50 < int(step) < 150
     assert "not bit for bit" not in log
-    final = [line for line in told(quiet) if line.startswith(("hash: epoch 2", "validation: epoch 2", "BLEU", "beam"))]
-    assert len(final) == 4
-    assert [line for line in final if line not in told(log)] == []
+    assert_same_end(log, quiet)
     assert same_weights(tmp_path / "killed.pth", tmp_path / "quiet.pth")
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_node_was_killed_goes_on_where_all_nodes_find_its_state(nodes, tmp_path):
+    """The store was node 0's, so node 1 ends too. A node that does not find the state is told before a step is done."""
+    corpus = write_corpus(tmp_path / "corpus", 200)
+    flags = ["--data-dir", str(corpus), "--epochs", "3", "--save-every", "0.0001", "--resume", "auto", "--ckptpath"]
+    quiet = on_one_node(tmp_path, *flags, str(tmp_path / "quiet.pth"))
+    path, elsewhere = str(tmp_path / "killed.pth"), str(tmp_path / "elsewhere.pth")
+    logs = [tmp_path / f"node{number}.log" for number in range(2)]
+    first, second = (agent(node, log, *flags, path) for node, log in zip(nodes, logs, strict=True))
+    assert eventually(lambda: "Epoch: [1][ 5/13]" in logs[0].read_text(), DEADLINE), logs[0].read_text()
+    killed = nodes[0].kill()
+    assert len(killed) >= 2 and eventually(lambda: gone(killed))
+    first.wait(timeout=DEADLINE)
+    assert second.wait(timeout=DEADLINE) != 0
+    assert eventually(lambda: not nodes[1].pids()), "no worker is left"
+    assert "BLEU score" not in logs[0].read_text(), "the fault came too late"
+
+    logs = [tmp_path / f"refused{number}.log" for number in range(2)]
+    paths = (path, elsewhere)
+    refused = [agent(node, log, *flags, its, restarts=0) for node, log, its in zip(nodes, logs, paths, strict=True)]
+    assert [process.wait(timeout=DEADLINE) != 0 for process in refused] == [True, True]
+    for number, log in enumerate(logs):
+        text = log.read_text()
+        (error,) = re.findall(r"^error.*$", text, re.M)
+        expected = r"error\[checkpoint\]: the ranks have different states of the run, or some have none; rank "
+        assert re.match(f"{expected}{number}, .*; give each node the same file, under the same path", error)
+        assert "Epoch: " not in text
+
+    log = on_two_nodes(nodes, tmp_path, *flags, path)
+    assert re.search(r"^resumed: \S+: \d+ steps are done", log, re.M) and "not bit for bit" not in log
+    assert_same_end(log, quiet)
+    assert same_weights(Path(path), tmp_path / "quiet.pth")
