@@ -14,12 +14,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import logs
+from bench import accept, logs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     ROOT / name
-    for name in ("README.md", "README.zh-CN.md", "docs/results.md", "docs/search.md", "docs/change-the-model.md")
+    for name in (
+        "README.md",
+        "README.zh-CN.md",
+        "docs/results.md",
+        "docs/search.md",
+        "docs/change-the-model.md",
+        "docs/several-machines.md",
+    )
 ]
 SEEDS = (1234, 2, 3)
 
@@ -152,6 +159,16 @@ CHANGES = [  # of docs/change-the-model.md, each with seed 1234
     Row("second layer", ("results/change/two-layers.log",)),
     Row("LSTM", ("results/change/lstm.log",)),
 ]
+PARAMETERS = 14_219_781  # of the published sizes on Multi30k, as the line `model:` of a log says
+LINKS = {  # GB/s in one direction
+    "within a machine, NVLink of an H200": 450.0,
+    "between machines, 400 Gbit/s": 50.0,
+    "200 Gbit/s": 25.0,
+    "100 Gbit/s": 12.5,
+    "25 Gbit/s": 3.125,
+    "10 Gbit/s": 1.25,
+    "1 Gbit/s": 0.125,
+}
 BEAMS_OF_TUNED = "results/multi30k-beam-val-cpu.log"  # of its three checkpoints, on the validation pairs
 PENALTIES = ("results/multi30k-length-penalty-val-cpu.log", "results/search/d0-seed1234-beams.log")
 PENALTIES_SHOWN = ("0.8", "1.0", "1.2", "1.4", "1.6", "1.8", "2.0")
@@ -464,6 +481,28 @@ def sample_cells(run: logs.Run) -> list[str]:
     return [precision(run), *bleus, mean_and_deviation([run.rate]), duration(run.seconds) if run.seconds else ""]
 
 
+def accept_table(root: str) -> str:
+    """Which BLEU to accept from a device, by data, recipe and precision."""
+    rows = []
+    for key, row in accept.ranges().items():
+        seeds = {path: "log" if path in accept.PARTS else read(path).facts["seed"] for path in row.paths}
+        rows.append(
+            [
+                "Multi30k" if key.data == "multi30k" else "`sample/`",
+                f"`{key.recipe}`",
+                key.precision.replace("/", ", ").removesuffix(", O0"),
+                str(key.batch),
+                f"{row.bleu.runs} on {', '.join(row.machines)}",
+                f"{row.bleu.mean:.2f}",
+                f"**{row.bleu.low:.1f}** to {row.bleu.high:.1f}",
+                f"{row.greedy.low:.1f} to {row.greedy.high:.1f}",
+                ", ".join(f"[{name}]({root}{path})" for path, name in seeds.items()),
+            ]
+        )
+    header = "data | recipe | precision | batch | runs | mean BLEU | accept if BLEU is | greedy alone | logs"
+    return table(header, rows)
+
+
 def speed_table(rows: Iterable[Speed], root: str, other: str = "plain loop", this: str = "this port") -> str:
     """A row for each figure of a benchmark: the one that it is compared with, and the port's."""
     lines = []
@@ -527,6 +566,61 @@ def speed_on_the_h200(root: str) -> str:
         if found := re.search(r"performance (\w+) (\d+)$", title):
             rows.append([found[2], computes_in[found[1]], mean_and_deviation([run.rate]), f"[log]({root}{path})"])
     return table("batch | computes in | pairs/s | log", rows)
+
+
+def sent(devices: int, bytes_each: int) -> float:
+    """Bytes that each device sends, and receives, in a ring all-reduce of the gradients.
+
+    >>> round(sent(2, 4)), round(sent(16, 2))
+    (56879124, 53324179)
+    """
+    return 2 * (devices - 1) / devices * PARAMETERS * bytes_each
+
+
+def volume(root: str) -> str:
+    """MB that a device sends in a step, by the number of devices and the gradients' dtype."""
+    rows = [
+        [str(n), f"{2 * (n - 1) / n:.3f}", f"{sent(n, 4) / 1e6:.1f}", f"{sent(n, 2) / 1e6:.1f}"] for n in (2, 8, 16)
+    ]
+    header = "devices n | 2 (n - 1) / n | float32 or O1, MB a step | O2 in half precision, MB a step"
+    return table(header, rows)
+
+
+def steps_of_the_h200() -> dict[tuple[str, int], float]:
+    """Seconds of a training step on one card, by its name in the log ("amp", "fp32") and the batch."""
+    found = {}
+    for title, run in logs.parts(text_of("results/h200/performance.log"), "### "):
+        if place := re.search(r"performance (\w+) (\d+)$", title):
+            found[place[1], int(place[2])] = int(place[2]) / run.rate
+    return found
+
+
+def links_and_shares(root: str) -> str:
+    """What an all-reduce over 16 devices takes by the slowest link, and its share of a step if nothing hides it."""
+    steps = steps_of_the_h200()
+    rows = []
+    for name, rate in LINKS.items():
+        half, full = (sent(16, size) / (rate * 1e9) for size in (2, 4))
+        cells = [f"{1000 * half:.2f}"]
+        cells += [f"{100 * half / (half + steps['amp', batch]):.0f}%" for batch in (1536, 64)]
+        cells += [f"{1000 * full:.2f}", f"{100 * full / (full + steps['fp32', 1536]):.0f}%"]
+        rows.append([name, *cells])
+    header = "slowest link | float16, ms | share at 1536 pairs a device | at 64 | float32, ms | share at 1536"
+    return table(header, rows)
+
+
+def communication(root: str) -> str:
+    """Steps of two processes with and without the averaging of gradients."""
+    path = "bench/results/communication-amx.log"
+    measured = logs.parse_measurement(text_of(path))
+    (parameters,) = re.findall(r"^2 processes; ([\d,]+) parameters; ", text_of(path), re.MULTILINE)
+    rows = []
+    for batch in (64, 512):
+        times = [measured.medians[name] for name in (f"{batch} averaged", f"{batch} apart", "all-reduce")]
+        share = float(measured.figures[f"share of a step, batch {batch}"])
+        rows.append([parameters, str(batch), *times, f"{100 * share:.0f}%", f"[log]({root}{path})"])
+    header = "parameters | batch of both | step, ms | without averaging, ms | the all-reduce alone, ms"
+    return table(f"{header} | share of a step | log", rows)
 
 
 def beams_of_tuned() -> dict[str, list[float]]:
@@ -625,6 +719,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "processes": processes_and_batch,
     "changes": changes,
     "sample": sample,
+    "accept": accept_table,
     "speed-epyc": lambda root: speed_table(SPEED, root),
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
     "speed-before": lambda root: speed_table(AGAINST, root, "2feed7b", "this commit"),
@@ -634,6 +729,9 @@ TABLES: dict[str, Callable[[str], str]] = {
     "batching": batching,
     "beams": lambda root: one_line("beam", beams_of_tuned()),
     "length-penalties": lambda root: one_line("length penalty", beams_of_penalties()),
+    "volume": volume,
+    "links": links_and_shares,
+    "communication": communication,
     "batches": lambda root: mean_table("batch", BATCHES, root),
 }
 PLACE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

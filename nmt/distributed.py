@@ -111,7 +111,7 @@ class World:
 
         torchrun's agent keeps one store for all its restarts. A rank that is early would find there where a dead rank
         was, and wait for it. On one node the number of the restart keeps them apart. The agents of several nodes count
-        differently.
+        differently, see `shares_a_store_over_restarts`: there, each meeting should have a store of its own.
         """
         if self.nodes > 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return None
@@ -363,6 +363,9 @@ def plan(
     if device == "auto" and not named and worlds[0].is_main and (reason := devices.passed_over(device_type)):
         why = printable(f"torch_npu is installed, but there is no NPU to run on: {reason}")
         notes.append(f"{why}; running on {device_type}")
+    if launched and worlds[0].nodes > 1 and worlds[0].is_main and shares_a_store_over_restarts():
+        found = "torchrun finds a node that is started again only with --rdzv-backend c10d and"
+        notes.append(f"{found} TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every node; see docs/several-machines.md")
     spawns = not launched and (multiprocessing_distributed or worlds[0].nodes > 1)
     return Plan(
         device_type=device_type,
@@ -403,6 +406,15 @@ def check_divisible(batch_size: int, count: int) -> None:
             "--batch-size",
             f"give a multiple of {count}",
         )
+
+
+def shares_a_store_over_restarts() -> bool:
+    """Whether torchrun would restart, and its workers meet in a store that its agents keep (PyTorch's issue 135712).
+
+    A node's new agent looks for that store where only the first meeting wrote it, and gives up after a minute.
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def under_torchrun() -> bool:

@@ -1,6 +1,7 @@
 """Downloads Multi30k: six files, whole and checked, or none."""
 
 import concurrent.futures
+import configparser
 import contextlib
 import functools
 import gzip
@@ -17,7 +18,7 @@ from pathlib import Path
 from nmt.errors import UserError, printable
 from nmt.storage import Log, clear_unless_in_use, locked, new_folder, sha256, write_synced
 
-BASE_URL = "https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw"
+ADDRESSES = Path(__file__).resolve().parents[2] / "url.ini"  # NAME=URL lines, as the ModelZoo's folders have them
 MULTI30K = {  # name here: name there, bytes and sha256 of the .gz
     "train.de": ("train.de", 637044, "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"),
     "train.en": ("train.en", 568929, "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
@@ -30,6 +31,22 @@ SOCKET_TIMEOUT = 10.0  # seconds of silence
 TEMPORARY, LOCK = ".multi30k.part", ".multi30k.lock"  # beside multi30k/, while it is downloaded
 
 
+def address(name: str = "multi30k_url") -> str:
+    """An address of `ADDRESSES`, the only place where they stand.
+
+    Raises:
+        UserError: io, the file cannot be read, or does not have it.
+    """
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string("[url]\n" + ADDRESSES.read_text(encoding="utf-8"))
+        return parser["url"][name]
+    except (OSError, UnicodeDecodeError, configparser.Error, KeyError) as error:
+        why = (isinstance(error, OSError) and error.strerror) or f"no readable line {name}=URL"
+        todo = "take the repository's file, or name a corpus's folder with --data-dir, or an address with --mirror"
+        raise UserError("io", f"there is no address to download Multi30k from: {why}", str(ADDRESSES), todo) from error
+
+
 def download_multi30k(
     directory: Path, *, mirror: str | None = None, base_url: str | None = None, timeout: float = 300.0, log: Log = print
 ) -> None:
@@ -38,16 +55,18 @@ def download_multi30k(
     Args:
         directory: is made if it is not there.
         mirror: the address to try second. Both addresses have `train.de.gz` and so on directly below them.
-        base_url: the address to try first, by default `BASE_URL`.
+        base_url: the address to try first, by default that of `address`.
         timeout: seconds for everything. Each address gets an equal share of the time that is left.
         log: takes a line for each address, and one for each failure.
 
     Raises:
-        UserError: io, with the failure of each address.
+        UserError: io, with the failure of each address, or as from `address`.
     """
     directory = Path(directory)
     target, temporary = directory / "multi30k", directory / TEMPORARY
-    sources = [url.rstrip("/") for url in (base_url or BASE_URL, mirror) if url]
+    with contextlib.suppress(*[UserError] if mirror else []):  # a mirror is enough
+        base_url = base_url or address()
+    sources = [url.rstrip("/") for url in (base_url, mirror) if url]
     made = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)

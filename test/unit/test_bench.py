@@ -13,6 +13,7 @@ import data
 import gru
 from bench import (
     against,
+    communication,
     curves,
     decoding,
     large_corpus,
@@ -63,7 +64,7 @@ def figures(text: str) -> dict[str, float]:
     return {name: float(value) for name, value in logs.parse_measurement(text).figures.items()}
 
 
-@pytest.mark.parametrize("module", [curves, decoding, logs, machine], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [communication, curves, decoding, logs, machine], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
 
@@ -244,6 +245,24 @@ def test_startup_runs(tiny_corpus, capsys):
     startup.main(["--data-dir", str(tiny_corpus), "--repetitions", "1"])
     values = figures(capsys.readouterr().out)
     assert values["import of torch, s"] > 0 and values["warm start, s"] > 0
+
+
+def test_communication_runs_in_one_process(tiny_corpus, capsys, no_launcher):
+    communication.main(["--data-dir", str(tiny_corpus), "--processes", "1", "--steps", "1", "--repetitions", "1"])
+    out = capsys.readouterr().out
+    assert re.search(r"^1 processes; [\d,]+ parameters; milliseconds a step:$", out, re.MULTILINE)
+    measured = logs.parse_measurement(out)
+    assert list(measured.medians) == ["64 averaged", "64 apart", "512 averaged", "512 apart", "all-reduce"]
+    assert len(measured.figures) == 5
+
+
+@pytest.mark.slow
+def test_communication_runs_in_two_processes_of_which_one_prints(tiny_corpus, no_launcher):
+    line = [sys.executable, "-m", "bench.communication", "--data-dir", str(tiny_corpus), "--steps", "2"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes; ") == done.stdout.count("    median") == 1
+    assert len(logs.parse_measurement(done.stdout).figures) == 5
 
 
 def test_time_to_bleu_stops_at_the_first_validation_that_reaches_it(tiny_corpus, capsys):

@@ -589,6 +589,22 @@ def test_the_published_flags_run_two_processes(tiny_corpus, tmp_path, launcher):
     assert (tmp_path / "seq2seq-gru-model.pth.tar").exists()
 
 
+@pytest.mark.parametrize(
+    ("nodes", "rank", "restarts", "shares", "says"),
+    [(2, 0, "3", "True", True), (2, 1, "3", "True", False), (1, 0, "3", "True", False)]
+    + [(2, 0, "0", "True", False), (2, 0, "3", "False", False)],
+)
+def test_torchrun_that_would_not_find_a_restarted_node_is_told_once(
+    no_launcher, monkeypatch, nodes, rank, restarts, shares, says
+):
+    variables = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0 if nodes == 2 else rank, "LOCAL_WORLD_SIZE": 2 // nodes}
+    variables |= {"TORCHELASTIC_MAX_RESTARTS": restarts, "TORCHELASTIC_USE_AGENT_STORE": shares}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    notes = [note for note in plan(device="cpu").notes if "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in note]
+    assert len(notes) == says
+
+
 def test_what_a_library_prints_comes_from_rank_0_alone(tiny_corpus, tmp_path):
     """As apex and torch_npu do when a step overflows. The lines of two ranks on one pipe would break each other."""
     (tmp_path / "program.py").write_text(

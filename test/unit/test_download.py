@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 import data
@@ -172,13 +173,40 @@ def test_folder_is_made_and_respects_the_umask(tmp_path, start):
     assert (folder / "train.de").stat().st_mode & 0o777 == 0o640
 
 
-def test_pinned_address_is_https():
-    assert download.BASE_URL.startswith("https://")
+def test_pinned_address_is_https_and_stands_in_url_ini_alone():
+    """Of the program's own files. Tests have their own servers."""
+    assert download.ADDRESSES == REPOSITORY / "url.ini"
+    assert download.address().startswith("https://")
+    host = urllib.parse.urlsplit(download.address()).netloc
+    programs = [path for pattern in ("*.py", "nmt/**/*.py", "test/*.sh") for path in REPOSITORY.glob(pattern)]
+    assert len(programs) > 30
+    assert [str(path) for path in programs if host in path.read_text(encoding="utf-8")] == []
+
+
+def test_load_downloads_from_the_address_in_url_ini(tmp_path, start, monkeypatch):
+    """Read at each download: whoever edits the file needs no new start. Without a section, as the ModelZoo has it."""
+    (tmp_path / "url.ini").write_text(f"other_url=https://nowhere.invalid/100%25\nmulti30k_url={start().url}/\n")
+    monkeypatch.setattr(download, "ADDRESSES", tmp_path / "url.ini")
+    corpus = data.load(tmp_path / "data", cache_dir=tmp_path / "cache", log=lambda line: None)
+    assert corpus.test.trg_tokens == [["test.en", ":", "ein", "satz"]]
+
+
+@pytest.mark.parametrize("text", [None, "", "other_url=x\n", "[a", b"\xff", "multi30k_url\n"], ids=repr)
+def test_missing_address_is_told_unless_there_is_a_mirror(tmp_path, start, monkeypatch, text):
+    path = tmp_path / "url.ini"
+    monkeypatch.setattr(download, "ADDRESSES", path)
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    says = ["no address to download Multi30k from: ", str(path), "--data-dir", "--mirror"]
+    refused("io", data.load, tmp_path / "data", cache_dir=tmp_path / "cache", log=lambda line: None, says=says)
+    assert not (tmp_path / "data").exists()
+    download.download_multi30k(tmp_path / "data", mirror=start().url, log=lambda line: None)
+    assert contents(tmp_path / "data") == TEXTS
 
 
 def test_load_downloads_into_an_empty_folder_once(tmp_path, start, monkeypatch):
     server = start()
-    monkeypatch.setattr(download, "BASE_URL", server.url)
+    monkeypatch.setattr(download, "address", lambda: server.url)
     flags = {"cache_dir": tmp_path / "cache", "log": lambda line: None}
     corpora = [data.load(tmp_path / "data", **flags) for _ in range(2)]
     assert [corpus.test.trg_tokens for corpus in corpora] == [[["test.en", ":", "ein", "satz"]]] * 2
@@ -188,7 +216,7 @@ def test_load_downloads_into_an_empty_folder_once(tmp_path, start, monkeypatch):
 @pytest.mark.parametrize("flags", [{"src_lang": "fr"}, {"test_name": "test2017"}, {"train_name": "corpus"}, {}])
 def test_load_downloads_nothing_beside_a_users_own_data(tmp_path, start, monkeypatch, flags):
     server = start()
-    monkeypatch.setattr(download, "BASE_URL", server.url)
+    monkeypatch.setattr(download, "address", lambda: server.url)
     folder = tmp_path / "data"
     folder.mkdir()
     if not flags:
@@ -205,7 +233,7 @@ NAMES = ["train.fr", "Train.de", "TRAIN.EN.gz", "train.DE", "train.txt", "train.
 def test_load_downloads_nothing_beside_a_training_file_of_any_language(tmp_path, start, monkeypatch, name, below):
     """Kind E: an error says what was found instead."""
     server = start()
-    monkeypatch.setattr(download, "BASE_URL", server.url)
+    monkeypatch.setattr(download, "address", lambda: server.url)
     (tmp_path / below).mkdir(exist_ok=True)
     (tmp_path / below / name).write_text("un chien\n")
     before = sorted(tmp_path.rglob("*"))
@@ -217,7 +245,7 @@ def test_load_downloads_nothing_beside_a_training_file_of_any_language(tmp_path,
 
 def test_pair_of_which_one_language_is_wanted_is_told_whole(tmp_path, start, monkeypatch):
     """Kind E: somebody's French-English corpus, without --src-lang."""
-    monkeypatch.setattr(download, "BASE_URL", start().url)
+    monkeypatch.setattr(download, "address", lambda: start().url)
     for lang in ("fr", "en"):
         (tmp_path / f"train.{lang}").write_text("a\n")
     says = f"but {tmp_path}/train.en, {tmp_path}/train.fr;"

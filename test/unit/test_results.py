@@ -202,7 +202,9 @@ def mean_words(text: str) -> float:
     return statistics.mean(len(sentence.split()) for sentence in sentences)
 
 
-@pytest.mark.parametrize("name", ["docs/results.md", "docs/search.md", "docs/npu.md", "bench/README.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/results.md", "docs/search.md", "docs/npu.md", "docs/several-machines.md", "bench/README.md"]
+)
 def test_the_sentences_are_short(name):
     assert mean_words((REPOSITORY / name).read_text(encoding="utf-8")) < 15
 
