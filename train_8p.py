@@ -161,6 +161,12 @@ class Settings:
     last_batch: str = of_recipe("drop", "keep", ("keep", "drop"), "what becomes of an epoch's incomplete batch")
     best: str = of_recipe("loss", "bleu", ("bleu", "loss"),
         "the best epoch is that of greedy BLEU or free-running loss")
+    patience: int = flags.row(TRAINING, 0, flags.non_negative_int,
+        "end the training after so many epochs in a row without a better validation; 0: never; the learning rate still "
+        "falls as over all --epochs", trains=True)
+    accumulate: int = flags.row(TRAINING, 1, flags.positive_int,
+        "compute each update in so many parts of its batch, one after the other: less memory, the same loss",
+        trains=True)
     beam_size: int = of_recipe(1, 10, flags.positive_int, "hypotheses in the beam of the final score", trains=False)
     length_penalty: float = of_recipe(1.0, 1.2, flags.power,
         "a hypothesis's log probability is divided by its length to this power", trains=False, unit="POWER")
@@ -224,7 +230,8 @@ OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "record", "tensorboard", "profile"} - {"c
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
-LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
+# Settings that states of earlier versions do not have, as they were then.
+LATER: dict[str, Any] = {"case": "lower", "patience": 0, "accumulate": 1}
 # What a score takes from the checkpoint.
 OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
 EXAMPLES = """examples:
@@ -546,7 +553,7 @@ def train(
     first_batches = epoch_steps(settings, corpus, epoch=0)
     total_steps = settings.epochs * len(first_batches)
     if world.size > 1:
-        settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
+        settle_buckets(trainer, criterion, parts_of_rank(settings, world, loader, first_batches[0])[0])
     state = state_of_run(settings, given, world, corpus)
     best = checkpoint.BestFile(
         Path(settings.ckptpath), state.run, log=say, shortlist=translations(settings, world, corpus)
@@ -566,24 +573,30 @@ def train(
             print_freq=settings.print_freq,
         )
         for position in range(run.begin_epoch(log), len(batches)):
-            # 1. The pairs of this rank.
+            # 1. The pairs of this rank. Without --accumulate they are one part.
             indices = batches[position]
-            batch = loader(data.rank_share(indices, world.rank, world.size))
+            parts = parts_of_rank(settings, world, loader, indices)
             log.data_ready()
 
-            # 2. The loss: the mean over the target tokens of all ranks.
-            seed_step(settings.seed, step, world.rank)  # so that no generator is part of the run's state
-            with trainer.forward_context():
-                loss_sum = criterion(batch, settings.teacher_forcing_ratio)
-            total_loss, total_tokens = world.sums(loss_sum, batch.target_tokens)  # one all-reduce
-            loss = loss_sum * (world.size / total_tokens)  # DDP will divide the gradients by world.size
+            # 2. The loss, which is the mean over the target tokens of all ranks, and its gradients.
+            weight = world.size / loader.target_tokens(indices)  # DDP will divide the gradients by world.size
+            loss_sums = []  # of the parts
+            for number, part in enumerate(parts):
+                seed_step(settings.seed, step, world.rank, number)  # so that no generator is part of the run's state
+                is_last = number + 1 == len(parts)
+                with world.averaging(criterion, now=is_last):
+                    with trainer.forward_context():
+                        loss_sum = criterion(part, settings.teacher_forcing_ratio)
+                    trainer.backward(weight * loss_sum, is_last=is_last)
+                loss_sums.append(loss_sum.detach())
 
             # 3. The update.
-            trainer.backward(loss)
             trainer.step(learning_rate(step, total_steps, settings), max_norm=settings.clip)
             step += 1
             world.progress(step)
             average.update(step)
+            own_tokens = sum(part.target_tokens for part in parts)
+            total_loss, total_tokens = world.sums(torch.stack(loss_sums).sum(), own_tokens)  # one all-reduce
             log.step_done(total_loss, total_tokens, pairs=len(indices))
             run.step_done(step, epoch, position + 1)
 
@@ -603,6 +616,8 @@ def train(
             validate(
                 settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate, run.end_if_asked
             )
+            if ends_early(settings, world, best, epoch):
+                break
     if world.is_main:
         best.complete()
 
@@ -615,13 +630,27 @@ def translations(settings: Settings, world: World, corpus: data.Corpus) -> torch
     return shortlist.build(src, trg, len(corpus.src_vocab), len(corpus.trg_vocab))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def parts_of_rank(settings: Settings, world: World, loader: data.Loader, indices: torch.Tensor) -> list[data.Batch]:
+    """A rank's share of a batch, in --accumulate parts. A part may be empty, as a share may.
+
+    Args:
+        settings, world: as in `train`.
+        loader: of the training pairs.
+        indices: [batch] int64: the pairs of all ranks.
+    """
+    share = data.rank_share(indices, world.rank, world.size)
+    return [loader(part) for part in share.tensor_split(settings.accumulate)]
+
+
+def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
     """Seeds what a step draws. So no generator belongs to a run's state.
 
-    All ranks draw the same teacher forcing, by `random`. Each drops other positions, by PyTorch's generators.
+    All ranks and all parts of a batch draw the same teacher forcing, by `random`. Each drops other positions, by
+    PyTorch's generators.
     """
     random.seed(f"{seed} {step}")
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big"))
+    own = f"{seed} {step} {rank}" + (f" {part}" if part else "")
+    torch.manual_seed(int.from_bytes(hashlib.sha256(own.encode()).digest()[:7], "big"))
 
 
 def settle_buckets(trainer: precision.Trainer, criterion: torch.nn.Module, batch: data.Batch) -> None:
@@ -727,6 +756,23 @@ def validate(
         if found.cased_bleu is not None:
             scores["cased_bleu"] = found.cased_bleu
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
+
+
+def ends_early(settings: Settings, world: World, best: checkpoint.BestFile, epoch: int) -> bool:
+    """Whether --patience ends the run after this epoch. Rank 0 has the best model and decides. Every rank calls this.
+
+    What is counted is the epochs since that of the best file. So a run that goes on counts on.
+    """
+    if not settings.patience or epoch + 1 == settings.epochs:
+        return False
+    waited = epoch - best.epoch
+    if not world.sum(torch.tensor(float(world.is_main and waited >= settings.patience), device=world.device)):
+        return False
+    say(
+        f"note: the training ends early: no epoch since epoch {best.epoch} was better, "
+        f"and --patience is {settings.patience}"
+    )
+    return True
 
 
 def as_checkpoint(
@@ -944,6 +990,10 @@ def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: i
         batch = batch or values["batch_size"] // world.nodes  # a recipe's batch is that of all nodes
     distributed.check_divisible(batch, world.local_size)
     values["batch_size"] = min(batch, math.ceil(pairs / world.nodes)) * world.nodes
+    share = math.ceil(values["batch_size"] / world.size)
+    if settings.accumulate > share:
+        what = f"--accumulate {settings.accumulate} parts of a batch that has {share} pairs a device"
+        raise UserError("usage", what, "--accumulate", f"give at most {share}, or a larger --batch-size")
     # The few steps of a performance run are not there to learn, whatever its batch is.
     if settings.lr is None and settings.recipe == "tuned" and not settings.performance:
         values["lr"] = tuned_rate(values["batch_size"])
@@ -983,7 +1033,8 @@ def size_of_a_step(settings: Settings, world: World, corpus: data.Corpus) -> str
     """How large a rank's steps are, for whoever has to make them smaller."""
     longest = max(int(side.lengths.max()) for side in (corpus.train.src, corpus.train.trg))
     batch = math.ceil(settings.batch_size / world.size)
-    return f"rank {world.rank}, a batch of {batch} pairs a device, longest sentence {longest} tokens"
+    parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
+    return f"rank {world.rank}, a batch of {batch} pairs a device{parts}, longest sentence {longest} tokens"
 
 
 def flags_of(settings: Settings, world: World) -> dict[str, Any]:

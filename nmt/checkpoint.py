@@ -133,12 +133,14 @@ class BestFile:
     Attributes:
         merit: of the model in the file, the higher the better. Its first number counts, the next ones decide ties.
             Empty before the first model.
+        epoch: of that model, from 0. -1 before the first one.
     """
 
     def __init__(self, path: Path, run: str, log: Log, shortlist: Tensor | None = None):
         self._path, self._run, self._log, self._shortlist = path, run, log, shortlist
         self._has_written = False
         self.merit: tuple[float, ...] = ()
+        self.epoch = -1
 
     def state(self) -> dict[str, Any]:
         """What a run goes on from, see `nmt.resume.Part`."""
@@ -151,9 +153,10 @@ class BestFile:
             UserError: checkpoint, the run's best model is not in its file any more.
         """
         self.merit = tuple(state["merit"])
-        about = about_of(self._path)
-        if about.get("run") == self._run:
-            self.merit = max(self.merit, tuple(about.get("merit", ())))
+        found = load_if_readable(self._path)
+        if found is not None and found.about.get("run") == self._run:
+            self.merit = max(self.merit, tuple(found.about.get("merit", ())))
+            self.epoch = int(found.scores.get("epoch", -1))
         elif self.merit:
             what = "not the best model of the run that is to go on"
             todo = "give --ckptpath the path of that model"
@@ -169,7 +172,7 @@ class BestFile:
             keeping.make_room(self._path, self._log, [""])
         about = checkpoint.about | {"run": self._run, "merit": list(merit)}
         save(self._path, dataclasses.replace(checkpoint, about=about, completed=False, shortlist=self._shortlist))
-        self._has_written, self.merit = True, merit
+        self._has_written, self.merit, self.epoch = True, merit, int(checkpoint.scores.get("epoch", -1))
         self._log(f"saved: {self._path} (the best so far)")
 
     def complete(self) -> None:
@@ -286,15 +289,10 @@ def load_if_readable(path: Path) -> Checkpoint | None:
         return None
 
 
-def about_of(path: Path) -> dict[str, Any]:
-    """What the checkpoint at `path` says about its run. Empty if there is none that can be read."""
-    found = load_if_readable(path)
-    return {} if found is None else found.about
-
-
 def run_of(path: Path) -> str | None:
     """The name of the run that wrote the checkpoint at `path`. None if there is none, or it has no name."""
-    return about_of(path).get("run")
+    found = load_if_readable(path)
+    return None if found is None else found.about.get("run")
 
 
 # ---------------------------------------------------------------- reading
