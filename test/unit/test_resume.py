@@ -138,6 +138,50 @@ def test_other_precisions_and_recipes_go_on_likewise(record, straight, tiny_corp
     assert told(before) + told(capsys.readouterr().out) == lines
 
 
+def test_a_run_whose_batches_are_computed_in_parts_goes_on_likewise(record, straight, tiny_corpus, tmp_path, capsys):
+    flags = ["--accumulate", "3"]
+    hashes, lines = straight(*flags)
+    assert hashes != straight()[0], "each part drops other positions"
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, *flags, stop_at=STEPS + 5) == 143
+    before = capsys.readouterr().out
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert record.hashes == {epoch: hashes[epoch] for epoch in (1, 2)}
+    assert told(before) + told(capsys.readouterr().out) == lines
+
+
+STANDSTILL = ["--lr", "1e-30", "--patience", "1"]  # no epoch is better than the first
+EARLY = "note: the training ends early: no epoch since epoch 0 was better, and --patience is 1"
+
+
+@pytest.mark.parametrize(
+    "stop", [{"stop_at": STEPS + 4}, {"stop_in_validation": STEPS}, {"stop_in_validation": 2 * STEPS}]
+)
+def test_a_run_that_goes_on_waits_no_longer_for_a_better_epoch(record, tiny_corpus, tmp_path, capsys, stop):
+    """--patience: the epochs before the stop count."""
+    path = tmp_path / "stopped.pth"
+    assert record(tiny_corpus, path, *FLAGS, *STANDSTILL, **stop) == 143
+    assert EARLY not in capsys.readouterr().out
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    out = capsys.readouterr().out
+    assert max(record.hashes) == 1, "of three epochs the third was not trained"
+    assert out.count(EARLY) == 1 and "BLEU score = " in out
+    saved = checkpoint.load(path)
+    assert saved.completed and saved.scores["epoch"] == 0
+    assert not resume.state_path(path).exists()
+
+
+def test_a_file_that_is_newer_than_the_state_counts_as_the_best_epoch(record, tiny_corpus, tmp_path, capsys):
+    """A run that was killed after it had saved its best model validates that epoch again, and is no worse for it."""
+    path = tmp_path / "model"
+    assert record(tiny_corpus, path, *FLAGS, "--lr", "1e-30", "--patience", "2", stop_in_validation=STEPS) == 143
+    state = resume.state_path(path).read_bytes()
+    assert record(tiny_corpus, path, "--resume", "auto", stop_at=STEPS + 1) == 143
+    resume.state_path(path).write_bytes(state)
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert max(record.hashes) == 2 and "ends early" not in capsys.readouterr().out
+
+
 PARTS = [
     ("trainer", "model"),
     ("trainer", "optimizer"),
@@ -306,6 +350,8 @@ def resumed(corpus, path, *flags):
         (["--recipe", "modelzoo"], ["average is 0.0, in the run 0.2", "and 9 more", "leave --recipe out"]),
         (["--seed", "5"], ["seed is 5, in the run 1234"]),
         (["--emb-dim", "9"], ["emb_dim is 9"]),
+        (["--accumulate", "2"], ["accumulate is 2, in the run 1"]),
+        (["--patience", "2"], ["patience is 2, in the run 0"]),
         (["--case", "keep"], ["case is keep, in the run lower", "leave --case out"]),
         (["--amp", "--amp-dtype", "bfloat16"], ["amp_dtype is bfloat16, in the run float32"]),
     ],
@@ -335,7 +381,8 @@ def test_a_setting_that_differs_without_a_flag_is_to_be_given(stopped, tiny_corp
 def test_a_state_from_before_a_flag_was_there_goes_on_with_what_was_done_then(stopped, record, tiny_corpus):
     path = resume.state_path(stopped)
     content = sealed.read(path)
-    del content["settings"]["case"]
+    for name in ("case", "patience", "accumulate"):
+        del content["settings"][name]
     sealed.write(path, content)
     says = ["case is keep, in the run lower", "leave --case out"]
     refused("usage", resumed, tiny_corpus, stopped, "--resume", "auto", "--case", "keep", says=says)
