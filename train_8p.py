@@ -266,10 +266,19 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 
 
 def tell_what_starts(argv: list[str]) -> None:
-    """Parses the flags, and prints whether a run would begin or go on."""
-    settings = Settings(**vars(build_parser().parse_args(argv)))
+    """Parses the flags, and prints whether a run would begin or go on.
+
+    A wrapper does not see what a file of flags says, so what may contradict it is printed too.
+    """
+    parser = build_parser()
+    settings = Settings(**vars(parser.parse_args(argv)))
     begins = settings.resume is None or (settings.resume == "auto" and not state_path(settings.ckptpath).exists())
-    print("begins" if begins else "goes on")
+    what = ""
+    if settings.evaluate is not None:
+        what = ": evaluates"
+    elif "performance" in parser.given:
+        what = ": measures" if settings.performance else ": trains"
+    print(("begins" if begins else "goes on") + what)
 
 
 # A wrapper asks first whether its arguments are in order. That needs no package either.

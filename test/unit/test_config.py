@@ -1,13 +1,16 @@
 """A file of flags means what the command line means, and the one that a run writes makes the same run again."""
 
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import train_8p
 from bench import logs
-from nmt import config, flags
+from nmt import checkpoint, config, flags, resume
 from nmt.errors import run_main
 
 import pytest
@@ -115,6 +118,13 @@ def test_a_file_that_is_not_there_and_two_files_are_refused(toml, tmp_path):
 def test_the_wrappers_question_reads_the_file_too(toml, capsys):
     assert run_main(train_8p.tell_what_starts, ["--config", toml('resume = "none.state"\n')]) == 0
     assert capsys.readouterr().out == "goes on\n"
+    for text, what in (
+        ("performance = true", "measures"),
+        ("performance = false", "trains"),
+        ('evaluate = "a"', "evaluates"),
+    ):
+        assert run_main(train_8p.tell_what_starts, ["--config", toml(text)]) == 0
+        assert capsys.readouterr().out == f"begins: {what}\n"
     assert run_main(train_8p.tell_what_starts, ["--config", toml("lr = 0\n")]) == 2
 
 
@@ -187,13 +197,16 @@ def test_the_file_of_a_run_makes_the_same_run_again(tiny_corpus, tmp_path, no_la
     }
 
 
-@pytest.mark.parametrize("extra", [["--amp", "--amp-dtype", "bfloat16"], ["--recipe", "modelzoo", "--performance"]])
+@pytest.mark.parametrize(
+    "extra", [["--amp", "--amp-dtype", "bfloat16", "--opt-level", "O1"], ["--recipe", "modelzoo", "--performance"]]
+)
 def test_other_precisions_recipes_and_runs_without_a_checkpoint_too(tiny_corpus, tmp_path, no_launcher, capsys, extra):
     own = ["--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]
     assert run_main(train_8p.main, [*RUN, *own, *extra]) == 0
     log = capsys.readouterr().out
     (tmp_path / "run.toml").write_text(file_in(log))
-    assert run_main(train_8p.main, ["--config", str(tmp_path / "run.toml")]) == 0
+    as_a_wrapper_does = ["--amp", "--opt-level=O2", "--", "--config", str(tmp_path / "run.toml")]
+    assert run_main(train_8p.main, as_a_wrapper_does) == 0
     assert step_lines(capsys.readouterr().out) == step_lines(log) != []
     assert (tmp_path / "model.toml").exists() == ("--performance" not in extra)
 
@@ -210,10 +223,44 @@ def test_a_run_of_several_processes_too_whose_batch_the_corpus_cuts(tmp_path, ti
     assert step_lines(again) == step_lines(log) != []
 
 
-def test_a_resumed_run_takes_the_file_of_its_own_run(tiny_corpus, tmp_path, no_launcher, capsys):
+def test_a_run_can_go_on_with_its_own_file(tiny_corpus, tmp_path, no_launcher, monkeypatch, capsys):
+    """All flags of the file count as given, and none contradicts the run."""
     path = tmp_path / "model"
-    own = ["--data-dir", str(tiny_corpus), "--ckptpath", str(path)]
-    assert run_main(train_8p.main, [*RUN, *own, "--resume", "auto"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Run, "step_done", stop_in_the_third_step)
+        own = ["--data-dir", str(tiny_corpus), "--ckptpath", str(path)]
+        assert run_main(train_8p.main, [*RUN, *own]) == 143
     assert run_main(train_8p.main, ["--config", f"{path}.toml", "--resume", "auto"]) == 0
-    out = capsys.readouterr().out
-    assert "note: there is no " in out
+    assert f"resumed: {path}.state: 3 steps are done" in capsys.readouterr().out
+    assert checkpoint.load(path).completed
+
+
+STEP_DONE = resume.Run.step_done
+
+
+def stop_in_the_third_step(run, step, epoch, position):
+    if step == 3:
+        run._stop.signal = signal.SIGTERM
+    STEP_DONE(run, step, epoch, position)
+
+
+@pytest.mark.slow
+def test_the_log_of_a_wrapper_makes_the_same_run_again(tiny_corpus, tmp_path, no_launcher):
+    """As the reference says, with sed. `test_other_precisions...` has the quick form."""
+    words = ["--device=cpu", f"--data_path={tiny_corpus}", "--", *RUN[:4], "--epochs", "1", "-b", "8", "-p", "1"]
+    environment = os.environ | {"ASCEND_DEVICE_ID": "98765", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    output = REPOSITORY / "test" / "output" / "98765"
+    try:
+        for arguments in (words, ["--", "--config", "run.toml"]):
+            command = ["bash", str(REPOSITORY / "test" / "train_full_1p.sh"), *arguments]
+            done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr
+            log = output / "train_98765.log"
+            sed = f"sed -n 's/^config: //p' '{log}' > run.toml"
+            if arguments is words:
+                first = step_lines(log.read_text())
+                subprocess.run(sed, shell=True, cwd=tmp_path, check=True)
+        assert step_lines(log.read_text()) == first != []
+        assert step_lines(run_of("--config", "run.toml", cwd=tmp_path)) == first
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
