@@ -645,6 +645,12 @@ class Loader:
             targets=self._send(batch.targets),
         )
 
+    def target_tokens(self, indices: torch.Tensor) -> int:
+        """How many targets the pairs `indices` have. Batches with all of them, each once, have as many together."""
+        lengths = self.split.trg.lengths_of(indices)  # [pairs]
+        kept = lengths.clamp(max=self._fixed_length) if self._fixed_length else lengths
+        return int(kept.sum()) - len(indices)
+
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
             return tensor

@@ -48,10 +48,10 @@ HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
-from nmt import flags
+from nmt import config, flags
 from nmt.errors import UserError, prepare_imports, run_main, telling_memory
 from nmt.signals import end_imports_at_sigterm, end_with_parent
-from nmt.storage import state_path
+from nmt.storage import real, replacing, state_path
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -119,6 +119,10 @@ class Settings:
     resume: str | None = flags.row(COMMON, None, "FILE",
         "go on with the run whose state is FILE; auto: CKPTPATH.state, or a new run if there is none; "
         "flags that are left out are those of the run", trains=True)
+    config: str | None = flags.row(COMMON, None, "FILE",
+        "take the flags of this TOML file, such as CKPTPATH.toml of another run; the command line wins over it")
+    overwrite: bool = flags.row(COMMON, False, None,
+        "remove what an earlier run left at --ckptpath; left out: it is kept as CKPTPATH.previous", trains=True)
 
     src_lang: str = flags.row(DATA, "de", "LANG", "language to translate from")
     trg_lang: str = flags.row(DATA, "en", "LANG", "language to translate into")
@@ -157,6 +161,12 @@ class Settings:
     last_batch: str = of_recipe("drop", "keep", ("keep", "drop"), "what becomes of an epoch's incomplete batch")
     best: str = of_recipe("loss", "bleu", ("bleu", "loss"),
         "the best epoch is that of greedy BLEU or free-running loss")
+    patience: int = flags.row(TRAINING, 0, flags.non_negative_int,
+        "end the training after so many epochs in a row without a better validation; 0: never; the learning rate still "
+        "falls as over all --epochs", trains=True)
+    accumulate: int = flags.row(TRAINING, 1, flags.positive_int,
+        "compute each update in so many parts of its batch, one after the other: less memory, the same loss",
+        trains=True)
     beam_size: int = of_recipe(1, 10, flags.positive_int, "hypotheses in the beam of the final score", trains=False)
     length_penalty: float = of_recipe(1.0, 1.2, flags.power,
         "a hypothesis's log probability is divided by its length to this power", trains=False, unit="POWER")
@@ -214,11 +224,14 @@ class Settings:
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
 # What a resumed run does not take from its first command, because it belongs to the process or to the file.
-OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
+OF_THE_COMMAND = ("ckptpath", "resume", "config", "overwrite", "evaluate", "debug", "rank", "addr", "dist_url")
+# What is in no file of flags that a run writes: it belongs to a process, or says where else a run writes.
+OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
-INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
+INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
-LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
+# Settings that states of earlier versions do not have, as they were then.
+LATER: dict[str, Any] = {"case": "lower", "patience": 0, "accumulate": 1}
 # What a score takes from the checkpoint.
 OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
 EXAMPLES = """examples:
@@ -227,6 +240,7 @@ EXAMPLES = """examples:
   python3 train_8p.py --data-dir data --multiprocessing-distributed
                                                        one process for each device of this machine
   python3 train_8p.py --resume auto                    go on with a run that was stopped or killed
+  python3 train_8p.py --config run.toml --seed 2       the run of a file of flags, with another seed
   python3 train_8p.py --data-dir data --evaluate seq2seq-gru-model.pth.tar
                                                        score a checkpoint
 
@@ -241,6 +255,8 @@ def build_parser() -> flags.StrictParser:
         usage="python3 train_8p.py [--flag value]...",
         description="Trains a GRU encoder-decoder to translate, and reports BLEU and sentence pairs a second.",
         epilog=EXAMPLES,
+        file_flag="config",
+        read_file=lambda path, parser: config.read(path, Settings, parser),
     )
 
 
@@ -250,10 +266,19 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 
 
 def tell_what_starts(argv: list[str]) -> None:
-    """Parses the flags, and prints whether a run would begin or go on."""
-    settings = Settings(**vars(build_parser().parse_args(argv)))
+    """Parses the flags, and prints whether a run would begin or go on.
+
+    A wrapper does not see what a file of flags says, so what may contradict it is printed too.
+    """
+    parser = build_parser()
+    settings = Settings(**vars(parser.parse_args(argv)))
     begins = settings.resume is None or (settings.resume == "auto" and not state_path(settings.ckptpath).exists())
-    print("begins" if begins else "goes on")
+    what = ""
+    if settings.evaluate is not None:
+        what = ": evaluates"
+    elif "performance" in parser.given:
+        what = ": measures" if settings.performance else ": trains"
+    print(("begins" if begins else "goes on") + what)
 
 
 # A wrapper asks first whether its arguments are in order. That needs no package either.
@@ -268,7 +293,7 @@ prepare_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume, shortlist
+from nmt import checkpoint, cooccurrence, distributed, keeping, kernels, launch, precision, resume, shortlist
 from nmt.averaging import WeightAverage
 from nmt.distributed import World
 from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
@@ -305,8 +330,6 @@ def main(argv: list[str]) -> None:
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
-    if writes:
-        resume.check_paths(settings.ckptpath)
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
         run(settings, mixed, plan, given, typed)
 
@@ -381,6 +404,10 @@ def run(
     if settings.resume is not None:  # told before anything else is
         path = Path(settings.resume)
         resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
+    own_config = list(config_of(settings, plan, given))
+    if world.is_main and not settings.performance:
+        keep_earlier_run(settings)
+        write_config(settings, own_config)
     if plan.spawns:
         how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
@@ -394,6 +421,37 @@ def run(
         score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
         resume.state_path(settings.ckptpath).unlink(missing_ok=True)  # only a run that is not complete needs it
         say(f"done: {time.monotonic() - start:.0f} s")
+    for line in own_config:
+        say(config.PREFIX + line)
+
+
+def keep_earlier_run(settings: Settings) -> None:
+    """Makes room for the files of this run: what an earlier run left there is kept, see `nmt/keeping.py`.
+
+    A run that goes on writes to its own files. If its state is elsewhere, what stands at --ckptpath is copied.
+
+    Raises:
+        UserError: io, it cannot be kept.
+    """
+    if settings.resume is None:
+        keeping.make_room(settings.ckptpath, say, overwrites=settings.overwrite)
+    elif Path(settings.resume).resolve() != resume.state_path(settings.ckptpath).resolve():
+        keeping.make_room(settings.ckptpath, say, copies=True)
+
+
+def write_config(settings: Settings, lines: list[str]) -> None:
+    """Writes the file of flags beside the best model.
+
+    Raises:
+        UserError: io.
+    """
+    path = Path(f"{real(settings.ckptpath)}.toml")
+    try:
+        with replacing(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        what, todo = f"cannot write the run's flags: {error.strerror or error}", "make room there, or give --ckptpath"
+        raise UserError("io", what, str(path), todo) from error
 
 
 def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, path: Path) -> None:
@@ -504,7 +562,7 @@ def train(
     first_batches = epoch_steps(settings, corpus, epoch=0)
     total_steps = settings.epochs * len(first_batches)
     if world.size > 1:
-        settle_buckets(trainer, criterion, loader(data.rank_share(first_batches[0], world.rank, world.size)))
+        settle_buckets(trainer, criterion, parts_of_rank(settings, world, loader, first_batches[0])[0])
     state = state_of_run(settings, given, world, corpus)
     best = checkpoint.BestFile(
         Path(settings.ckptpath), state.run, log=say, shortlist=translations(settings, world, corpus)
@@ -524,24 +582,30 @@ def train(
             print_freq=settings.print_freq,
         )
         for position in range(run.begin_epoch(log), len(batches)):
-            # 1. The pairs of this rank.
+            # 1. The pairs of this rank. Without --accumulate they are one part.
             indices = batches[position]
-            batch = loader(data.rank_share(indices, world.rank, world.size))
+            parts = parts_of_rank(settings, world, loader, indices)
             log.data_ready()
 
-            # 2. The loss: the mean over the target tokens of all ranks.
-            seed_step(settings.seed, step, world.rank)  # so that no generator is part of the run's state
-            with trainer.forward_context():
-                loss_sum = criterion(batch, settings.teacher_forcing_ratio)
-            total_loss, total_tokens = world.sums(loss_sum, batch.target_tokens)  # one all-reduce
-            loss = loss_sum * (world.size / total_tokens)  # DDP will divide the gradients by world.size
+            # 2. The loss, which is the mean over the target tokens of all ranks, and its gradients.
+            weight = world.size / loader.target_tokens(indices)  # DDP will divide the gradients by world.size
+            loss_sums = []  # of the parts
+            for number, part in enumerate(parts):
+                seed_step(settings.seed, step, world.rank, number)  # so that no generator is part of the run's state
+                is_last = number + 1 == len(parts)
+                with world.averaging(criterion, now=is_last):
+                    with trainer.forward_context():
+                        loss_sum = criterion(part, settings.teacher_forcing_ratio)
+                    trainer.backward(weight * loss_sum, is_last=is_last)
+                loss_sums.append(loss_sum.detach())
 
             # 3. The update.
-            trainer.backward(loss)
             trainer.step(learning_rate(step, total_steps, settings), max_norm=settings.clip)
             step += 1
             world.progress(step)
             average.update(step)
+            own_tokens = sum(part.target_tokens for part in parts)
+            total_loss, total_tokens = world.sums(torch.stack(loss_sums).sum(), own_tokens)  # one all-reduce
             log.step_done(total_loss, total_tokens, pairs=len(indices))
             run.step_done(step, epoch, position + 1)
 
@@ -561,6 +625,8 @@ def train(
             validate(
                 settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate, run.end_if_asked
             )
+            if ends_early(settings, world, best, epoch):
+                break
     if world.is_main:
         best.complete()
 
@@ -573,13 +639,27 @@ def translations(settings: Settings, world: World, corpus: data.Corpus) -> torch
     return shortlist.build(src, trg, len(corpus.src_vocab), len(corpus.trg_vocab))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
+def parts_of_rank(settings: Settings, world: World, loader: data.Loader, indices: torch.Tensor) -> list[data.Batch]:
+    """A rank's share of a batch, in --accumulate parts. A part may be empty, as a share may.
+
+    Args:
+        settings, world: as in `train`.
+        loader: of the training pairs.
+        indices: [batch] int64: the pairs of all ranks.
+    """
+    share = data.rank_share(indices, world.rank, world.size)
+    return [loader(part) for part in share.tensor_split(settings.accumulate)]
+
+
+def seed_step(seed: int, step: int, rank: int, part: int = 0) -> None:
     """Seeds what a step draws. So no generator belongs to a run's state.
 
-    All ranks draw the same teacher forcing, by `random`. Each drops other positions, by PyTorch's generators.
+    All ranks and all parts of a batch draw the same teacher forcing, by `random`. Each drops other positions, by
+    PyTorch's generators.
     """
     random.seed(f"{seed} {step}")
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "big"))
+    own = f"{seed} {step} {rank}" + (f" {part}" if part else "")
+    torch.manual_seed(int.from_bytes(hashlib.sha256(own.encode()).digest()[:7], "big"))
 
 
 def settle_buckets(trainer: precision.Trainer, criterion: torch.nn.Module, batch: data.Batch) -> None:
@@ -685,6 +765,23 @@ def validate(
         if found.cased_bleu is not None:
             scores["cased_bleu"] = found.cased_bleu
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
+
+
+def ends_early(settings: Settings, world: World, best: checkpoint.BestFile, epoch: int) -> bool:
+    """Whether --patience ends the run after this epoch. Rank 0 has the best model and decides. Every rank calls this.
+
+    What is counted is the epochs since that of the best file. So a run that goes on counts on.
+    """
+    if not settings.patience or epoch + 1 == settings.epochs:
+        return False
+    waited = epoch - best.epoch
+    if not world.sum(torch.tensor(float(world.is_main and waited >= settings.patience), device=world.device)):
+        return False
+    say(
+        f"note: the training ends early: no epoch since epoch {best.epoch} was better, "
+        f"and --patience is {settings.patience}"
+    )
+    return True
 
 
 def as_checkpoint(
@@ -902,6 +999,10 @@ def resolved(settings: Settings, mixed: precision.Choice, world: World, pairs: i
         batch = batch or values["batch_size"] // world.nodes  # a recipe's batch is that of all nodes
     distributed.check_divisible(batch, world.local_size)
     values["batch_size"] = min(batch, math.ceil(pairs / world.nodes)) * world.nodes
+    share = math.ceil(values["batch_size"] / world.size)
+    if settings.accumulate > share:
+        what = f"--accumulate {settings.accumulate} parts of a batch that has {share} pairs a device"
+        raise UserError("usage", what, "--accumulate", f"give at most {share}, or a larger --batch-size")
     # The few steps of a performance run are not there to learn, whatever its batch is.
     if settings.lr is None and settings.recipe == "tuned" and not settings.performance:
         values["lr"] = tuned_rate(values["batch_size"])
@@ -941,12 +1042,38 @@ def size_of_a_step(settings: Settings, world: World, corpus: data.Corpus) -> str
     """How large a rank's steps are, for whoever has to make them smaller."""
     longest = max(int(side.lengths.max()) for side in (corpus.train.src, corpus.train.trg))
     batch = math.ceil(settings.batch_size / world.size)
-    return f"rank {world.rank}, a batch of {batch} pairs a device, longest sentence {longest} tokens"
+    parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
+    return f"rank {world.rank}, a batch of {batch} pairs a device{parts}, longest sentence {longest} tokens"
 
 
 def flags_of(settings: Settings, world: World) -> dict[str, Any]:
     """The flags that would give these settings. --batch-size is that of a node."""
     return vars(settings) | {"batch_size": settings.batch_size // world.nodes}
+
+
+def config_of(settings: Settings, plan: distributed.Plan, given: dict[str, Any]) -> Iterator[str]:
+    """The lines of the file of flags that makes the same run again.
+
+    Args:
+        settings: resolved.
+        plan: the ranks.
+        given: the flags of the run's command.
+    """
+    world = plan.worlds[0]
+    values = flags_of(settings, world) | {"device": world.device_type, "amp": settings.opt_level != "O0"}
+    # A batch is at most the corpus, and then perhaps not one that the ranks can share out evenly.
+    values["batch_size"] = math.ceil(values["batch_size"] / world.local_size) * world.local_size
+    if plan.spawns:
+        values |= {"device_list": list(plan.indices), "max_devices": None}
+    left_out = [*OF_NO_CONFIG, *(["bleu_npu"] if "bleu_npu" not in given else [])]
+    if not values["amp"]:
+        left_out += ["opt_level", "amp_dtype", "amp_backend"]  # they have no effect
+    header = [
+        "Trains this run again: python3 train_8p.py --config THIS_FILE",
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, torch {torch.__version__}, "
+        f"{world.size} {'process' if world.size == 1 else 'processes'} on {world.device_type}",
+    ]
+    yield from config.lines(Settings, {name: values[name] for name in values if name not in left_out}, header)
 
 
 def description(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> Iterator[str]:
@@ -970,9 +1097,6 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     }
     yield "run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items())
     yield f"device: {world.describe()}"
-    hidden = ("data_dir", "evaluate", "resume", "debug")
-    values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)
-    yield "flags: " + " ".join(f"{name}={value}" for name, value in values)
     yield from corpus.lines()
     yield from unknown_words(corpus, settings.min_freq)
     if not settings.performance:

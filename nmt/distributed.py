@@ -4,6 +4,7 @@
 processes, or torchrun has started them. The code of a rank calls `World.start`, trains, and calls `World.stop`.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -12,7 +13,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from nmt import devices, launch
 from nmt.errors import LostPeer, UserError, first_line, printable
@@ -143,6 +144,16 @@ class World:
             return module
         device_ids = None if self.device_type == "cpu" else [self.index]
         return nn.parallel.DistributedDataParallel(module, device_ids=device_ids)
+
+    def averaging(self, module: nn.Module, *, now: bool) -> contextlib.AbstractContextManager:
+        """The context of a forward and a backward pass of a module from `parallel`.
+
+        Args:
+            now: whether the gradients are averaged over the ranks. If not, they add up on each rank until a later pass.
+        """
+        if now or self.size == 1:
+            return contextlib.nullcontext()
+        return cast(nn.parallel.DistributedDataParallel, module).no_sync()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sums `tensor`, of any shape, over the ranks in place. It must be contiguous, and not float64 on an NPU."""

@@ -223,8 +223,13 @@ class Trainer(Generic[Model]):
         """The context of the forward pass."""
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        """Computes the gradients of the scaled loss, in the working model's parameters."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Adds the gradients of the scaled loss to those of the working model's parameters.
+
+        Args:
+            loss: of the step's batch, or of a part of it.
+            is_last: whether `step` follows. If not, another part does.
+        """
         raise NotImplementedError
 
     def step(self, lr: float, *, max_norm: float) -> None:
@@ -295,7 +300,7 @@ class NativeTrainer(Trainer[Model]):
         """Autocast in O1."""
         return torch.autocast(*self._autocast) if self._autocast else super().forward_context()
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         self._update.scaled(loss).backward()
 
     @torch.no_grad()
@@ -454,8 +459,10 @@ class ApexTrainer(Trainer[Model]):
             working, optimizer, opt_level=choice.level, loss_scale=choice.loss_scale, **extra
         )
 
-    def backward(self, loss: Tensor) -> None:
-        with self._amp.scale_loss(loss, self.optimizer) as scaled_loss:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        # Otherwise apex would unscale each part's gradients, and drop them before those of the next part.
+        how = {} if is_last else {"delay_unscale": True}
+        with self._amp.scale_loss(loss, self.optimizer, **how) as scaled_loss:
             scaled_loss.backward()
 
     def step(self, lr: float, *, max_norm: float) -> None:

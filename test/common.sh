@@ -217,8 +217,13 @@ check_arguments() {
     # By the program's own parser, before an earlier run's files are touched. The program would say the same, but later.
     local start
     start=$("$python" "${options[0]}" --parse-only ${options[1]+"${options[@]:1}"} </dev/null) || exit "$?"
+    case "$KIND $start" in # what a file of flags says, which is not seen here
+        'full '*': measures') fail 2 "error[usage]: the file of --config has performance = true, and this wrapper reports a score; test/$name; use test/train_performance_${RANK_SIZE}p.sh" ;;
+        'performance '*': trains') fail 2 "error[usage]: the file of --config has performance = false, and this wrapper measures speed; test/$name; use test/train_full_${RANK_SIZE}p.sh" ;;
+        *': evaluates') fail 2 "error[usage]: the file of --config has evaluate, and a wrapper reports a training; test/$name; leave it out" ;;
+    esac
     # Where there is nothing to go on with, the precision is a new run's.
-    if [[ -z $arg_precision_mode && -n $arg_resume && $start == begins ]]; then
+    if [[ -z $arg_precision_mode && -n $arg_resume && ${start%%:*} == begins ]]; then
         options=("${options[0]}" --amp --opt-level=O2 "${options[@]:1}")
         again=("${again[0]}" --amp --opt-level=O2 "${again[@]:1}")
     fi

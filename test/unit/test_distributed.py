@@ -3,6 +3,7 @@
 The second part watches the real loop from outside while it runs in one and in two processes.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -382,9 +383,9 @@ def overflowing_rank(world: World, settings, mixed, folder: str) -> None:
     weights = []
     backward, step = precision.NativeTrainer.backward, precision.NativeTrainer.step
 
-    def overflowing_backward(self, loss):
+    def overflowing_backward(self, loss, **options):
         overflows = world.rank == 1 and len(weights) == 4
-        backward(self, loss * float("inf") if overflows else loss)
+        backward(self, loss * float("inf") if overflows else loss, **options)
 
     def watched_step(self, lr, *, max_norm):
         step(self, lr, max_norm=max_norm)
@@ -501,6 +502,39 @@ def test_two_ranks_hold_equal_weights_after_ten_steps(runs):
     for name, weights in first.items():
         assert torch.equal(weights, second[name]), name
     torch.testing.assert_close(first, one["steps"][9][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 2)])
+def test_a_batch_in_parts_is_the_joint_batch(runs, tmp_path, processes, parts):
+    """--accumulate: the losses, gradients and weights of a whole batch, also where a part of a rank has no pair."""
+    one, _ = runs
+    corpus = write_corpus(tmp_path / "corpus", PAIRS)
+    found = train_watched(corpus, tmp_path / "parts", processes, flags=f"--accumulate {parts}")
+    for record in found:
+        torch.testing.assert_close(record["totals"], one["totals"], rtol=1e-5, atol=1e-5)
+        for (actual, _), (expected, _) in zip(record["steps"], one["steps"], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(record["steps"][9][1], one["steps"][9][1], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(record["steps"][9][1], found[0]["steps"][9][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("is_last", "reduces"), [(True, 1), (False, 0)])
+def test_only_the_last_part_of_a_batch_is_sent_to_the_other_ranks(is_last, reduces):
+    """DDP would average the gradients of each part, and that takes time."""
+
+    class Parallel(torch.nn.Linear):
+        reduces = 1
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            self.reduces = 0
+            yield
+
+    module = Parallel(1, 1)
+    with World(size=2).averaging(module, now=is_last):
+        assert module.reduces == reduces
+    with World().averaging(torch.nn.Linear(1, 1), now=is_last):
+        pass  # which has no `no_sync`
 
 
 def test_an_overflow_on_one_rank_skips_the_step_on_all(tmp_path):

@@ -387,6 +387,40 @@ def test_the_devices_own_scaler_goes_on_from_its_state():
     assert first.scale() == second.scale() == 16.0, "grown after three steps, two of them before"
 
 
+# ---------------------------------------------------------------- a batch in parts
+
+
+@pytest.mark.parametrize(
+    ("level", "backend"), [(level, "native") for level in precision.LEVELS] + [("O2", "apex"), ("O3", "apex")]
+)
+def test_the_gradients_of_parts_add_up_to_those_of_the_batch(apex, model, level, backend):
+    """--accumulate: unscaled, clipped and used once. apex drops what it was not told to keep."""
+    data, weights = torch.randn(6, 4), {}
+    for parts in (1, 3):
+        trainer = start(copy.deepcopy(model), level, scale=1.0 if level == "O3" else 32.0, backend=backend)
+        for _ in range(3):
+            for number, part in enumerate(data.tensor_split(parts)):
+                trainer.backward(loss_of(trainer, part) / len(data), is_last=number + 1 == parts)
+            trainer.step(0.1, max_norm=0.5)
+        assert trainer.skipped_steps() == 0
+        trainer.refresh_model()
+        weights[parts] = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    tolerance = 1e-5 if level == "O0" else 0.05
+    torch.testing.assert_close(weights[3], weights[1], rtol=tolerance, atol=tolerance)
+    moved = max(float((a - b.detach()).abs().max()) for a, b in zip(weights[1], model.parameters(), strict=True))
+    assert moved > 4 * tolerance
+
+
+def test_an_overflow_in_one_part_skips_the_step(model):
+    trainer = start(model, "O0", scale="dynamic")
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer.backward(loss_of(trainer, torch.ones(1, 4)) * float("inf"), is_last=False)
+    trainer.backward(loss_of(trainer, torch.ones(1, 4)))
+    trainer.step(0.1, max_norm=0.0)
+    torch.testing.assert_close(list(model.parameters()), before, rtol=0, atol=0)
+    assert trainer.loss_scale == precision.DYNAMIC_START / 2, "once for the step"
+
+
 # ---------------------------------------------------------------- apex
 
 

@@ -1107,6 +1107,23 @@ def test_the_program_says_whether_a_run_begins(tmp_path):
     assert said("--resume=auto", "--ckptpath=link") == said("--resume=any.state") == "goes on\n"
 
 
+@pytest.mark.parametrize(
+    ("wrapper", "start", "says"),
+    [
+        ("train_full_1p.sh", "begins: measures", "performance = true"),
+        ("train_performance_1p.sh", "begins: trains", "performance = false"),
+        ("train_full_8p.sh", "goes on: evaluates", "has evaluate"),
+    ],
+)
+def test_a_file_of_flags_that_makes_another_run_than_the_wrappers_is_refused(repo, wrapper, start, says):
+    done = repo.run(wrapper, "--", "--config", "run.toml", RUN=start)
+    assert done.returncode == 2
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert not repo.record.exists(), "nothing was started"
+    for kind, other in (("full", "trains"), ("performance", "measures")):
+        assert repo.run(f"train_{kind}_1p.sh", "--", "--config", "a", RUN=f"begins: {other}").returncode == 0
+
+
 def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo):
     _, starts = run_starts(repo, "train_full_1p.sh", "--restarts=1", starts="6,0")
     assert starts[1] == [*starts[0], "--", "--resume=auto"]

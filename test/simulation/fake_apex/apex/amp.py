@@ -8,6 +8,7 @@ from torch import nn
 calls: list[str] = []
 scales: dict[int, float] = {}  # by the optimizer's id
 dynamic: set[int] = set()
+delayed: set[int] = set()  # whose gradients are still scaled
 
 
 def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=False):
@@ -48,11 +49,21 @@ def initialize(model, optimizer, opt_level="O1", loss_scale=None, combine_grad=F
 
 
 @contextlib.contextmanager
-def scale_loss(loss, optimizer):
-    """The scaled loss. On leaving, the unscaled gradients are in the masters."""
-    calls.append("scale_loss")
+def scale_loss(loss, optimizer, delay_unscale=False):
+    """The scaled loss. On leaving, the unscaled gradients are in the masters, unless that is delayed.
+
+    As in apex, gradients of before are dropped, unless the last call delayed.
+    """
+    calls.append("scale_loss delay_unscale" if delay_unscale else "scale_loss")
     scale = scales[id(optimizer)]
+    if not delay_unscale and id(optimizer) not in delayed:
+        for parameter in optimizer.halves:
+            parameter.grad = None
     yield loss.float() * scale
+    if delay_unscale:
+        delayed.add(id(optimizer))
+        return
+    delayed.discard(id(optimizer))
     for parameter, master in zip(optimizer.halves, master_params(optimizer), strict=True):
         master.grad = (parameter.grad.float() / scale).to(master.dtype)
     finite = all(master.grad.isfinite().all() for master in master_params(optimizer))
