@@ -121,6 +121,8 @@ class Settings:
     resume: str | None = flags.row(COMMON, None, "FILE",
         "go on with the run whose state is FILE; auto: CKPTPATH.state, or a new run if there is none; "
         "flags that are left out are those of the run", trains=True)
+    overwrite: bool = flags.row(COMMON, False, None,
+        "remove what an earlier run left at --ckptpath; left out: it is kept as CKPTPATH.previous", trains=True)
 
     src_lang: str = flags.row(DATA, "de", "LANG", "language to translate from")
     trg_lang: str = flags.row(DATA, "en", "LANG", "language to translate into")
@@ -223,9 +225,9 @@ class Settings:
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
 # What a resumed run does not take from its first command, because it belongs to the process or to the file.
-OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url", "profile")
+OF_THE_COMMAND = ("ckptpath", "resume", "overwrite", "evaluate", "debug", "rank", "addr", "dist_url", "profile")
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
-INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
+INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
 LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
 # What a score takes from the checkpoint.
@@ -277,7 +279,19 @@ prepare_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, curves, distributed, kernels, launch, precision, record, resume, shortlist
+from nmt import (
+    checkpoint,
+    cooccurrence,
+    curves,
+    distributed,
+    keeping,
+    kernels,
+    launch,
+    precision,
+    record,
+    resume,
+    shortlist,
+)
 from nmt.averaging import WeightAverage
 from nmt.cores import CoreWatch
 from nmt.distributed import World
@@ -318,8 +332,6 @@ def main(argv: list[str]) -> None:
     writes = world.is_main and not settings.performance
     if world.is_main:
         record.prepare({flags.flag_of(name): getattr(settings, name) for name in checkpoint.OF_ITS_FOLDERS})
-    if writes:
-        resume.check_paths(settings.ckptpath)
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
         run(settings, mixed, plan, given, typed)
 
@@ -394,6 +406,11 @@ def run(
     if settings.resume is not None:  # told before anything else is
         path = Path(settings.resume)
         resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
+    if world.is_main and not settings.performance:
+        keep_earlier_run(settings)
+    if world.is_main and settings.record is not None:
+        run_id = None if settings.resume is None else resume.load(Path(settings.resume)).run
+        record.make_room(settings.record, run_id, say, overwrites=settings.overwrite)
     if plan.spawns:
         how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
@@ -452,6 +469,20 @@ def translate_command(ckptpath: str) -> str:
     python = str(here / ".venv" / "bin" / "python") if Path(sys.prefix) == own else "python3"
     path = f"./{ckptpath}" if ckptpath.startswith("-") else ckptpath
     return shlex.join([python, str(here / "translate.py"), "--ckptpath", path])
+
+
+def keep_earlier_run(settings: Settings) -> None:
+    """Makes room for the files of this run: what an earlier run left there is kept, see `nmt/keeping.py`.
+
+    A run that goes on writes to its own files. If its state is elsewhere, what stands at --ckptpath is copied.
+
+    Raises:
+        UserError: io, it cannot be kept.
+    """
+    if settings.resume is None:
+        keeping.make_room(settings.ckptpath, say, overwrites=settings.overwrite)
+    elif Path(settings.resume).resolve() != resume.state_path(settings.ckptpath).resolve():
+        keeping.make_room(settings.ckptpath, say, copies=True)
 
 
 def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, path: Path) -> None:

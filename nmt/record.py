@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nmt import keeping
 from nmt.errors import UserError, not_installed
 from nmt.log import StepLine
 from nmt.storage import Log, probe, real, replacing
@@ -80,6 +81,24 @@ def prepare(folders: dict[str, str | None]) -> None:
         except (OSError, ValueError) as error:
             what = f"cannot write into the folder: {getattr(error, 'strerror', None) or error}"
             raise UserError("io", what, f"{flag} {folder}", f"give {flag} a folder that you may write") from error
+
+
+def make_room(folder: str, run: str | None, log: Log, *, overwrites: bool) -> None:
+    """Makes room in the folder of --record. A run that goes on keeps its own figures there.
+
+    Args:
+        folder: the folder.
+        run: the name of the run that goes on. None: it begins.
+        log, overwrites: as in `keeping.make_room`.
+
+    Raises:
+        UserError: io, what stands there cannot be kept.
+    """
+    is_own = run is not None and [entry.get("run") for entry in read(Path(folder) / METRICS)[:1]] == [run]
+    if not is_own:
+        for name in (METRICS, CURVES):
+            stem, suffix = os.path.splitext(name)
+            keeping.make_room(Path(folder) / stem, log, [suffix], overwrites=overwrites)
 
 
 # ---------------------------------------------------------------- JSON lines
