@@ -421,9 +421,9 @@ def run(
     if not settings.performance:
         with telling_what_is_left(settings.ckptpath):
             score_the_best(settings, plan, corpus)
+        say(f"done: {time.monotonic() - start:.0f} s")
     draw_curves(settings)
     if not settings.performance:
-        say(f"done: {time.monotonic() - start:.0f} s")
         say(f"to translate: {translate_command(settings.ckptpath)}")
 
 

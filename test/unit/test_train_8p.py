@@ -722,7 +722,12 @@ def test_a_disk_that_is_full_at_a_later_save_ends_the_run_with_5_and_the_best_so
     assert err.count("\n") == 1
     assert checkpoint.load(path).scores["bleu"] == 1.0
     assert not checkpoint.load(path).completed
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["corpus", "model", "model.state"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "corpus",
+        "model",
+        "model.metrics.jsonl",
+        "model.state",
+    ]
 
 
 def test_the_name_of_a_checkpoint_forges_no_line_of_the_log(tiny_corpus, tmp_path, capsys):
@@ -1029,7 +1034,7 @@ def test_a_loss_that_stays_nan_ends_the_run_with_7_and_keeps_no_checkpoint(tiny_
     code, out, err = run(*arguments, capsys=capsys)
     assert code == 7
     assert len(out.split("Loss nan")) - 1 == nmt.log.LINES_WITHOUT_A_LOSS
-    assert "epoch 0, step 3" in err
+    assert "epoch 1, step 3" in err
     assert not path.exists()
 
 
@@ -1081,7 +1086,7 @@ def test_a_weight_that_is_not_finite_is_never_saved(tiny_corpus, tmp_path, capsy
     arguments = ("--data-dir", str(tiny_corpus), "--epochs", "1", "--average", "0", "--ckptpath", str(path))
     code, out, err = run(*arguments, capsys=capsys)
     assert code == 7
-    assert err.startswith("error[diverged]: a weight is not finite; epoch 0; ")
+    assert err.startswith("error[diverged]: a weight is not finite; epoch 1; ")
     assert not path.exists()
 
 
