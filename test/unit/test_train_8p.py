@@ -249,9 +249,9 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
     assert {"BLEU score", "sacreBLEU"} <= logs.parse(again).final.keys()
 
 
-def test_the_log_ends_with_the_command_that_translates(trained):
+def test_the_log_has_the_command_that_translates(trained):
     folder, _, out = trained
-    command = out.splitlines()[-1].removeprefix("to translate: ")
+    (command,) = re.findall(r"^to translate: (.*)$", out, re.MULTILINE)
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     environment = os.environ | {"PATH": path}
     done = subprocess.run(
@@ -685,17 +685,17 @@ def test_two_runs_that_are_killed_after_their_first_save_leave_a_finished_model(
     command = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, *arguments]
     assert subprocess.run([*command, "--epochs", "1"], capture_output=True).returncode == 0
     finished = path.read_bytes()
-    for _ in range(2):
+    for number in range(2):
         with subprocess.Popen([*command, "--epochs", "5000"], stdout=subprocess.PIPE, text=True) as process:
             assert any(line.startswith("saved: ") for line in process.stdout)
             process.kill()
         assert process.returncode == -signal.SIGKILL, "the fault must be real"
         assert not checkpoint.load(path).completed
-        assert path.with_name("model.previous").read_bytes() == finished
+        assert path.with_name("model.previous.1" if number else "model.previous").read_bytes() == finished
     done = subprocess.run([*command, "--epochs", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "of a run that did not end: it is replaced; model.previous is of one that did, and stays" in done.stdout
-    assert path.with_name("model.previous").read_bytes() == finished
+    assert "what stood there is now model.previous.2" in done.stdout
+    assert path.with_name("model.previous.1").read_bytes() == finished
     assert checkpoint.load(path).completed
 
 
