@@ -54,6 +54,7 @@ OF_THE_MACHINE = (
     "addr",
     "dist_url",
 )
+OF_ITS_FOLDERS = ("record", "tensorboard", "profile")
 NAMES = ("train_name", "val_name", "test_name")
 
 
@@ -63,7 +64,7 @@ def portable(values: dict[str, Any]) -> dict[str, Any]:
     >>> portable({"data_dir": "a/b", "test_name": "c/test", "seed": 1})
     {'test_name': 'test', 'seed': 1}
     """
-    kept = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
+    kept = {name: value for name, value in values.items() if name not in OF_THE_MACHINE + OF_ITS_FOLDERS}
     return kept | {name: Path(kept[name]).name for name in NAMES if name in kept}
 
 

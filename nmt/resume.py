@@ -230,8 +230,18 @@ class Run:
         """
         if self._stop is None or self._stop.signal is None:
             return
-        how = "" if self._saved_step is None else f"step {self._saved_step} is saved; {HOW}"
-        raise Stopped(self._stop.exit_code, how)
+        raise Stopped(self._stop.exit_code, self._what_is_kept())
+
+    def _what_is_kept(self) -> str:
+        """What the run leaves where it stands, and how to go on. Nothing, if it writes nothing."""
+        if self._path is None:
+            return ""
+        if self._saved_step is None:
+            return "no step is saved: the same command begins anew"
+        kept = f"step {self._saved_step} is saved; {HOW}"
+        if getattr(self._parts.get("best"), "merit", ()):
+            kept += f"; the best model so far is {str(self._path).removesuffix(SUFFIX)}"
+        return kept
 
     def _restore(self, name: str, part: Part, state: Any) -> None:
         try:
