@@ -173,6 +173,9 @@ class Settings:
         "first; left out: all of this machine's devices, on a CPU 0,..,7")
     max_devices: int | None = flags.row(PROCESSES, None, flags.positive_int,
         "without --device-list, use at most so many devices")
+    device_id: str | None = flags.row(PROCESSES, None, flags.device_id,
+        "index of the NPU or GPU of a run in one process, where no flag above names one; npu:N is for an NPU alone; a "
+        "CPU has no index", unit="N")
     world_size: int = flags.row(PROCESSES, -1, flags.integer, "number of nodes; -1 means 1")
     rank: int = flags.row(PROCESSES, -1, flags.integer, "number of this node; -1 means 0")
     addr: str = flags.row(PROCESSES, "127.0.0.1", "HOST", "address of node 0")
@@ -270,6 +273,7 @@ import gru
 import scoring
 from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume, shortlist
 from nmt.averaging import WeightAverage
+from nmt.checkout import commit_of
 from nmt.distributed import World
 from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
 from nmt.signals import StopRequest
@@ -286,7 +290,8 @@ def main(argv: list[str]) -> None:
     typed = {name: getattr(settings, name) for name in parser.given}
     settings, given, notes = with_flags_of_the_run(settings, typed)
     plan = distributed.plan(
-        **settings.named("device npu gpu device_list max_devices multiprocessing_distributed world_size rank"),
+        **settings.named("device npu gpu device_list device_id max_devices multiprocessing_distributed"),
+        **settings.named("world_size rank"),
         **settings.named("addr dist_url dist_backend dist_timeout bleu_npu batch_size"),
     )
     world = plan.worlds[0]
@@ -966,6 +971,9 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
         "loss_scale": mixed.loss_scale,
         "recipe": settings.recipe,
         "seed": settings.seed,
+        "epochs": settings.epochs,
+        "data": corpus.fingerprint[:12],
+        "commit": commit_of(Path(HERE)),
         "python": platform.python_version(),
     }
     yield "run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items())
