@@ -417,7 +417,7 @@ def _read_or_build(
         digests = found = cache.read_digests(folder, paths, log)
 
         def build_now(writer: cache.Writer) -> dict:
-            log(f"tokenising {paths[0].parent}: no readable cache has these contents")
+            log(f"tokenising {paths[0].parent}, these contents for the first time; the result is cached in {folder}")
             return write(writer, found)
 
         entry = cache.read_or_build(folder, key(digests), build_now, log)

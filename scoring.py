@@ -1,7 +1,7 @@
 """How good a model is: its translations, their BLEU and chrF, and its losses on pairs that it has not seen."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,10 @@ class Scores:
     sacrebleu_signature: str
     chrf: float
     chrf_signature: str
+
+    def figures(self, prefix: str = "") -> dict[str, float]:
+        """The scores by name, for the record of a run."""
+        return {f"{prefix}{name}": getattr(self, name) for name in ("bleu", "sacrebleu", "chrf")}
 
     def __str__(self) -> str:
         return f"BLEU {self.bleu:.4f}  sacreBLEU {self.sacrebleu:.4f}  chrF {self.chrf:.4f}"
@@ -210,6 +214,16 @@ class Losses:
     def are_finite(self) -> bool:
         return math.isfinite(self.forced) and math.isfinite(self.free_running)
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The losses and their perplexities by name, for the record of a run."""
+        return {
+            "loss": self.forced,
+            "perplexity": perplexity(self.forced),
+            "free_running_loss": self.free_running,
+            "free_running_perplexity": perplexity(self.free_running),
+        }
+
 
 @torch.no_grad()
 def losses(model: gru.Seq2Seq, loader: data.Loader, world: World, pause: Callable[[], object] = lambda: None) -> Losses:
@@ -261,17 +275,24 @@ class Validation:
     examples: Sequence[tuple[str, str, str]] = ()
     cased_bleu: float | None = None
 
-    def lines(self, epoch: int, train_loss: float, rate: float) -> Iterator[str]:
+    @property
+    def figures(self) -> dict[str, float]:
+        """The figures by name, for the record of a run."""
+        figures = self.losses.figures | {"bleu": self.bleu}
+        return figures if self.cased_bleu is None else figures | {"cased_bleu": self.cased_bleu}
+
+    def lines(self, epoch: int, epochs: int, train_loss: float, rate: float) -> Iterator[str]:
         """The lines of the log, for rank 0.
 
         Args:
-            epoch: the epoch that has ended, from 0.
+            epoch: the epoch that has ended, from 0. The log counts from 1.
+            epochs: of the run.
             train_loss: its mean training loss.
             rate: its last learning rate.
         """
         forced, free_running = self.losses.forced, self.losses.free_running
         yield (
-            f"validation: epoch {epoch}  train loss {train_loss:.4f}  "
+            f"validation: epoch {epoch + 1}/{epochs}  train loss {train_loss:.4f}  "
             f"loss {forced:.4f} (perplexity {perplexity(forced):.2f})  "
             f"free-running loss {free_running:.4f} (perplexity {perplexity(free_running):.2f})  "
             f"greedy BLEU {self.bleu:.4f}  learning rate {rate:.2e}"
@@ -402,7 +423,7 @@ def report(
     beam_size: int,
     length_penalty: float,
     case: str = "lower",
-) -> Iterator[str]:
+) -> Generator[str, None, dict[str, Any]]:
     """Scores a model on the test set. Each line of the log comes as soon as its figures are known.
 
     Args:
@@ -415,6 +436,9 @@ def report(
         max_length: as in `longest_translation`.
         beam_size, length_penalty: of the final score. Greedy decoding is scored beside it.
         case: of the model's words, as in `data.load`. With "keep" there are cased scores beside those of lower case.
+
+    Returns:
+        The figures by name, for the record of a run.
     """
     if beam_size > len(trg_vocab):
         yield f"note: the beam is {len(trg_vocab)} wide, not {beam_size}: the target language has no more types"
@@ -429,6 +453,7 @@ def report(
         yield f"length penalty of the beam: {length_penalty:g}"
     yield from note_on_length(test, max_length, "test")
     references, limit = test.references, longest_translation(test, max_length)
+    figures: dict[str, Any] = found.figures | {"beam_size": beam_size}
     for size in sorted({1, beam_size}):
         translations = translate(
             model, test.src, trg_vocab, world, max_length=limit, beam_size=size, length_penalty=length_penalty
@@ -436,8 +461,14 @@ def report(
         scores, cased = evaluate_in(case, translations, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
         yield f"{decoding}: {scores}"
+        figures |= scores.figures("greedy_" if size == 1 else "beam_")
         if cased is not None:
             yield f"{decoding}, cased: {cased}"
+    figures |= scores.figures() | {"signature": scores.sacrebleu_signature}
+    yield (
+        f"note: of the {decoding}: BLEU score is torchtext's, to compare with the ModelZoo; in a paper quote sacreBLEU "
+        "with its signature; all are of lower-cased tokens, and sacreBLEU of plain text is another figure"
+    )
     if cased is not None:
         yield f"cased chrF = {cased.chrf:.4f} ({cased.chrf_signature})"
         yield f"cased sacreBLEU = {cased.sacrebleu:.4f} ({cased.sacrebleu_signature})"
@@ -445,6 +476,7 @@ def report(
     yield f"chrF = {scores.chrf:.4f} ({scores.chrf_signature})"
     yield f"sacreBLEU = {scores.sacrebleu:.4f} ({scores.sacrebleu_signature})"
     yield f"BLEU score = {scores.bleu:.4f}"
+    return figures | (cased.figures("cased_") if cased is not None else {})
 
 
 # ---------------------------------------------------------------- text, as people read it

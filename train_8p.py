@@ -37,6 +37,7 @@ import os
 import platform
 import random
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -57,6 +58,7 @@ SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
 SHARED_BATCH = 128  # `tuned`'s total on several devices: the largest that keeps the BLEU of 64 (docs/search.md)
 PERFORMANCE_STEPS = 25
+PROFILED = (6, 10)
 PERFORMANCE_BATCH = {"npu": 1536, "cuda": 1536, "cpu": 128}  # pairs a device
 
 # ---------------------------------------------------------------- the settings
@@ -119,6 +121,8 @@ class Settings:
     resume: str | None = flags.row(COMMON, None, "FILE",
         "go on with the run whose state is FILE; auto: CKPTPATH.state, or a new run if there is none; "
         "flags that are left out are those of the run", trains=True)
+    overwrite: bool = flags.row(COMMON, False, None,
+        "remove what an earlier run left at --ckptpath; left out: it is kept as CKPTPATH.previous", trains=True)
 
     src_lang: str = flags.row(DATA, "de", "LANG", "language to translate from")
     trg_lang: str = flags.row(DATA, "en", "LANG", "language to translate into")
@@ -207,6 +211,13 @@ class Settings:
         unit="MINUTES")
     print_freq: int = flags.row(RUN, 10, flags.positive_int,
         "steps between two lines of the log", also="-p", trains=True)
+    record: str | None = flags.row(RUN, None, "DIR",
+        "write metrics.jsonl and curves.png there too; without it they stand beside the checkpoint alone", trains=True)
+    tensorboard: str | None = flags.row(RUN, None, "DIR",
+        "write figures and sample translations there for TensorBoard", trains=True)
+    profile: str | None = flags.row(RUN, None, "DIR",
+        f"profile steps {PROFILED[0]} to {PROFILED[1]}: a trace for TensorBoard and Perfetto, and the most expensive "
+        "operators", trains=True)
     debug: bool = flags.row(RUN, False, None, "show the traceback of every error")
     # fmt: on
 
@@ -217,9 +228,9 @@ class Settings:
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
 # What a resumed run does not take from its first command, because it belongs to the process or to the file.
-OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
+OF_THE_COMMAND = ("ckptpath", "resume", "overwrite", "evaluate", "debug", "rank", "addr", "dist_url", "profile")
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
-INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
+INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
 LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
 # What a score takes from the checkpoint.
@@ -271,12 +282,26 @@ prepare_imports()
 import data
 import gru
 import scoring
-from nmt import checkpoint, cooccurrence, distributed, kernels, launch, precision, resume, shortlist
+from nmt import (
+    checkpoint,
+    cooccurrence,
+    curves,
+    distributed,
+    keeping,
+    kernels,
+    launch,
+    precision,
+    record,
+    resume,
+    shortlist,
+)
 from nmt.averaging import WeightAverage
 from nmt.checkout import commit_of
+from nmt.cores import CoreWatch
 from nmt.distributed import World
-from nmt.log import EpochLog, may_recover, only_rank_0_speaks, say
-from nmt.signals import StopRequest
+from nmt.log import EpochLog, RunBar, StepLine, may_recover, only_rank_0_speaks, say, say_all
+from nmt.profiling import StepProfile
+from nmt.signals import Stopped, StopRequest
 
 import torch
 
@@ -310,8 +335,8 @@ def main(argv: list[str]) -> None:
         plan.device_type, plan.indices, **settings.named("amp opt_level loss_scale amp_dtype amp_backend")
     )
     writes = world.is_main and not settings.performance
-    if writes:
-        resume.check_paths(settings.ckptpath)
+    if world.is_main:
+        record.prepare({flags.flag_of(name): getattr(settings, name) for name in checkpoint.OF_ITS_FOLDERS})
     with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
         run(settings, mixed, plan, given, typed)
 
@@ -386,19 +411,83 @@ def run(
     if settings.resume is not None:  # told before anything else is
         path = Path(settings.resume)
         resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
+    if world.is_main and not settings.performance:
+        keep_earlier_run(settings)
+    if world.is_main and settings.record is not None:
+        run_id = None if settings.resume is None else resume.load(Path(settings.resume)).run
+        record.make_room(settings.record, run_id, say, overwrites=settings.overwrite)
     if plan.spawns:
         how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
     else:
         run_rank(world, settings, mixed, given, corpus)
-    if world.is_main and not settings.performance:
-        path = Path(settings.ckptpath)
-        saved = checkpoint.load(path)
-        if settings.best == "bleu" and saved.scores.get("bleu") == 0:
-            say("note: BLEU was 0 on the validation pairs in every epoch: the best epoch is the one of the lowest loss")
-        score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
-        resume.state_path(settings.ckptpath).unlink(missing_ok=True)  # only a run that is not complete needs it
+    if not world.is_main:
+        return
+    if not settings.performance:
+        with telling_what_is_left(settings.ckptpath):
+            score_the_best(settings, plan, corpus)
+    draw_curves(settings)
+    if not settings.performance:
         say(f"done: {time.monotonic() - start:.0f} s")
+        say(f"to translate: {translate_command(settings.ckptpath)}")
+
+
+def score_the_best(settings: Settings, plan: distributed.Plan, corpus: data.Corpus) -> None:
+    """Scores the best model of a run that has been trained, and records the scores."""
+    path = Path(settings.ckptpath)
+    saved = checkpoint.load(path)
+    if settings.best == "bleu" and saved.scores.get("bleu") == 0:
+        say("note: BLEU was 0 on the validation pairs in every epoch: the best epoch is the one of the lowest loss")
+    figures = score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
+    record.add_scores(metrics_paths(settings), settings.tensorboard, figures, say)
+    resume.state_path(path).unlink(missing_ok=True)  # only a run that is not complete needs it
+
+
+def metrics_paths(settings: Settings) -> list[Path]:
+    """Where a run writes its figures. A performance run writes nothing beside a checkpoint."""
+    return record.metrics_paths(None if settings.performance else settings.ckptpath, settings.record)
+
+
+def draw_curves(settings: Settings) -> None:
+    """Draws a run that has ended, if it has a place for that."""
+    pictures = record.curves_paths(None if settings.performance else settings.ckptpath, settings.record)
+    if pictures:
+        curves.draw_run(metrics_paths(settings)[0], pictures, say)
+
+
+@contextlib.contextmanager
+def telling_what_is_left(path: str) -> Iterator[None]:
+    """Says what a run has left that is stopped after its training. `path` is that of its best model."""
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as error:
+        what = f"the training is complete, and {path} is its best model; to score it, add --resume auto to the command"
+        raise Stopped(error.exit_code if isinstance(error, Stopped) else 130, what) from None
+
+
+def translate_command(ckptpath: str) -> str:
+    """The command that translates with a model, for a shell in the current folder."""
+    here = Path(HERE)
+    own = here / ".venv"
+    if here.is_relative_to(Path.cwd()):
+        here = here.relative_to(Path.cwd())
+    python = str(here / ".venv" / "bin" / "python") if Path(sys.prefix) == own else "python3"
+    path = f"./{ckptpath}" if ckptpath.startswith("-") else ckptpath
+    return shlex.join([python, str(here / "translate.py"), "--ckptpath", path])
+
+
+def keep_earlier_run(settings: Settings) -> None:
+    """Makes room for the files of this run: what an earlier run left there is kept, see `nmt/keeping.py`.
+
+    A run that goes on writes to its own files. If its state is elsewhere, what stands at --ckptpath is copied.
+
+    Raises:
+        UserError: io, it cannot be kept.
+    """
+    if settings.resume is None:
+        keeping.make_room(settings.ckptpath, say, overwrites=settings.overwrite)
+    elif Path(settings.resume).resolve() != resume.state_path(settings.ckptpath).resolve():
+        keeping.make_room(settings.ckptpath, say, copies=True)
 
 
 def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, path: Path) -> None:
@@ -466,8 +555,12 @@ def run_rank(
     world.start()
     if settings.compile_loss:  # it needs the device
         kernels.compile_softmax(world.device, mixed.dtype)
-    with StopRequest() as stop, telling_memory(lambda: size_of_a_step(settings, world, corpus)):
-        train(settings, mixed, world, corpus, model, given or {}, stop)
+    with (
+        StopRequest() as stop,
+        telling_memory(lambda: size_of_a_step(settings, world, corpus)),
+        contextlib.ExitStack() as held,
+    ):
+        train(settings, mixed, world, corpus, model, given or {}, stop, held)
     world.stop()
 
 
@@ -482,6 +575,7 @@ def train(
     model: gru.Seq2Seq,
     given: dict[str, Any],
     stop: StopRequest,
+    held: contextlib.ExitStack,
 ) -> None:
     """One rank's training, from the first step, or from the saved state of the run, to the best checkpoint.
 
@@ -493,13 +587,15 @@ def train(
         model: from `first_model`. All ranks take rank 0's weights.
         given: the flags of the command.
         stop: tells whether to save the run's state and end.
+        held: closes what is open at the end, however that comes.
     """
     device = world.device
     model.to(device)
     world.copy_from_main(model.parameters())
     for line in description(settings, mixed, world, corpus):
         say(line)
-    say(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"model: {parameters:,} parameters")
     trainer = precision.make_trainer(mixed, model, device)  # Adam, in the chosen precision
     average = WeightAverage(trainer, settings.average)
     criterion = world.parallel(gru.TrainingLoss(trainer.working_model, settings.label_smoothing))
@@ -516,6 +612,23 @@ def train(
     )
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
+    about = facts_of(settings, mixed, world, corpus) | {"device_name": world.describe(), "parameters": parameters}
+    about["batch_per_device"] = settings.batch_size / world.size
+    figures = open_record(settings, state, world, about | {"epoch_steps": len(first_batches)})
+    held.callback(figures.close)
+    profile = StepProfile(settings.profile if world.is_main else None, world.device_type, say)
+    held.callback(profile.close)
+    bar = RunBar(settings.epochs, len(first_batches), step) if sys.stdout.isatty() else None
+    if bar is not None:
+        held.callback(bar.close)
+    watch = CoreWatch(torch.get_num_threads() if world.device_type == "cpu" else 1, say)
+
+    def line_done(line: StepLine) -> None:
+        done = line.epoch * len(first_batches) + line.step
+        scale = None if mixed.level == "O0" else trainer.loss_scale
+        figures.step(line, done, learning_rate(done - 1, total_steps, settings), scale)
+        watch.look()
+
     world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
         batches = epoch_steps(settings, corpus, epoch)
@@ -523,10 +636,11 @@ def train(
         log = EpochLog(
             world,
             epoch,
-            settings.epochs,
             steps=len(batches),
             steps_before=step - run.step,
             print_freq=settings.print_freq,
+            bar=bar,
+            told=line_done,
         )
         for position in range(run.begin_epoch(log), len(batches)):
             # 1. The pairs of this rank.
@@ -548,6 +662,7 @@ def train(
             world.progress(step)
             average.update(step)
             log.step_done(total_loss, total_tokens, pairs=len(indices))
+            profile.step_done()
             run.step_done(step, epoch, position + 1)
 
         # 4. The end of the epoch: its speed and, unless speed is all we want, validation and the best weights.
@@ -555,6 +670,9 @@ def train(
         pairs_per_second, train_loss = log.finish()
         trainer.refresh_model()  # the fp32 model takes over what was trained
         say(f"* FPS@all {pairs_per_second:.3f}")
+        of_epoch = {"epoch": epoch + 1, "pairs_per_second": pairs_per_second, "train_loss": train_loss}
+        of_epoch["learning_rate"] = rate = learning_rate(step - 1, total_steps, settings)
+        figures.add("epoch", step, of_epoch)
         if skipped := trainer.skipped_steps():
             say(
                 f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite. "
@@ -562,10 +680,10 @@ def train(
             )
         if not settings.performance:
             average.catch_up(step)  # the average takes in the last steps
-            rate = learning_rate(step - 1, total_steps, settings)
-            validate(
+            found, is_best = validate(
                 settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate, run.end_if_asked
             )
+            figures.add("validation", step, of_epoch | found.figures | {"is_best": is_best}, found.examples)
     if world.is_main:
         best.complete()
 
@@ -653,7 +771,7 @@ def validate(
     train_loss: float,
     rate: float,
     pause: Callable[[], object] = lambda: None,
-) -> None:
+) -> tuple[scoring.Validation, bool]:
     """Scores the model on the validation pairs, prints the figures, and saves it if it is the best so far.
 
     Args:
@@ -665,6 +783,9 @@ def validate(
         train_loss: its mean training loss.
         rate: its last learning rate.
         pause: is called before each batch. It may raise to end the run.
+
+    Returns:
+        What was found, and whether it is the best so far. Both count on rank 0.
 
     Raises:
         UserError: diverged, on every rank, if a loss or a weight is not finite, or the validation loss has exploded.
@@ -678,18 +799,20 @@ def validate(
         what = "a weight is not finite"  # perhaps of a word that no validation pair has
     if what:
         todo = "lower --lr, or --loss-scale if one is in use; the best checkpoint of the epochs before is kept"
-        raise UserError("diverged", what, f"epoch {epoch}", todo)
-    for line in found.lines(epoch, train_loss, rate):
+        raise UserError("diverged", what, f"epoch {epoch + 1}", todo)
+    for line in found.lines(epoch, settings.epochs, train_loss, rate):
         say(line)
     # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
     merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
     if world.is_main and settings.best == "bleu" and best.merit[:1] == (found.bleu,):
         say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
-    if world.is_main and merit > best.merit:
+    is_best = merit > best.merit
+    if world.is_main and is_best:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
         if found.cased_bleu is not None:
             scores["cased_bleu"] = found.cased_bleu
         best.replace(merit, as_checkpoint(settings, world, corpus, model, scores))
+    return found, is_best
 
 
 def as_checkpoint(
@@ -728,7 +851,7 @@ def score(
     model: gru.Seq2Seq,
     corpus: data.Corpus | data.Words,
     tells_data: bool = False,
-) -> None:
+) -> dict[str, Any]:
     """Translates the test set with a checkpoint and prints its scores, on the device of --bleu-npu.
 
     Decoding and losses are as the flags say. What they leave out is as in the run that made the checkpoint.
@@ -738,6 +861,9 @@ def score(
         model: that of `saved`, from `scoring.restore`.
         corpus: the data, or its test pair alone.
         tells_data: whether to print what is known of the data first.
+
+    Returns:
+        The figures by name.
     """
     vocabs = scoring.vocabularies(saved, model, corpus, path)
     if isinstance(corpus, data.Words):
@@ -754,8 +880,7 @@ def score(
     made_with = {"max_length": None} | checkpoint.ORIGINAL_FLAGS | saved.flags  # earlier versions had not all of them
     how |= {name: made_with[name] for name, value in how.items() if value is None}
     how["case"] = settings.case
-    for line in scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how):
-        say(line)
+    return say_all(scoring.report(model.to(world.device), test, vocabs[1], world, name=str(path), **how))
 
 
 # ---------------------------------------------------------------- what a run starts with
@@ -797,7 +922,8 @@ def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: d
         given: the flags of the command.
         world, corpus: as in `train`.
     """
-    decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]} - set(INDIFFERENT)
+    decisive = {row.name for row in dataclasses.fields(settings) if row.metadata["trains"]}
+    decisive -= {*INDIFFERENT, *checkpoint.OF_ITS_FOLDERS}
     return resume.State(
         run=secrets.token_hex(8),
         given={name: value for name, value in given.items() if name not in OF_THE_COMMAND},
@@ -835,12 +961,14 @@ def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus
         steps = len(epoch_steps(settings, corpus, epoch=0))
         counts = state.step == state.epoch * steps + state.position
         if not counts or state.position > steps or state.epoch > settings.epochs:
-            where = f"step {state.step}, epoch {state.epoch}, position {state.position}, of {settings.epochs} x {steps}"
+            where = (
+                f"step {state.step}, epoch {state.epoch + 1}, position {state.position}, of {settings.epochs} x {steps}"
+            )
             todo = "use an earlier copy, or train again"
             raise UserError("checkpoint", f"contradicts itself: {where}", str(path), todo)
         if others:
             say(f"note: the run goes on, but not bit for bit: {'; '.join(others)}")
-        say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch}")
+        say(f"resumed: {path}: {state.step} steps are done, {state.position} of them in epoch {state.epoch + 1}")
         number = 1 + int(hashlib.sha256(f"{state.run} {state.step}".encode()).hexdigest()[:4], 16)
         state = replace(state, given=now.given, settings=now.settings, about=now.about)
     if not world.agrees_on(number):
@@ -872,6 +1000,22 @@ def open_run(
         stop=stop if world.is_main else None,
         log=say,
     )
+
+
+def open_record(settings: Settings, state: resume.State, world: World, about: dict[str, Any]) -> record.Record:
+    """What takes the figures of the run. On ranks other than 0 it takes nothing.
+
+    Args:
+        settings, state, world: as in `open_run`.
+        about: the facts of the run.
+    """
+    if not world.is_main:
+        return record.Record()
+    files = record.begin(metrics_paths(settings), state.run, about, state.step, say)
+    board = None
+    if settings.tensorboard is not None:
+        board = record.Board(Path(settings.tensorboard), ("train", "validation"), state.step, say)
+    return record.Record(files, board)
 
 
 def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Seq2Seq:
@@ -954,8 +1098,8 @@ def flags_of(settings: Settings, world: World) -> dict[str, Any]:
     return vars(settings) | {"batch_size": settings.batch_size // world.nodes}
 
 
-def description(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> Iterator[str]:
-    """The lines that say what is about to run."""
+def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> dict[str, Any]:
+    """What the line `run:` says, by name."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
     for name in ("torch_npu", "apex"):  # not always installed in a way that leaves metadata
         if name in sys.modules:
@@ -976,7 +1120,12 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
         "commit": commit_of(Path(HERE)),
         "python": platform.python_version(),
     }
-    yield "run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items())
+    return facts | versions
+
+
+def description(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> Iterator[str]:
+    """The lines that say what is about to run."""
+    yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world, corpus).items())
     yield f"device: {world.describe()}"
     hidden = ("data_dir", "evaluate", "resume", "debug")
     values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)

@@ -534,7 +534,8 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
     named = [name for name in ("recipe", "seed", "epochs", "batch_size", "lr", "min_freq") if name in values]
     yield "training: " + ", ".join(f"{name} {values[name]}" for name in named)
     yield "validation: " + ", ".join(
-        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in info.scores.items()
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value + 1}"  # the epoch, from 1 for people
+        for name, value in info.scores.items()
     )
     yield "decoding: " + ", ".join(
         f"{name} {values[name]}"

@@ -43,7 +43,7 @@ def read_log(name: str, path: Path) -> Run:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if "batch" not in run.facts or not run.epochs or [e.number for e in run.epochs] != list(range(len(run.epochs))):
-        raise ValueError(f"{path}: expected one run's lines 'run:', 'validation: epoch 0', 'validation: epoch 1', ...")
+        raise ValueError(f"{path}: expected one run's line 'run:', and 'validation: epoch N' of each epoch")
     return Run(name, int(run.facts["batch"]), run.epochs)
 
 

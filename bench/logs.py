@@ -19,7 +19,7 @@ STEP = re.compile(
 )
 RATE = re.compile(r"^\* FPS@all (?P<rate>[0-9.]+)$", re.MULTILINE)
 VALIDATION = re.compile(
-    r"^validation: epoch (?P<number>\d+)  train loss (?P<train_loss>\S+)  loss (?P<loss>\S+) "
+    r"^validation: epoch (?P<number>\d+)(?P<of>/\d+)?  train loss (?P<train_loss>\S+)  loss (?P<loss>\S+) "
     r"\(perplexity (?P<perplexity>\S+)\)  free-running loss (?P<free_running_loss>\S+) \(perplexity \S+\)  "
     r"greedy BLEU (?P<bleu>\S+)  learning rate \S+$",
     re.MULTILINE,
@@ -157,7 +157,8 @@ def parse(text: str) -> Run:
 
 def _epoch(match: re.Match[str]) -> Epoch:
     number, *values = match.group("number", "train_loss", "loss", "perplexity", "free_running_loss", "bleu")
-    return Epoch(int(number), *map(float, values))
+    # Logs count epochs from 1, and say of how many. Older ones count from 0.
+    return Epoch(int(number) - (match["of"] is not None), *map(float, values))
 
 
 def _score(match: re.Match[str]) -> Score:

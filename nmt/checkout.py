@@ -1,5 +1,6 @@
 """Which commit of this repository runs, for the log."""
 
+import functools
 import os
 import subprocess
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 SECONDS = 10  # that git may take, on a slow network disk
 
 
+@functools.lru_cache
 def commit_of(folder: Path) -> str:
     """The first 7 hexadecimal digits of the commit that is checked out in `folder`, or "unknown".
 

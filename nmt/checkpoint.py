@@ -12,16 +12,15 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nmt import flags, sealed
+from nmt import flags, keeping, sealed
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, Log, beside, clear_partial, locked, probe, replacing, sync_folder
+from nmt.storage import InUse, Log, clear_partial, lock_path, locked, probe
 from nmt.text.vocabulary import SPECIALS
 
 import torch
@@ -43,7 +42,19 @@ USED_FLAGS = {
 
 
 # The flags that say where a run was, and those that may be paths where only the name matters.
-OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url")
+OF_THE_MACHINE = (
+    "data_dir",
+    "cache_dir",
+    "ckptpath",
+    "config",
+    "overwrite",
+    "resume",
+    "evaluate",
+    "mirror",
+    "addr",
+    "dist_url",
+)
+OF_ITS_FOLDERS = ("record", "tensorboard", "profile")
 NAMES = ("train_name", "val_name", "test_name")
 
 
@@ -53,7 +64,7 @@ def portable(values: dict[str, Any]) -> dict[str, Any]:
     >>> portable({"data_dir": "a/b", "test_name": "c/test", "seed": 1})
     {'test_name': 'test', 'seed': 1}
     """
-    kept = {name: value for name, value in values.items() if name not in OF_THE_MACHINE}
+    kept = {name: value for name, value in values.items() if name not in OF_THE_MACHINE + OF_ITS_FOLDERS}
     return kept | {name: Path(kept[name]).name for name in NAMES if name in kept}
 
 
@@ -150,13 +161,13 @@ class BestFile:
             raise UserError("checkpoint", what, str(self._path), todo)
 
     def replace(self, merit: tuple[float, ...], checkpoint: Checkpoint) -> None:
-        """Writes a better model. The first one of a run may set the file of an earlier run aside.
+        """Writes a better model. Before the first one of a run, a file that is not the run's own is moved aside.
 
         Raises:
             UserError: io.
         """
-        if not self._has_written:
-            make_room(self._path, self._run, self._log)
+        if not self._has_written and os.path.exists(self._path) and run_of(self._path) != self._run:
+            keeping.make_room(self._path, self._log, [""])
         about = checkpoint.about | {"run": self._run, "merit": list(merit)}
         save(self._path, dataclasses.replace(checkpoint, about=about, completed=False, shortlist=self._shortlist))
         self._has_written, self.merit = True, merit
@@ -215,7 +226,7 @@ def claimed(path: str | Path) -> Iterator[None]:
     """
     check_writable(path)
     path = followed(Path(path))
-    lock = path.with_name(f".{path.name}.lock")
+    lock = lock_path(path)
     with contextlib.ExitStack() as held:
         try:
             file = held.enter_context(locked(lock, None))
@@ -229,9 +240,10 @@ def claimed(path: str | Path) -> Iterator[None]:
             todo = "remove that file if no run uses it, or give --ckptpath a file elsewhere"
             raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
         try:
-            for kept in (path, previous_of(path)):
-                clear_partial(kept)
-            probe(kept)  # the longer name
+            keeping.finish_all(path)
+            for written in keeping.paths_of(path):
+                clear_partial(written)
+            probe(Path(f"{path}{keeping.LONGEST}"))
         except OSError as error:
             todo = "give --ckptpath a file elsewhere, or one with a shorter name"
             raise UserError("io", f"cannot write the checkpoint: {error.strerror}", str(path), todo) from error
@@ -244,6 +256,7 @@ def check_writable(path: str | Path) -> None:
         raise UserError("usage", "the name of a folder, and there is none", f"--ckptpath {path}", "name a file")
     path, where = Path(path), os.fspath(path)
     what, folder = None, followed(path).parent
+    beside, kept = keeping.paths_of(path), keeping.paths_of(keeping.previous_of(path))
     # os.path's questions and not Path's, which raise where one may not look.
     if os.path.isdir(path):
         what = "a folder, not a file"
@@ -253,9 +266,9 @@ def check_writable(path: str | Path) -> None:
         what = f"cannot write into {path.parent}"
     elif not os.access(folder, os.W_OK | os.X_OK):
         what = f"cannot write into {folder}"
-    elif os.path.isdir(previous := previous_of(followed(path))):
-        what = f"earlier checkpoints are kept as {previous}, which is a folder"
-    elif any(os.path.exists(file) and not may_replace(file, folder) for file in (followed(path), previous)):
+    elif any(map(os.path.isdir, [*beside, *kept])):
+        what = f"a folder, where a run keeps a file: {next(filter(os.path.isdir, [*beside, *kept]))}"
+    elif any(not may_replace(file, folder) for file in [*beside, *kept] if os.path.exists(file)):
         what = f"another user's file, and only they may replace it in {folder}"
     if what:
         todo = "give --ckptpath a file in a folder that exists and can be written to"
@@ -266,43 +279,6 @@ def may_replace(path: Path, folder: Path) -> bool:
     """Whether a file in a writable folder may be replaced: in a sticky one, such as /tmp, only its owner may."""
     user, about = os.geteuid(), os.stat(folder)
     return not about.st_mode & stat.S_ISVTX or user in (0, about.st_uid, os.stat(path).st_uid)
-
-
-def previous_of(path: Path, name: str = "previous") -> Path:
-    """Where a checkpoint of an earlier run is kept."""
-    return path.with_name(f"{path.name}.{name}")
-
-
-def make_room(path: Path, run: str, log: Log) -> None:
-    """Sets aside what stands at `path`, if it is of value and not the run's own, and says so.
-
-    What the last completed run left stays, as the file or as `NAME.previous`, however many runs end early after it.
-
-    Args:
-        path: the checkpoint that a run is about to write.
-        run: the run's name.
-        log: takes a line.
-
-    Raises:
-        UserError: io.
-    """
-    if not os.path.exists(path):
-        return
-    found = load_if_readable(path)
-    if found is not None and found.about.get("run") == run:
-        return
-    there = f"note: {path} was there already"
-    previous = previous_of(followed(path))
-    completed = None if found is None else found.completed
-    kept = (before := load_if_readable(previous)) is not None and before.completed
-    if completed or not kept:
-        what = ", of a run that did not end" if completed is False else ""
-        log(f"{there}{what}: the old one is now {set_aside(path).name}")
-    elif completed is None:
-        name = set_aside(path, "unreadable").name
-        log(f"{there}, and is no checkpoint that can be read: it is now {name}; {previous.name} stays")
-    else:
-        log(f"{there}, of a run that did not end: it is replaced; {previous.name} is of one that did, and stays")
 
 
 def load_if_readable(path: Path) -> Checkpoint | None:
@@ -322,36 +298,6 @@ def about_of(path: Path) -> dict[str, Any]:
 def run_of(path: Path) -> str | None:
     """The name of the run that wrote the checkpoint at `path`. None if there is none, or it has no name."""
     return about_of(path).get("run")
-
-
-def set_aside(path: Path, name: str = "previous") -> Path:
-    """Keeps a checkpoint under a second name too, because the next save takes its own.
-
-    Returns:
-        That path. What stood there is replaced in one step.
-
-    Raises:
-        UserError: io.
-    """
-    path = followed(path)
-    kept = previous_of(path, name)
-    link = beside(path)
-    try:
-        try:
-            os.link(path, link)
-        except OSError:  # a file system without links
-            with open(path, "rb") as old, replacing(kept) as new:
-                shutil.copyfileobj(old, new)
-        else:
-            try:
-                os.replace(link, kept)
-            finally:
-                link.unlink(missing_ok=True)  # where both were one file before, it is still there
-            sync_folder(path.parent)
-    except OSError as error:
-        what = f"cannot keep the earlier checkpoint: {error.strerror or error}"
-        raise UserError("io", what, str(kept), "move it away, or give --ckptpath") from error
-    return kept
 
 
 # ---------------------------------------------------------------- reading

@@ -3,6 +3,8 @@
 Step lines keep the original's form: means since the last line, and in brackets means since the epoch began.
 
     [npu id: 0 ] Epoch: [0][ 50/57]	Time  0.270 ( 0.271)	Data  0.001 ( 0.001)	Loss 5.9470e+00 (5.9470e+00)
+
+They count epochs from 0, as the original did. Everything else that people read counts from 1.
 """
 
 import math
@@ -10,7 +12,9 @@ import os
 import sys
 import threading
 import time
-from typing import Any
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from nmt import devices
 from nmt.distributed import World
@@ -25,6 +29,7 @@ COMPILE_STEPS = 2  # of a run, whose seconds the ModelZoo calls CompileTime
 # Nats a target token, of a run that may still learn. A guess among a million words costs 14. A learning rate ten times
 # too high costs up to 50 for some steps, and the run may recover. A rate a thousand times too high costs far more.
 HIGHEST_LOSS = 100.0
+Result = TypeVar("Result")
 LINES_WITHOUT_A_LOSS = 3  # so many lines in a row without a loss up to that end the run
 
 # By default tqdm makes a lock between processes, and a rank that is killed leaves it behind. Only rank 0 writes.
@@ -47,6 +52,15 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def say_all(lines: Generator[str, None, Result]) -> Result:
+    """Prints lines as they come, and returns what their generator returns."""
+    while True:
+        try:
+            say(next(lines))
+        except StopIteration as end:
+            return end.value
+
+
 def mean(sums: Tensor) -> float:
     """A loss for a target token. `sums` is [2]: the sum of the losses, and the number of target tokens."""
     loss, tokens = sums
@@ -58,6 +72,91 @@ def may_recover(loss: float) -> bool:
     return math.isfinite(loss) and loss <= HIGHEST_LOSS
 
 
+@dataclass(frozen=True)
+class StepLine:
+    """What a step line says, also where a terminal shows the bar instead.
+
+    Attributes:
+        epoch: from 0.
+        step, steps: of the epoch. The line comes after `step`, which counts from 1.
+        seconds, data_seconds: a step, and the part of it in which the host built the batch.
+        loss, mean_loss: nats a target token, since the last line and since the epoch began.
+        pairs_per_second: over all ranks, since the last line.
+    """
+
+    epoch: int
+    step: int
+    steps: int
+    seconds: float
+    data_seconds: float
+    loss: float
+    mean_loss: float
+    pairs_per_second: float
+
+
+class RunBar:
+    """One bar for the whole run, on a terminal: the epoch, and the time that is left.
+
+    The time left is the steps to come, and the validations to come as soon as one is done. It is that of this process's
+    own pace so far.
+
+    Args:
+        epochs: of the run.
+        steps: of an epoch.
+        done: steps of the run that are done.
+    """
+
+    def __init__(self, epochs: int, steps: int, done: int):
+        self._epochs, self._steps, self._done = epochs, steps, done
+        self._step_seconds = self._validation_seconds = 0.0
+        self._timed_steps = self._validations = 0
+        self._since: float | None = None  # when the validation began
+        layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        total = epochs * steps
+        self._bar = tqdm(total=total, initial=done, bar_format=layout, leave=False, file=sys.stdout)
+        self._name_epoch()
+
+    def _name_epoch(self) -> None:
+        epoch = min(self._done // self._steps + 1, self._epochs)
+        self._bar.set_description_str(f"epoch {epoch}/{self._epochs}", refresh=False)
+
+    def seconds_left(self) -> float:
+        """Seconds to the end of the training, as far as they are known."""
+        steps = self._epochs * self._steps - self._done
+        validations = self._epochs - self._done // self._steps
+        pace = self._step_seconds / max(1, self._timed_steps)
+        return steps * pace + validations * self._validation_seconds / max(1, self._validations)
+
+    def step_done(self) -> None:
+        """Counts a step. The first of an epoch ends the validation before it."""
+        if self._since is not None:
+            self._validation_seconds += time.perf_counter() - self._since
+            self._validations += 1
+            self._since = None
+            self._name_epoch()
+        self._done += 1
+        self._bar.update()
+
+    def line(self, steps: int, seconds: float, what: str) -> None:
+        """Shows how long the run will take, and what a step line would say.
+
+        Args:
+            steps, seconds: since the last line.
+            what: is shown behind the time.
+        """
+        self._timed_steps, self._step_seconds = self._timed_steps + steps, self._step_seconds + seconds
+        left = tqdm.format_interval(self.seconds_left())
+        self._bar.set_postfix_str(f"{left} left, {what}")
+
+    def epoch_done(self) -> None:
+        """The validation begins."""
+        self._since = time.perf_counter()
+        self._bar.set_postfix_str("validation")
+
+    def close(self) -> None:
+        self._bar.close()
+
+
 class EpochLog:
     """Times one epoch and prints its lines.
 
@@ -66,14 +165,26 @@ class EpochLog:
 
     Args:
         world: the ranks.
-        epoch: the epoch's number.
-        epochs: the run's number of epochs.
+        epoch: the epoch's number, from 0.
         steps: the epoch's number of steps.
         steps_before: this process's steps before.
         print_freq: steps between two lines. The last step always has one.
+        bar: takes the place of the lines.
+        told: is called with each line.
     """
 
-    def __init__(self, world: World, epoch: int, epochs: int, *, steps: int, steps_before: int, print_freq: int):
+    def __init__(
+        self,
+        world: World,
+        epoch: int,
+        *,
+        steps: int,
+        steps_before: int,
+        print_freq: int,
+        bar: RunBar | None = None,
+        told: Callable[[StepLine], object] = lambda line: None,
+    ):
+        self._bar, self._told = bar, told
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
@@ -87,10 +198,7 @@ class EpochLog:
         self._totals = torch.zeros(2, dtype=torch.float64)
         self._data_time = self._data_time_since_line = 0.0
         self._start = self._line = self._timed_from = self._waiting_since = self._now()
-        self._line_step = 0
-        self._bar = None
-        if sys.stdout.isatty():
-            self._bar = tqdm(total=steps, desc=f"epoch {epoch + 1}/{epochs}", unit="step", leave=False, file=sys.stdout)
+        self._line_step = self._line_pairs = 0
 
     def _now(self) -> float:
         devices.synchronize(self._world.device)
@@ -120,8 +228,9 @@ class EpochLog:
             self._timed_from = self._now()
         elif done > self._warm_up:
             self._pairs += pairs
+        self._line_pairs += pairs
         if self._bar is not None:
-            self._bar.update()
+            self._bar.step_done()
         if self._step % self._print_freq == 0 or self._step == self._steps:
             self._print_line()
         self._waiting_since = time.perf_counter()
@@ -132,26 +241,37 @@ class EpochLog:
         self._totals += since_line
         self._data_time += self._data_time_since_line
         steps, done = self._step - self._line_step, self._step - self._first
-        loss, mean_loss = mean(since_line), mean(self._totals)
+        line = StepLine(
+            self._epoch,
+            self._step,
+            self._steps,
+            seconds=(now - self._line) / steps,
+            data_seconds=self._data_time_since_line / steps,
+            loss=mean(since_line),
+            mean_loss=mean(self._totals),
+            pairs_per_second=self._line_pairs / max(now - self._line, 1e-9),
+        )
+        loss = line.loss
         if self._bar is None:
             say(
                 f"[{self._world.device_type} id: {self._world.index} ] "
                 f"Epoch: [{self._epoch}][{self._step:{len(str(self._steps))}d}/{self._steps}]\t"
-                f"Time {(now - self._line) / steps:6.3f} ({(now - self._start) / done:6.3f})\t"
-                f"Data {self._data_time_since_line / steps:6.3f} ({self._data_time / done:6.3f})\t"
-                f"Loss {loss:.4e} ({mean_loss:.4e})"
+                f"Time {line.seconds:6.3f} ({(now - self._start) / done:6.3f})\t"
+                f"Data {line.data_seconds:6.3f} ({self._data_time / done:6.3f})\t"
+                f"Loss {loss:.4e} ({line.mean_loss:.4e})"
             )
         else:
-            self._bar.set_postfix_str(f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
+            self._bar.line(steps, now - self._line, f"loss {loss:.3f}, {self._rate(now):.0f} pairs/s")
+        self._told(line)
         self._lines_above = 0 if may_recover(loss) else self._lines_above + 1
         if self._lines_above == LINES_WITHOUT_A_LOSS:
             raise UserError(
                 "diverged",
                 f"no loss up to {HIGHEST_LOSS:g} on {LINES_WITHOUT_A_LOSS} lines in a row, the last one is {loss:g}",
-                f"epoch {self._epoch}, step {self._step}",
+                f"epoch {self._epoch + 1}, step {self._step}",
                 "lower --lr, or --loss-scale if one is in use; the best checkpoint so far is kept",
             )
-        self._line, self._line_step, self._data_time_since_line = now, self._step, 0.0
+        self._line, self._line_step, self._line_pairs, self._data_time_since_line = now, self._step, 0, 0.0
         self._since_line.zero_()
 
     def _rate(self, now: float) -> float:
@@ -178,8 +298,6 @@ class EpochLog:
         if self._steps - self._step <= self._warm_up:
             self._warm_up = 0
         self._compile_steps = min(self._compile_steps, self._steps - self._step)
-        if self._bar is not None:
-            self._bar.update(self._step)
 
     def finish(self) -> tuple[float, float]:
         """Ends the epoch.
@@ -189,5 +307,5 @@ class EpochLog:
         """
         rate = self._rate(self._now())
         if self._bar is not None:
-            self._bar.close()
+            self._bar.epoch_done()
         return rate, mean(self._totals)

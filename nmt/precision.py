@@ -250,6 +250,11 @@ class Trainer(Generic[Model]):
         """
         raise NotImplementedError
 
+    @property
+    def loss_scale(self) -> float:
+        """The scale of the next step. Waits for the device."""
+        raise NotImplementedError
+
     def state(self) -> dict[str, Any]:
         """All that training goes on from, see `nmt.resume.Part`. `refresh_model` is called first."""
         self.refresh_model()
@@ -332,7 +337,6 @@ class NativeTrainer(Trainer[Model]):
 
     @property
     def loss_scale(self) -> float:
-        """The scale of the next step. Waits for the device."""
         return self._update.scale()
 
     def state(self) -> dict[str, Any]:
@@ -489,10 +493,13 @@ class ApexTrainer(Trainer[Model]):
 
     def skipped_steps(self) -> int:
         """0: apex reports them itself."""
-        scale = self._amp.state_dict()["loss_scaler0"]["loss_scale"]
-        if self._is_dynamic and scale < SMALLEST_SCALE:
-            raise overflown("the last steps", scale, "apex's lines above say when")
+        if self._is_dynamic and self.loss_scale < SMALLEST_SCALE:
+            raise overflown("the last steps", self.loss_scale, "apex's lines above say when")
         return 0
+
+    @property
+    def loss_scale(self) -> float:
+        return self._amp.state_dict()["loss_scaler0"]["loss_scale"]
 
 
 def overflown(steps: str, scale: float, where: str) -> UserError:

@@ -10,23 +10,21 @@ number of processes, the threads and PyTorch's version are the same. `check_same
 """
 
 import dataclasses
-import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from nmt import checkpoint, sealed
+from nmt import sealed
 from nmt.checkpoint import is_plain
 from nmt.errors import UserError, first_line
 from nmt.flags import flag_of
 from nmt.signals import Stopped, StopRequest
 from nmt.storage import STATE_SUFFIX as SUFFIX
-from nmt.storage import Log, clear_partial, real, state_path
+from nmt.storage import Log, clear_partial, state_path
 
 FORMAT = 1
-KEPT = ".unfinished"  # behind the name of the best model of a run that did not end, before another run takes the name
 SHARE = 0.02  # of the time goes into saving at the ends of epochs, at most
 MOST_SHOWN = 4  # settings in a message
 MOST_CHARACTERS = 300  # of another's error
@@ -150,7 +148,7 @@ class Run:
         state: where the run stands: at its beginning, or as `load` gave it.
         parts: what is kept, by name. They take over what the state has of them.
         path: the file that it writes. None: it writes nothing.
-        owns: whether the file at `path` is this run's. Another run's is set aside.
+        owns: whether the file at `path` is the one that `state` is from.
         minutes: between two times that it is written.
         stop: tells whether the run is to end. None: another rank decides.
         log: takes lines.
@@ -159,7 +157,7 @@ class Run:
         step, epoch: where the run began in this process, as in `State`.
 
     Raises:
-        UserError: checkpoint, the state contradicts itself. Or io, the state of another run cannot be set aside.
+        UserError: checkpoint, the state contradicts itself.
     """
 
     def __init__(
@@ -182,8 +180,6 @@ class Run:
         self._state = dataclasses.replace(state, parts={})  # they are in memory once
         if path is not None:
             clear_partial(path)
-            if not owns:
-                set_aside(path, log)
         self._saved_step = state.step if owns else None
         self._saved = time.monotonic()
         self._cost = 0.0  # seconds of the last time
@@ -234,8 +230,18 @@ class Run:
         """
         if self._stop is None or self._stop.signal is None:
             return
-        how = "" if self._saved_step is None else f"step {self._saved_step} is saved; {HOW}"
-        raise Stopped(self._stop.exit_code, how)
+        raise Stopped(self._stop.exit_code, self._what_is_kept())
+
+    def _what_is_kept(self) -> str:
+        """What the run leaves where it stands, and how to go on. Nothing, if it writes nothing."""
+        if self._path is None:
+            return ""
+        if self._saved_step is None:
+            return "no step is saved: the same command begins anew"
+        kept = f"step {self._saved_step} is saved; {HOW}"
+        if getattr(self._parts.get("best"), "merit", ()):
+            kept += f"; the best model so far is {str(self._path).removesuffix(SUFFIX)}"
+        return kept
 
     def _restore(self, name: str, part: Part, state: Any) -> None:
         try:
@@ -261,59 +267,3 @@ class Run:
             self._log(f"state: step {step} is saved in {self._path}")
         self._saved = time.monotonic()
         self._cost = self._saved - start
-
-
-def check_paths(ckptpath: str | Path) -> None:
-    """Raises an io UserError if a state beside the model `ckptpath` cannot be written or set aside."""
-    for path in (state_path(ckptpath), kept_of(ckptpath), state_path(kept_of(ckptpath))):
-        if os.path.isdir(path):  # which asks nothing of a name that is too long
-            todo = "move it away, or give --ckptpath another file"
-            raise UserError("io", "a folder, where a run keeps a file", str(path), todo)
-
-
-def kept_of(ckptpath: str | Path) -> Path:
-    """Where the best model of an unfinished run stands when another run has taken its name."""
-    return Path(f"{real(ckptpath)}{KEPT}")
-
-
-def set_aside(path: Path, log: Log) -> None:
-    """Keeps the state that an unfinished run left, and its best model, because another run will write there.
-
-    Both get another name, under which the run can go on. If an unfinished run stands there already, the one with more
-    steps stays.
-
-    Raises:
-        UserError: io, they cannot be kept.
-    """
-    if not path.exists():
-        return
-    model = Path(str(path).removesuffix(SUFFIX))
-    kept = kept_of(model)
-    kept_state = state_path(kept)
-    try:
-        state, earlier = load_if_readable(path), load_if_readable(kept_state)
-        if state is None:
-            path.replace(f"{path}.unreadable")
-            log(f"note: {path} was there already, and cannot be read: it is now {path.name}.unreadable")
-            return
-        if earlier is not None and earlier.step >= state.step:
-            path.unlink()
-            what = f"an unfinished run of {state.step} steps left {path}"
-            log(f"note: {what}: it goes, {kept_state} has {earlier.step} and stays")
-            return
-        kept.unlink(missing_ok=True)
-        if model.exists() and checkpoint.run_of(model) == state.run:
-            checkpoint.set_aside(model, KEPT.removeprefix("."))
-        path.replace(kept_state)
-    except OSError as error:
-        what = f"cannot keep the state of an earlier run: {error.strerror or error}"
-        raise UserError("io", what, str(kept_state), "move it away, or give --ckptpath another file") from error
-    log(f"note: an unfinished run left {path}: --resume {kept_state} goes on with it")
-
-
-def load_if_readable(path: Path) -> State | None:
-    """A saved state. None if there is none that can be read."""
-    try:
-        return load(path)
-    except UserError:
-        return None

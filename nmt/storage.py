@@ -50,6 +50,11 @@ def real(ckptpath: str | Path) -> str:
     return os.path.realpath(ckptpath) if os.path.islink(ckptpath) else os.fspath(ckptpath)
 
 
+def lock_path(path: Path) -> Path:
+    """The lock file beside `path`, for whoever writes there."""
+    return path.with_name(f".{path.name}.lock")
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -16,6 +16,7 @@ run_wrapper() {
     choose_environment
     check_arguments
     prepare_output
+    add_options_of_the_folder
     run_training
     write_results
 }
@@ -98,8 +99,9 @@ and CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
   train_N.log                  the whole run
   train_CASE_loss.txt          one loss a line
   CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
-  runs/<UTC start>_${name%.sh}/  the same of each run, as train_N.log, train_CASE_loss.txt, CASE_<precision>.log,
-                               and CASE_<precision>.json with figures by epoch
+  runs/<UTC start>_${name%.sh}/  the same of each run, as train_N.log, train_CASE_loss.txt, CASE_<precision>.log;
+                               CASE_<precision>.json, with figures by epoch; metrics.jsonl, with those of each line;
+                               curves.png, where matplotlib is installed; profile/, with --profiling=True
 The first three are of the last run, and are replaced when the next one begins to train. No run touches the folder of
 another. A run that fails before it trains, for a bad argument, a wrong folder or an absent device, replaces nothing.
 END
@@ -335,6 +337,13 @@ prepare_output() {
         if ! began "$log"; then retire "$log" && share "$run_log" "$log"; fi; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi
+}
+
+add_options_of_the_folder() {
+    local own=("--record=$folder")
+    if [[ $arg_profiling == True ]]; then own+=("--profile=$folder/profile"); fi
+    options=("${options[0]}" "${own[@]}" "${options[@]:1}")
+    again=("${again[0]}" "${own[@]}" "${again[@]:1}")
 }
 
 retire() { # files of the output folder, or a pattern that no file has: their runs have them too

@@ -23,16 +23,12 @@ HERE = str(Path(__file__).resolve().parents[1])
 if HERE not in sys.path:
     sys.path.insert(0, HERE)
 
-from bench import logs
 from nmt.errors import UserError, discard_output, prepare_output, printable
 from nmt.storage import replacing
 
 CASES = {"full": "acc", "performance": "perf"}
 UNKNOWN = "unknown"
-# More lenient than `logs.STEP`: a loss may be `nan`.
-STEP = re.compile(
-    r"^\[.*\] Epoch: (?P<step>\[(?P<epoch>\d+)\][^\t]*)\t.*\bLoss +(?P<loss>\S+)(?: \((?P<mean>[^)\s]+)\))?"
-)
+STEP = re.compile(r"^\[.*\] Epoch: (?P<step>[^\t]*)\t.*\bLoss +(?P<loss>\S+)")
 NUMBER = re.compile(r"[0-9.]+([eE][+-]?[0-9]+)?")
 
 
@@ -45,7 +41,6 @@ class RunLog:
         rates: pairs a second, one for each line `* FPS@all`.
         bleu: of the last line `BLEU score`, or None.
         compile_time: seconds of the first two steps, as they stand there, or None.
-        epochs: figures by epoch, from 1.
     """
 
     def __init__(self, text: str):
@@ -53,31 +48,19 @@ class RunLog:
         self.rates: list[float] = []
         self.bleu: str | None = None
         self.compile_time: str | None = None
-        self.epochs: dict[int, dict[str, float | None]] = {}
         losses: dict[str, str] = {}
-        epoch = 1
         for line in text.split("\n"):
             if line.startswith("run: "):
-                self.facts = logs.facts_of(line)
+                self.facts = dict(fact.split("=", 1) for fact in line.split() if "=" in fact)
             elif found := STEP.match(line):
                 losses[found["step"]] = found["loss"]
-                epoch = int(found["epoch"]) + 1
-                if found["mean"]:
-                    self._figures(epoch)["train_loss"] = number(found["mean"])
             elif line.startswith("* FPS@all "):
                 self.rates.append(number(line.split()[2]) or 0.0)
-                self._figures(epoch)["fps"] = self.rates[-1]
             elif line.startswith("* CompileTime ") and self.compile_time is None:
                 self.compile_time = line.split()[2]
             elif line.startswith("BLEU score = "):
                 self.bleu = line.split()[3]
-            elif found := logs.VALIDATION.match(line):
-                names = ("train_loss", "loss", "perplexity", "free_running_loss", "bleu")
-                self._figures(int(found["number"]) + 1).update({name: number(found[name]) for name in names})
         self.losses = list(losses.values())
-
-    def _figures(self, epoch: int) -> dict[str, float | None]:
-        return self.epochs.setdefault(epoch, {})
 
 
 def number(text: str) -> float | None:
@@ -166,10 +149,25 @@ def results(run: RunLog, kind: str, ranks: int, network: str, seconds: int, log:
     return {key: value or UNKNOWN for key, value in values.items()}
 
 
+def figures_by_epoch(metrics: Path) -> list[dict[str, Any]]:
+    """The figures of a run by epoch, from 1: what its metrics.jsonl says of each, and nothing if there is no such file.
+
+    A line that is torn is passed over. nmt/record.py says what the objects hold.
+    """
+    epochs: dict[int, dict[str, Any]] = {}
+    for line in metrics.read_text(encoding="utf-8").split("\n") if metrics.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            entry = json.loads(line)
+            if entry["kind"] in ("epoch", "validation"):
+                figures = {name: value for name, value in entry.items() if name not in ("kind", "time")}
+                epochs.setdefault(entry["epoch"], {}).update(figures)
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
 TEXTS = ("Network", "DeviceType", "CaseName", "Precision", "OptLevel", "Recipe", "DataFingerprint", "Commit")
 
 
-def as_json(values: dict[str, str], epochs: dict[int, dict[str, float | None]]) -> str:
+def as_json(values: dict[str, str], epochs: list[dict[str, Any]]) -> str:
     """The results as JSON: numbers as numbers, what is unknown or not finite as null, and the figures by epoch."""
     content: dict[str, Any] = {}
     for key, value in values.items():
@@ -179,7 +177,7 @@ def as_json(values: dict[str, str], epochs: dict[int, dict[str, float | None]]) 
             content[key] = value
         else:
             content[key] = int(value) if re.fullmatch("[0-9]+", value) else number(value)
-    content["FiguresByEpoch"] = [{"epoch": epoch, **epochs[epoch]} for epoch in sorted(epochs)]
+    content["FiguresByEpoch"] = epochs
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
@@ -191,7 +189,7 @@ def write(run: RunLog, values: dict[str, str], output: Path, folder: Path) -> No
     texts = {
         losses: "".join(f"{loss}\n" for loss in run.losses),
         result: "".join(f"{key} = {value}\n" for key, value in values.items()),
-        result.with_suffix(".json"): as_json(values, run.epochs),
+        result.with_suffix(".json"): as_json(values, figures_by_epoch(folder / "metrics.jsonl")),
     }
     for path, text in texts.items():
         with replacing(path) as file:

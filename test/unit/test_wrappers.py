@@ -87,8 +87,7 @@ class Repo:
         self.home.mkdir()
         for script in [*SCRIPTS, *WRAPPERS, "result.py"]:
             shutil.copy(ROOT / "test" / script, self.path / "test")
-        for package in ("bench", "nmt"):  # result.py stands on them
-            (self.path / package).symlink_to(ROOT / package)
+        (self.path / "nmt").symlink_to(ROOT / "nmt")  # result.py stands on it
         (self.path / "train_8p.py").write_text(STAND_IN)
 
     def environment(self, behaviour, changes):
@@ -151,7 +150,10 @@ class Repo:
         return json.loads(self.record.read_text())
 
     def argv(self):
-        return self.recorded()["argv"]
+        """What the stand-in was started with, after the flag that names the run's own folder."""
+        own, *argv = self.recorded()["argv"]
+        assert own == f"--record={self.runs(self.recorded()['env'].get('ASCEND_DEVICE_ID') or '0')[-1]}"
+        return argv
 
     def output(self, device_id="0"):
         return self.path / "test" / "output" / device_id
@@ -349,6 +351,9 @@ def test_a_device_id_that_is_no_number_is_an_error(repo, value):
 def test_the_modelzoos_flags_for_dumps_are_taken_and_say_that_they_dump_nothing(repo):
     quiet = ["--over_dump=False", "--data_dump_flag=False", "--data_dump_step=10", "--profiling=False"]
     assert "note: " not in repo.run("train_full_1p.sh", *quiet).stdout
+    repo.run("train_full_1p.sh", "--profiling=True")
+    assert repo.argv() == [f"--profile={repo.runs()[-1]}/profile", "--amp", "--opt-level=O2"]
+    repo.run("train_full_1p.sh", *quiet)
     assert repo.argv() == ["--amp", "--opt-level=O2"]
     for arguments, named in (
         (["--over_dump=True"], "--over_dump"),
@@ -528,7 +533,7 @@ def test_it_runs_from_anywhere_in_the_callers_folder(repo, tmp_path, folder):
     done = repo.run(wrapper, command=[*command, "--data_path=../my data"], cwd=cwd, CDPATH="/tmp:/", **changes)
     assert done.returncode == 0, done.stderr
     record = repo.recorded()
-    assert record["argv"][0] == "--data-dir=../my data"
+    assert repo.argv()[0] == "--data-dir=../my data"
     assert record["cwd"] == str(cwd)
     assert record["script"] == str(repo.path / "train_8p.py")
     assert (repo.output() / "train_0.log").exists()
@@ -684,12 +689,28 @@ def test_conda_name_without_conda_is_an_error(repo):
 # Results
 
 
+METRICS = """
+folder = sys.argv[1].removeprefix("--record=")
+with open(folder + "/metrics.jsonl", "w") as file:
+    for entry in (
+        {"kind": "run", "run": "ab"},
+        {"kind": "step", "time": "T", "epoch": 1, "step": 10, "loss": 9.0},
+        {"kind": "epoch", "time": "T", "epoch": 1, "step": 20, "pairs_per_second": 300.0},
+        {"kind": "validation", "time": "T", "epoch": 1, "step": 20, "loss": None},
+        {"kind": "epoch", "time": "T", "epoch": 2, "step": 40, "pairs_per_second": 100.0},
+        ["no object"],
+    ):
+        file.write(json.dumps(entry) + "\\n")
+    file.write('{"kind": "epo')  # torn
+"""
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
     full = wrapper in FULL
     ranks = 8 if "8p" in wrapper else 1
     text = canned_log("300.000", "100.000", "1000.500", "200.000", batch=512, processes=ranks, bleu=full and "28.0046")
-    done = repo.run(wrapper, behaviour=printing(text) + "; import time; time.sleep(1.1)")
+    done = repo.run(wrapper, behaviour=printing(text) + METRICS + "import time; time.sleep(1.1)")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
@@ -739,20 +760,21 @@ def test_a_tool_that_greps_as_the_modelzoos_do_reads_the_output(repo, wrapper):
     assert (read["Network"], read["RankSize"], read["BatchSize"], read["CompileTime"]) == (NETWORK, "1", "512", "0.541")
     assert read.get("TrainAccuracy") == read.get("BLEU of the log") == ("28.0046" if full else None)
     assert read["losses"].split()[-1] == read["ActualLoss"] == "7.1250e+00"
+    assert json.loads((repo.runs()[0] / f"{path.stem}_bfloat16.json").read_text())["FiguresByEpoch"] == []
     assert (read["TrainingTime"], read["Time of the log"]) == ("2048.00", "0.54")
 
 
 def check_folder(folder, repo, case, results):
     """A run's own folder: the files of the output folder, and the results as JSON."""
     names = ["train_0.log", f"train_{case}_loss.txt", f"{case}_bfloat16.log", f"{case}_bfloat16.json"]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "metrics.jsonl"])
     for own, shown in zip(names[:3], [*names[:2], f"{case}.log"], strict=True):
         assert (folder / own).samefile(repo.output() / shown)
     content = json.loads((folder / names[3]).read_text())
-    epochs = content.pop("FiguresByEpoch")
-    assert [figures["epoch"] for figures in epochs] == [1, 2, 3, 4]
-    assert [figures["fps"] for figures in epochs] == [300.0, 100.0, 1000.5, 200.0]
-    assert {figures["train_loss"] for figures in epochs} == {7.7777}
+    assert content.pop("FiguresByEpoch") == [
+        {"epoch": 1, "step": 20, "pairs_per_second": 300.0, "loss": None},
+        {"epoch": 2, "step": 40, "pairs_per_second": 100.0},
+    ]
     assert content.keys() == results.keys()
     assert content["Precision"] == "bfloat16" and content["Seed"] == 1234 and content["ActualLoss"] == 6.125
     for key, value in content.items():
@@ -1230,7 +1252,9 @@ def run_starts(repo, wrapper, *arguments, starts, texts=None, **changes):
     file.unlink(missing_ok=True)
     texts = texts or "|".join([canned_log("100.000")] * (starts.count(",") + 1))
     done = repo.run(wrapper, *arguments, behaviour=STARTS, STARTS=starts, TEXTS=texts, **changes)
-    return done, [json.loads(line) for line in file.read_text().splitlines()]
+    starts = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {own for own, *_ in starts} == {f"--record={repo.runs()[-1]}"}
+    return done, [argv for _, *argv in starts]
 
 
 @pytest.mark.parametrize("fault", ["6", "-9", "-6", "-11"])
@@ -1440,7 +1464,7 @@ def check_real_run(done, output, *, ranks, kind, processes=None):
     content = json.loads((folder / f"{results['CaseName']}_{results['Precision']}.json").read_text())
     assert [figures["epoch"] for figures in content["FiguresByEpoch"]] == list(range(1, content["Epochs"] + 1))
     for figures in content["FiguresByEpoch"]:
-        assert figures["fps"] > 0 and figures["train_loss"] > 0
+        assert figures["pairs_per_second"] > 0 and figures["train_loss"] > 0
         assert kind == "perf" or figures["free_running_loss"] > 0
     read = as_the_modelzoo_reads(done.stdout, output, results)
     expected = {key: results[key] for key in ("ActualFPS", "ActualLoss", "E2ETrainingTime", "CompileTime", "CaseName")}
@@ -1542,9 +1566,10 @@ def test_a_real_full_run_of_eight_processes_ends_with_its_results(real):
 @needs_program
 @pytest.mark.slow
 def test_a_real_performance_run_takes_the_listed_devices(real):
-    arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1"]
+    arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1", "--profiling=True"]
     done, output = real("train_performance_8p.sh", *arguments, timeout=600)
     check_real_run(done, output, ranks=8, kind="perf", processes=2)
+    assert list(output.glob("runs/*/profile/*"))
 
 
 @needs_program
