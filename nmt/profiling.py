@@ -56,7 +56,11 @@ class StepProfile:
         self._profiler.start()
 
     def _writer(self, folder: Path) -> Callable[[torch.profiler.profile], None]:
-        return lambda profiler: write(folder, profiler, f"steps {FIRST} to {min(self._done, LAST)}", self._log)
+        def finish(profiler: torch.profiler.profile) -> None:
+            if self._done >= FIRST:  # otherwise it has only warmed up
+                write(folder, profiler, f"steps {FIRST} to {self._done}", self._log)
+
+        return finish
 
     def step_done(self) -> None:
         """Call this after each step."""

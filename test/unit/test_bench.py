@@ -292,12 +292,23 @@ def test_large_corpus_runs(capsys):
 
 
 VALIDATIONS = [
-    f"validation: epoch {epoch}  train loss {5 - epoch}.0  loss {4 - epoch}.25 (perplexity 70.1)  "
+    f"validation: epoch {epoch + 1}/3  train loss {5 - epoch}.0  loss {4 - epoch}.25 (perplexity 70.1)  "
     f"free-running loss {6 - epoch}.5 (perplexity 665.1)  greedy BLEU {bleu}.75  learning rate 2.00e-03"
     for epoch, bleu in enumerate((0, 20, 10))
 ]
 RUN = "run: device=cpu processes=2 nodes=1 batch=96 batch_per_device=48 precision=float32"
 WHOLE_RUN = [RUN, *VALIDATIONS]
+
+
+def test_epochs_of_older_logs_count_from_0(tmp_path):
+    older = [re.sub(r"epoch (\d)/3", lambda match: f"epoch {int(match[1]) - 1}", line) for line in WHOLE_RUN]
+    assert older[1].startswith("validation: epoch 0  train loss")
+    runs = []
+    for lines in (older, WHOLE_RUN):
+        (tmp_path / "log").write_text("".join(f"{line}\n" for line in lines))
+        runs.append(curves.read_log("run", tmp_path / "log"))
+    assert runs[0] == runs[1]
+    assert [epoch.number for epoch in runs[0].epochs] == [0, 1, 2]
 
 
 def test_curves_reads_the_validations_that_the_program_prints(tiny_corpus, tmp_path):

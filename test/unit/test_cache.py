@@ -171,7 +171,7 @@ def test_memory_of_digests_forgets_files_that_are_gone(folder, load, tmp_path, s
 # ---------------------------------------------------------------- another corpus
 
 
-def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds, settled):
+def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds, settled, tmp_path):
     """Row 29."""
     old = load(folder)
     path = folder / "train.de"
@@ -184,7 +184,8 @@ def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds
     assert len(builds) == 2
     assert not same_corpus(new, old)
     assert new.fingerprint != old.fingerprint
-    assert load.lines[-1] == f"tokenising {folder}: no readable cache has these contents"
+    told = f"tokenising {folder}, these contents for the first time; the result is cached in {tmp_path}/cache"
+    assert load.lines[-1] == told
 
 
 @pytest.mark.parametrize("flags", [{"min_freq": 1}, {"trg_lang": "xx"}])

@@ -116,10 +116,10 @@ class Cycles:
             state = resume.load(resume.state_path(self._path))
             assert state.step >= promised[-1]
         epochs = [
-            int(epoch) for epoch in re.findall(r"^validation: epoch (\d+) .*(?:\n  .*)*\nsaved: ", log, re.MULTILINE)
+            int(epoch) for epoch in re.findall(r"^validation: epoch (\d+)/.*(?:\n  .*)*\nsaved: ", log, re.MULTILINE)
         ]
         if epochs:
-            assert checkpoint.load(self._path).scores["epoch"] >= epochs[-1]
+            assert checkpoint.load(self._path).scores["epoch"] + 1 >= epochs[-1]
 
 
 def command_line(pid: int) -> str:

@@ -1,18 +1,22 @@
 """The log: the clock, the means of a line, and who prints it."""
 
 import math
+import re
 import sys
 
 import nmt.log
+import train_8p
 from nmt.distributed import World
+from nmt.errors import run_main
 
 import pytest
 import torch
-from conftest import refused, step_lines
+from conftest import SMALL, refused, step_lines
+from test_record import of_kind, strict
 
 
 def log_of(steps: int, before: int = 0, print_freq: int = 100) -> nmt.log.EpochLog:
-    return nmt.log.EpochLog(World(), 0, 1, steps=steps, steps_before=before, print_freq=print_freq)
+    return nmt.log.EpochLog(World(), 0, steps=steps, steps_before=before, print_freq=print_freq)
 
 
 def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
@@ -50,7 +54,7 @@ def test_a_loss_that_explodes_and_stays_ends_the_run(loss):
         log.step_done(each * tokens, tokens, 1)
     said = refused("diverged", log.step_done, loss * tokens, tokens, 1)
     assert f"the last one is {loss:g}" in said
-    assert "epoch 0, step 4" in said
+    assert "epoch 1, step 4" in said
 
 
 @pytest.mark.parametrize("loss", EXPLODED)
@@ -99,6 +103,60 @@ def test_lines_without_a_loss_count_on_in_a_run_that_goes_on(before):
     for _ in range(2 - before):
         resumed.step_done(one * math.nan, one, 1)
     refused("diverged", resumed.step_done, one * math.nan, one, 1)
+
+
+# ---------------------------------------------------------------- the bar of a terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that `perf_counter` says, in a list of one."""
+    seconds = [0.0]
+    monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: seconds[0])
+    return seconds
+
+
+def test_the_time_that_is_left_is_that_of_all_steps_and_validations(clock, capsys):
+    bar = nmt.log.RunBar(epochs=3, steps=4, done=0)
+
+    def epoch(steps: int) -> None:
+        for _ in range(steps):
+            bar.step_done()
+        clock[0] += 2.0 * steps
+        bar.line(steps, 2.0 * steps, "")
+
+    epoch(2)
+    assert bar.seconds_left() == 10 * 2.0, "how long a validation takes, nobody knows yet"
+    epoch(2)
+    bar.epoch_done()
+    clock[0] += 7.0
+    epoch(1)
+    assert bar.seconds_left() == 7 * 2.0 + 2 * 7.0
+    bar.close()
+    resumed = nmt.log.RunBar(epochs=3, steps=4, done=8)
+    assert resumed.seconds_left() == 0.0
+    resumed.step_done()
+    resumed.line(1, 3.0, "")
+    assert resumed.seconds_left() == 3 * 3.0, "its own pace counts"
+    resumed.close()
+
+
+def test_a_terminal_has_one_bar_for_the_whole_run_and_no_step_lines(tiny_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(nmt.log.tqdm, "monitor_interval", 0)
+    arguments = [*SMALL, "--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]
+    assert run_main(train_8p.main, [*arguments, "--epochs", "2", "-b", "4", "-p", "4", "--beam-size", "1"]) == 0
+    out = capsys.readouterr().out
+    assert not step_lines(out)
+    bars = re.findall(
+        r"epoch (\d)/2 +\d+%\|[^|]*\| (\d+)/32 steps(?:, (\d\d:\d\d) left, loss [0-9.]+, \d+ pairs/s)?", out
+    )
+    assert {epoch for epoch, _, _ in bars} == {"1", "2"}
+    steps = [int(step) for _, step, _ in bars]
+    assert steps == sorted(steps), "one bar that goes on, and not one an epoch"
+    assert any(left for _, _, left in bars)
+    assert out.count("\nBLEU score = ") == 1
+    assert len(of_kind(strict(tmp_path / "model.metrics.jsonl"), "step")) == 8, "the record is that of a pipe"
 
 
 def test_rank_0_alone_is_heard(capsys, monkeypatch):

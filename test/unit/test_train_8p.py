@@ -1,9 +1,11 @@
 """The training script: what it decides before it trains, what it logs, what it leaves, what it refuses."""
 
 import dataclasses
+import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -22,7 +24,7 @@ from nmt.search import beam_search
 
 import pytest
 import torch
-from conftest import REPOSITORY, SMALL, choose_precision, parse, refused, step_lines, write_corpus
+from conftest import REPOSITORY, SMALL, choose_precision, heed_signals, parse, refused, step_lines, write_corpus
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -245,6 +247,84 @@ def test_evaluate_scores_what_the_training_scored(trained, capsys):
     assert code == 0
     assert logs.parse(again).final == logs.parse(out).final
     assert {"BLEU score", "sacreBLEU"} <= logs.parse(again).final.keys()
+
+
+def test_the_log_ends_with_the_command_that_translates(trained):
+    folder, _, out = trained
+    command = out.splitlines()[-1].removeprefix("to translate: ")
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    environment = os.environ | {"PATH": path}
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=environment, input="Der Hund läuft.\n", capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+
+
+@pytest.mark.parametrize("name", ["model", "a model's", "-x", "$(date)", "a;b"])
+def test_the_command_that_translates_is_one_for_a_shell(name, tmp_path, monkeypatch):
+    for folder in (tmp_path, REPOSITORY, REPOSITORY.parent):
+        monkeypatch.chdir(folder)
+        python, script, flag, path = shlex.split(train_8p.translate_command(name))
+        assert python == "python3" or Path(python).exists()
+        assert Path(script).samefile(REPOSITORY / "translate.py")
+        assert (flag, os.path.normpath(path)) == ("--ckptpath", name)
+        assert not path.startswith("-")
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert train_8p.translate_command("x") == "python3 translate.py --ckptpath x"
+
+
+def test_the_final_score_stands_once_and_says_what_it_compares_with(trained):
+    _, _, out = trained
+    assert len(re.findall(r"^BLEU score = ", out, re.MULTILINE)) == 1
+    (note,) = [line for line in out.splitlines() if "in a paper quote sacreBLEU" in line]
+    assert note.startswith("note: of the beam of 10: BLEU score is torchtext's")
+
+
+def test_ctrl_c_in_the_final_score_says_what_is_kept(tiny_corpus, tmp_path, capsys, monkeypatch):
+    """It was told as if all were lost."""
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(scoring, "report", interrupted)
+    path = tmp_path / "model"
+    flags = ["--data-dir", str(tiny_corpus), "--ckptpath", str(path), "-b", "16", "--epochs", "1"]
+    code, _, err = run(*flags, capsys=capsys)
+    assert code == 130
+    what = f"the training is complete, and {path} is its best model; to score it, add --resume auto to the command"
+    assert err == f"stopped by Ctrl-C: {what}\n"
+    monkeypatch.undo()
+    code, out, _ = run(*flags, "--resume", "auto", capsys=capsys)
+    assert code == 0
+    assert "BLEU score = " in out
+
+
+def test_ctrl_c_says_once_what_is_kept_and_how_to_go_on(tiny_corpus, tmp_path, no_launcher, capfd):
+    """In the real program, with a signal. In the first steps there is no model yet."""
+    path = tmp_path / "model"
+    command = [sys.executable, str(REPOSITORY / "train_8p.py"), *SMALL, "--data-dir", str(tiny_corpus), "-p", "1"]
+    command += ["--epochs", "100000", "-b", "16", "--ckptpath", str(path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("saved: "):
+                break
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 130
+    how = r"step \d+ is saved; to go on, add --resume auto to the command; the best model so far is (.*)"
+    found = re.fullmatch(f"stopped by Ctrl-C: {how}\n", err)
+    assert found, err
+    assert found[1] == str(path)
+    steps = [json.loads(line).get("step") for line in (tmp_path / "model.metrics.jsonl").read_text().splitlines()]
+    assert steps[-1], "whole lines"
 
 
 def scores_of(out):

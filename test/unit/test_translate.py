@@ -280,7 +280,7 @@ def test_the_card_says_what_a_model_is(tmp_path, capfd):
         f"parameters: {parameters:,}\n",
         "run: completed\n",
         "recipe tuned, seed 7",
-        "validation: epoch 3, bleu 12.5000\n",
+        "validation: epoch 4, bleu 12.5000\n",
         "beam_size 2, length_penalty 1.2",
         f"data: sha256 {'fe' * 32}\n",
         "torch 2.13.0",
