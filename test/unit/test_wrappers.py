@@ -1158,9 +1158,16 @@ def test_the_log_of_a_killed_wrapper_stays_in_its_folder(repo):
 def test_a_killed_wrapper_leaves_no_earlier_result_under_its_name(repo):
     assert repo.run("train_full_1p.sh").returncode == 0
     with repo.started("train_full_1p.sh", behaviour=printing("run: x") + WAITING) as process:
-        assert eventually(lambda: list(repo.files()) == ["train_0.log"])
+        log, own = repo.output() / "train_0.log", repo.runs()[-1] / "train_0.log"
+
+        def has_taken_over():
+            with contextlib.suppress(FileNotFoundError):
+                return log.samefile(own)
+
+        assert eventually(has_taken_over)
         process.kill()
         process.wait()
+    assert list(repo.files()) == ["train_0.log"]
     assert repo.files()["train_0.log"].startswith("run: x\n")
 
 
