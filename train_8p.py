@@ -185,6 +185,9 @@ class Settings:
         "first; left out: all of this machine's devices, on a CPU 0,..,7")
     max_devices: int | None = flags.row(PROCESSES, None, flags.positive_int,
         "without --device-list, use at most so many devices")
+    device_id: str | None = flags.row(PROCESSES, None, flags.device_id,
+        "index of the NPU or GPU of a run in one process, where no flag above names one; npu:N is for an NPU alone; a "
+        "CPU has no index", unit="N")
     world_size: int = flags.row(PROCESSES, -1, flags.integer, "number of nodes; -1 means 1")
     rank: int = flags.row(PROCESSES, -1, flags.integer, "number of this node; -1 means 0")
     addr: str = flags.row(PROCESSES, "127.0.0.1", "HOST", "address of node 0")
@@ -327,6 +330,7 @@ from nmt import (
     shortlist,
 )
 from nmt.averaging import WeightAverage
+from nmt.checkout import commit_of
 from nmt.cores import CoreWatch
 from nmt.distributed import World
 from nmt.log import EpochLog, RunBar, StepLine, may_recover, only_rank_0_speaks, say, say_all
@@ -345,7 +349,8 @@ def main(argv: list[str]) -> None:
     typed = {name: getattr(settings, name) for name in parser.given}
     settings, given, notes = with_flags_of_the_run(settings, typed)
     plan = distributed.plan(
-        **settings.named("device npu gpu device_list max_devices multiprocessing_distributed world_size rank"),
+        **settings.named("device npu gpu device_list device_id max_devices multiprocessing_distributed"),
+        **settings.named("world_size rank"),
         **settings.named("addr dist_url dist_backend dist_timeout bleu_npu batch_size"),
     )
     world = plan.worlds[0]
@@ -660,7 +665,7 @@ def train(
     )
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
-    about = facts_of(settings, mixed, world) | {"device_name": world.describe(), "parameters": parameters}
+    about = facts_of(settings, mixed, world, corpus) | {"device_name": world.describe(), "parameters": parameters}
     about["batch_per_device"] = settings.batch_size / world.size
     figures = open_record(settings, state, world, about | {"epoch_steps": len(first_batches)})
     held.callback(figures.close)
@@ -1215,7 +1220,7 @@ def config_of(settings: Settings, plan: distributed.Plan, given: dict[str, Any])
     yield from config.lines(Settings, {name: values[name] for name in values if name not in left_out}, header)
 
 
-def facts_of(settings: Settings, mixed: precision.Choice, world: World) -> dict[str, Any]:
+def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> dict[str, Any]:
     """What the line `run:` says, by name."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
     for name in ("torch_npu", "apex"):  # not always installed in a way that leaves metadata
@@ -1232,6 +1237,9 @@ def facts_of(settings: Settings, mixed: precision.Choice, world: World) -> dict[
         "loss_scale": mixed.loss_scale,
         "recipe": settings.recipe,
         "seed": settings.seed,
+        "epochs": settings.epochs,
+        "data": corpus.fingerprint[:12],
+        "commit": commit_of(Path(HERE)),
         "python": platform.python_version(),
     }
     return facts | versions
@@ -1239,7 +1247,7 @@ def facts_of(settings: Settings, mixed: precision.Choice, world: World) -> dict[
 
 def description(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> Iterator[str]:
     """The lines that say what is about to run."""
-    yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world).items())
+    yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world, corpus).items())
     yield f"device: {world.describe()}"
     yield from corpus.lines()
     yield from unknown_words(corpus, settings.min_freq)

@@ -321,6 +321,7 @@ def plan(
     npu: int | None = None,
     gpu: int | None = None,
     device_list: Sequence[int] | None = None,
+    device_id: str | None = None,
     max_devices: int | None = None,
     multiprocessing_distributed: bool = False,
     world_size: int = -1,
@@ -351,6 +352,7 @@ def plan(
     flag = f"--npu {npu}" if npu is not None else f"--gpu {gpu}"
     device_type = devices.choose_device_type(*((named[0], flag) if named else (device,)))
     check_backend(dist_backend, device_type)
+    where = "--npu or --gpu" if named else "--device-list"
     if named:
         indices = [named[1]]
     elif launched:
@@ -359,12 +361,17 @@ def plan(
         indices = list(device_list or range(devices.default_count(device_type))[:max_devices])
         if not device_list and len(indices) < (max_devices or 0):
             notes.append(f"this machine has {len(indices)} {device_type} devices, not {max_devices}: running on those")
-    else:
-        indices = list(device_list or [0])[:1]
-        if len(device_list or []) > 1:
+    elif device_list:
+        indices = list(device_list)[:1]
+        if len(device_list) > 1:
             only = f"one process on device {indices[0]} alone"
             notes.append(f"{only}; --multiprocessing-distributed takes the whole list")
-    devices.check_indices(device_type, indices, "--npu or --gpu" if named else "--device-list")
+    else:
+        indices = [own_index(device_id, device_type)]
+        where = (
+            "--device-id" if device_id in (None, str(indices[0])) else "--device-id, or ASCEND_DEVICE_ID of a wrapper"
+        )
+    devices.check_indices(device_type, indices, where)
     scoring_index = indices[0] if bleu_npu is None else bleu_npu
     devices.check_indices(device_type, [scoring_index], "--bleu-npu")
     if batch_size is not None:
@@ -399,6 +406,16 @@ def named_device(device: str, npu: int | None, gpu: int | None) -> tuple[str, in
     if len(named) == 2 or (named and device not in ("auto", named[0][0])):
         raise UserError("usage", "two different devices", "--npu, --gpu, --device", "name the device by one of them")
     return named[0] if named else None
+
+
+def own_index(device_id: str | None, device_type: str) -> int:
+    """The index of the device of a run in one process, as --device-id says it.
+
+    >>> own_index("3", "cuda"), own_index("npu:3", "npu"), own_index("npu:3", "cuda"), own_index("3", "cpu")
+    (3, 3, 0, 0)
+    """
+    only, _, index = (device_id or "0").rpartition(":")
+    return int(index) if device_type != "cpu" and only in ("", device_type) else 0
 
 
 def check_backend(backend: str | None, device_type: str) -> None:

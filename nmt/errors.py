@@ -1,7 +1,8 @@
 """Expected errors: one line for the user, an exit code for the program that started us.
 
 Exit codes: 0 done, or nobody reads the output any more; 1 bug or out of memory; 2 usage; 3 data; 4 checkpoint;
-5 I/O or network; 6 distributed; 7 diverged; 130 Ctrl-C; 143 SIGTERM.
+5 I/O or network; 6 distributed; 7 diverged; 8 a wrapper's run has a lower BLEU than --accept_bleu; 130 Ctrl-C;
+143 SIGTERM.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ from nmt.signals import Stopped, StopRequest, in_main_thread
 
 PACKAGES = ("torch", "numpy", "spacy", "torchtext", "sacrebleu", "tqdm")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-EXIT_CODES = {"memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+EXIT_CODES = {"bug": 1, "memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+EXIT_CODES |= {"accept": 8}
 # What the messages of other people's errors say. Most are plain RuntimeErrors.
 OF_MEMORY = ("out of memory", "allocate memory", "bad_alloc", "alloc_failed", "unable to allocate")
 LOWER = "lower --batch-size, or --beam-size for the final score, or --hid-dim and --emb-dim"

@@ -396,5 +396,16 @@ def index_list(text: str) -> list[int]:
     return indices
 
 
+def device_id(text: str) -> str:
+    """A device's index, or `npu:` and the index, for a run that takes it only on an NPU.
+
+    >>> device_id("npu:3")
+    'npu:3'
+    """
+    if not re.fullmatch(r"(npu:)?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device index such as 0, or npu:0")
+    return text
+
+
 # How the help names the values that these read. Where a row has no unit of its own, the others are "N".
 UNITS = {fraction: "P", part: "P", decimal: "X", positive_float: "X", non_negative_float: "X", index_list: "LIST"}

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 WARM_UP_STEPS = 5  # of a run: in them kernels are chosen and memory is claimed
+COMPILE_STEPS = 2  # of a run, whose seconds the ModelZoo calls CompileTime
 # Nats a target token, of a run that may still learn. A guess among a million words costs 14. A learning rate ten times
 # too high costs up to 50 for some steps, and the run may recover. A rate a thousand times too high costs far more.
 HIGHEST_LOSS = 100.0
@@ -187,6 +188,7 @@ class EpochLog:
         self._world, self._epoch, self._steps, self._print_freq = world, epoch, steps, print_freq
         warm_up = max(0, WARM_UP_STEPS - steps_before)
         self._warm_up = warm_up if steps > warm_up else 0  # an epoch of warm-up steps alone is timed as it is
+        self._compile_steps = 0 if steps_before else min(COMPILE_STEPS, steps)
         self._first = 0  # the step of the epoch that this process began with
         self._step = self._pairs = self._lines_above = 0
         self._seconds = 0.0  # that other processes took for the pairs that are counted
@@ -220,6 +222,8 @@ class EpochLog:
         self._step += 1
         self._since_line += torch.stack((total_loss, total_tokens))
         done = self._step - self._first
+        if done == self._compile_steps:
+            say(f"* CompileTime {self._now() - self._start:.3f}")
         if done == self._warm_up:
             self._timed_from = self._now()
         elif done > self._warm_up:
@@ -293,6 +297,7 @@ class EpochLog:
         self._totals.copy_(torch.tensor(state["totals"], dtype=torch.float64))
         if self._steps - self._step <= self._warm_up:
             self._warm_up = 0
+        self._compile_steps = min(self._compile_steps, self._steps - self._step)
 
     def finish(self) -> tuple[float, float]:
         """Ends the epoch.

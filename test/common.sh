@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the four wrappers share: read the arguments, run train_8p.py, write the result files, print the result.
+# What the four wrappers share: read the arguments, run train_8p.py, and have result.py write and print the results.
 # A wrapper sets KIND (full, performance), CASE (acc, perf) and RANK_SIZE (1, 8), sources this, calls run_wrapper "$@".
 # Kept to what old shells have (bash 3.2 on macOS, 4.2 on CentOS 7): no associative or, under `set -u`, empty arrays.
 
@@ -8,17 +8,17 @@ repo=$(dirname -- "$here")
 name=train_${KIND}_${RANK_SIZE}p.sh
 network=GRU_ID0104_for_PyTorch
 
-keys="data_path batch_size learning_rate epochs precision_mode device device_list recipe conda_name resume restarts"
+keys="data_path batch_size learning_rate epochs precision_mode device device_list device_id recipe conda_name resume \
+restarts accept_bleu profiling over_dump data_dump_flag data_dump_step"
 
 run_wrapper() {
     parse_arguments "$@"
     choose_environment
     check_arguments
     prepare_output
+    add_options_of_the_folder
     run_training
-    read_log
     write_results
-    print_result
 }
 
 fail() { # exit code, message
@@ -34,7 +34,7 @@ quoted() { # a value of the user's on one line, as a shell takes it, so that its
 }
 
 usage() {
-    local task devices batch rate="the recipe's" epochs device_list checkpoint='' goes_on=''
+    local task devices batch rate="the recipe's" epochs device_list device_id checkpoint='' goes_on='' accept='taken by full runs alone'
     if [[ $KIND == full ]]; then
         task='Trains ten epochs with validation, then scores the best checkpoint on the test set (BLEU)'
         batch="the recipe's: tuned 64, on several devices 128, on sample/ 32; modelzoo 512"
@@ -42,6 +42,7 @@ usage() {
         epochs="the recipe's, 10"
         checkpoint=', where the best checkpoint, seq2seq-gru-model.pth.tar, is left too'
         goes_on=$',\n                         with --resume=auto'
+        accept='end with exit code 8, after all results, if BLEU is below X; default: any BLEU will do'
     else
         task='Measures the speed of training: one epoch, gone round again until 25 steps are done, the first 5 not timed'
         epochs=1
@@ -49,11 +50,15 @@ usage() {
     fi
     if ((RANK_SIZE == 1)); then
         devices='One device'
-        device_list="  --device_list=I        the device's index; default: the first device"
+        device_list="  --device_list=I        the device's index; default: that of --device_id, otherwise the first device"
+        device_id="the number of the NPU or GPU, and of the output folder and the log; default: ASCEND_DEVICE_ID,
+                         which chooses an NPU and the folder but no GPU, otherwise 0"
     else
         devices='Eight devices, one process each'
         device_list="  --device_list=I,J,...  the devices' indices, one process each; default: the first eight, or as many as the
                          machine has; on CPU eight processes"
+        device_id="the number of the output folder and the log; it chooses no device; default: ASCEND_DEVICE_ID,
+                         otherwise 0"
     fi
     cat <<END
 Usage: bash test/$name [--key=value | --key value]... [-- arguments for train_8p.py]
@@ -70,27 +75,35 @@ $devices.
                          default: allow_mix_precision
   --device=NAME          npu, cuda, cpu, or auto: npu, else cuda, else cpu; default: auto
 $device_list
+  --device_id=N          $device_id
   --recipe=NAME          tuned or modelzoo; default: tuned
   --conda_name=NAME      a conda environment to activate first; default: none
   --resume=auto          go on with a run that was stopped or killed; or the path of its state
   --restarts=N           start the run again, N times at most, after one of its processes has died or hung$goes_on;
                          default: 0
+  --accept_bleu=X        $accept
+  --profiling=True       record a few steps with torch's profiler, into the run's own folder; default: False
+  --over_dump=True       taken as in the ModelZoo, but no overflow is dumped: a note says so; default: False
+  --data_dump_flag=True  taken as in the ModelZoo, but no tensor is dumped: a note says so; default: False
+  --data_dump_step=N     the step of --data_dump_flag, likewise without effect; default: 10
   --help, -h             this text
 
 What follows a lone -- goes to train_8p.py untouched and wins over the above; bash test/$name -- --help lists it.
 Relative paths are relative to the current folder$checkpoint.
 
-Environment: ASCEND_DEVICE_ID, a number that names the output folder and the log (default: 0); PYTHON, the interpreter
-(default: that of the repository's .venv, else python3); etp_running_flag=true: do not look for
-CANN.
+Environment: ASCEND_DEVICE_ID, the number that --device_id leaves out; PYTHON, the interpreter (default: that of the
+repository's .venv, else python3); etp_running_flag=true: do not look for CANN.
 
-Writes into $repo/test/output/\$ASCEND_DEVICE_ID,
-where CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
-  train_\$ASCEND_DEVICE_ID.log  the whole run
+Writes into $repo/test/output/N, where N is that number
+and CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
+  train_N.log                  the whole run
   train_CASE_loss.txt          one loss a line
   CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
-The results of this wrapper's earlier runs, whatever their batch, go on as NAME.previous, and so does the last log.
-A bad argument ends the wrapper before it touches anything.
+  runs/<UTC start>_${name%.sh}/  the same of each run, as train_N.log, train_CASE_loss.txt, CASE_<precision>.log;
+                               CASE_<precision>.json, with figures by epoch; metrics.jsonl, with those of each line;
+                               curves.png, where matplotlib is installed; profile/, with --profiling=True
+The first three are of the last run, and are replaced when the next one begins to train. No run touches the folder of
+another. A run that fails before it trains, for a bad argument, a wrong folder or an absent device, replaces nothing.
 END
 }
 
@@ -99,6 +112,7 @@ parse_arguments() {
     # Set here, or variables of these names in the caller's environment would count as arguments.
     arg_data_path='' arg_batch_size='' arg_learning_rate='' arg_epochs='' arg_precision_mode=''
     arg_device='' arg_device_list='' arg_recipe='' arg_conda_name='' arg_restarts='' arg_resume=''
+    arg_device_id='' arg_accept_bleu='' arg_profiling='' arg_over_dump='' arg_data_dump_flag='' arg_data_dump_step=''
 
     while (($#)) && [[ $1 != -- ]]; do
         argument=$1
@@ -149,7 +163,14 @@ parse_arguments() {
     if ((RANK_SIZE == 1)) && [[ $arg_device_list == *,* ]]; then
         fail 2 "error[usage]: device_list has more than one entry: $(quoted "$arg_device_list"); test/$name; name one device, or use test/train_${KIND}_8p.sh"
     fi
-    if ((RANK_SIZE > 1)); then options+=(--multiprocessing-distributed); fi
+    choose_number
+    if ((RANK_SIZE > 1)); then
+        options+=(--multiprocessing-distributed)
+    elif [[ -n $arg_device_id ]]; then
+        options+=("--device-id=$id")
+    elif [[ -n ${ASCEND_DEVICE_ID:-} ]]; then
+        options+=("--device-id=npu:$id")
+    fi
     if [[ -n $arg_device_list ]]; then
         options+=("--device-list=$arg_device_list")
     elif ((RANK_SIZE > 1)); then
@@ -162,6 +183,8 @@ parse_arguments() {
         fail 2 "error[usage]: restarts is $(quoted "$restarts"); test/$name; give a number below 10000"
     fi
     restarts=$((10#$restarts)) # 010 is ten
+    check_accept_bleu
+    check_debugging
 
     options_of_a_restart "$@"
     help_of_train=no
@@ -177,6 +200,50 @@ parse_arguments() {
             fi
         done
     fi
+}
+
+choose_number() { # sets id
+    local whence=device_id
+    if [[ -n $arg_device_id ]]; then
+        export ASCEND_DEVICE_ID=$arg_device_id
+    else
+        whence=ASCEND_DEVICE_ID
+    fi
+    id=${ASCEND_DEVICE_ID:-0}
+    if [[ $id == *[!0-9]* || ${#id} -gt 9 ]]; then
+        fail 2 "error[usage]: $whence is $(quoted "$id"); test/$name; make it a number of at most nine digits"
+    fi
+}
+
+check_accept_bleu() {
+    local number='^(100(\.0+)?|[0-9]{1,2}(\.[0-9]+)?)$'
+    if [[ -z $arg_accept_bleu ]]; then return; fi
+    if [[ $KIND == performance ]]; then
+        fail 2 "error[usage]: a performance run has no BLEU to accept; --accept_bleu; use test/train_full_${RANK_SIZE}p.sh"
+    fi
+    if [[ ! $arg_accept_bleu =~ $number ]]; then
+        fail 2 "error[usage]: accept_bleu is $(quoted "$arg_accept_bleu"); test/$name; give a number from 0 to 100, such as 29.5"
+    fi
+}
+
+check_debugging() { # sets note
+    local asked='' steps='^[0-9]+(\|[0-9]+)*$'
+    check_switch profiling "$arg_profiling"
+    check_switch over_dump "$arg_over_dump"
+    check_switch data_dump_flag "$arg_data_dump_flag"
+    if [[ -n $arg_data_dump_step && ! $arg_data_dump_step =~ $steps ]]; then
+        fail 2 "error[usage]: data_dump_step is $(quoted "$arg_data_dump_step"); test/$name; give a step such as 10, or several such as 0|5|10"
+    fi
+    if [[ $arg_over_dump == True ]]; then asked=--over_dump; fi
+    if [[ $arg_data_dump_flag == True ]]; then asked+="${asked:+ and }--data_dump_flag"; fi
+    note=${asked:+"note: $asked: nothing is dumped here; the log counts the steps whose gradients were not finite"}
+}
+
+check_switch() { # key, value
+    case $2 in
+        '' | True | False) ;;
+        *) fail 2 "error[usage]: $1 is $(quoted "$2"); test/$name; it is True or False" ;;
+    esac
 }
 
 options_of_a_restart() { # the lone -- and what follows it, or nothing; makes again from the wrapper's options and this
@@ -248,13 +315,10 @@ activate_conda() { # name
 }
 
 prepare_output() {
-    local id=${ASCEND_DEVICE_ID:-0} holder
-    if [[ $id == *[!0-9]* ]]; then
-        fail 2 "error[usage]: ASCEND_DEVICE_ID is $(quoted "$id"); environment; make it a number"
-    fi
+    local holder start number=1
     output=$repo/test/output/$id
     log=$output/train_$id.log
-    if ! { mkdir -p -- "$output" && : >>"$output/.lock"; } 2>/dev/null; then
+    if [[ -d $log ]] || ! { mkdir -p -- "$output/runs" && : >>"$output/.lock"; } 2>/dev/null; then
         fail 5 "error[io]: cannot write; $output; make it a folder that you may write"
     fi
 
@@ -266,25 +330,52 @@ prepare_output() {
     fi
     printf '%s\n' "$$" >"$output/.lock"
 
-    # A run that fails must not leave an older run's results under their names. The log is made anew: a tee that
-    # outlived its wrapper would go on writing to the old one. A log of a run that never began replaces no other one.
-    if ! { set_aside "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" &&
-        set_aside "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
-        if began || [[ -f $log && -s $log && ! -e $log.previous ]]; then set_aside "$log"; fi &&
-        rm -f -- "$log" "$output"/*.tmp && : >"$log"; } 2>/dev/null; then
+    start=$output/runs/$(date -u +%Y%m%dT%H%M%SZ)_${name%.sh}
+    folder=$start
+    while [[ -e $folder ]]; do # two runs in one second
+        number=$((number + 1))
+        folder=${start}_$number
+    done
+    run_log=$folder/train_$id.log
+    # The log of a run that began to train stays under its name until another one does.
+    if ! { mkdir -- "$folder" && : >"$run_log" && rm -f -- "$output"/*.tmp &&
+        if ! began "$log"; then retire "$log" && share "$run_log" "$log"; fi; } 2>/dev/null; then
         fail 5 "error[io]: cannot replace an earlier run's files; $output; make them writable or remove them"
     fi
 }
 
-set_aside() { # files, or a pattern that no file has
+add_options_of_the_folder() {
+    local own=("--record=$folder")
+    if [[ $arg_profiling == True ]]; then own+=("--profile=$folder/profile"); fi
+    options=("${options[0]}" "${own[@]}" "${options[@]:1}")
+    again=("${again[0]}" "${own[@]}" "${again[@]:1}")
+}
+
+retire() { # files of the output folder, or a pattern that no file has: their runs have them too
     local file
     for file in "$@"; do
-        if [[ -e $file ]]; then mv -f -- "$file" "$file.previous" || return; fi
+        if [[ ! -e $file ]]; then continue; fi
+        if [[ -n $(find "$file" -links 1) ]]; then # no run has it: it is older than the runs' folders
+            mkdir -p -- "$output/runs/earlier" && mv -f -- "$file" "$output/runs/earlier" || return
+        else
+            rm -f -- "$file" || return
+        fi
     done
 }
 
-began() { # whether the log is that of a run that began to train
-    [[ -f $log ]] && LC_ALL=C awk '/^run: / { found = 1; exit } END { exit !found }' "$log"
+share() { # a file of the run, a second name for it: where the disk has no hard links, a copy
+    [[ $1 -ef $2 ]] || ln -f -- "$1" "$2" 2>/dev/null || cp -f -- "$1" "$2"
+}
+
+began() { # whether a log is that of a run that began to train
+    [[ -f $1 ]] && LC_ALL=C awk '/^run: / { found = 1; exit } END { exit !found }' "$1"
+}
+
+take_over() { # the run begins to train: no result of an earlier one stays under its name, even if this one is killed
+    kill -0 "$$" 2>/dev/null || return 0 # the wrapper is gone, and another one may be at work here
+    retire "$output/${network}_bs"*"_${RANK_SIZE}p_$CASE.log" \
+        "$output/train_${network}_bs"*"_${RANK_SIZE}p_${CASE}_loss.txt" &&
+        if [[ ! $log -ef $run_log ]]; then retire "$log" && share "$run_log" "$log"; fi
 }
 
 try_lock() {
@@ -296,17 +387,18 @@ try_lock() {
 }
 
 run_training() {
-    local folder tee_pid start tee_status
+    local pipes tee_pid start tee_status
     signals=0 interrupted=0 train_pid=''
 
-    if ! { folder=$(mktemp -d) && mkfifo -- "$folder/pipe"; } 2>/dev/null; then
+    if ! { pipes=$(mktemp -d) && mkfifo -- "$pipes/pipe"; } 2>/dev/null; then
         fail 5 "error[io]: cannot make a pipe; ${TMPDIR:-/tmp}; free space there or set TMPDIR"
     fi
-    # tee ends when the run has closed the pipe, not on a signal: the last lines of an interrupted run count most.
-    (trap '' INT TERM HUP && exec tee -- "$log") <"$folder/pipe" 9>&- &
+    # It ends when the run has closed the pipe, not on a signal: the last lines of an interrupted run count most.
+    (trap '' INT TERM HUP && copy_output) <"$pipes/pipe" 9>&- &
     tee_pid=$!
-    exec 7>"$folder/pipe"
-    rm -rf -- "$folder"
+    exec 7>"$pipes/pipe"
+    rm -rf -- "$pipes"
+    if [[ -n $note ]]; then printf '%s\n' "$note" >&7; fi
 
     trap 'interrupt 130' INT
     trap 'interrupt 143' TERM
@@ -326,12 +418,29 @@ run_training() {
     wait_for "$tee_pid"
     tee_status=$status
     trap '' INT TERM HUP # what is left takes no time and is not to be left half done
+    if began "$run_log"; then share "$run_log" "$log"; fi
 
     if ((interrupted)); then run_status=$interrupted; fi
     if ((run_status)); then fail_as_the_run "$run_status"; fi
     if ((tee_status)); then
-        fail 5 "error[io]: the log is not whole: tee ended with $tee_status; $log; is the disk full, or does nobody read this output any more?"
+        fail 5 "error[io]: the log is not whole: it ended with $tee_status; $run_log; is the disk full, or does nobody read this output any more?"
     fi
+}
+
+copy_output() { # standard input to the screen and to the log
+    local line LC_ALL=C
+    while IFS= read -r line; do
+        printf '%s\n' "$line" 2>/dev/null || exit 1
+        if ! printf '%s\n' "$line" 2>/dev/null >>"$run_log"; then
+            cat
+            exit 1
+        fi
+        if [[ $line == 'run: '* ]]; then
+            take_over
+            exec tee -a -- "$run_log"
+        fi
+    done
+    printf %s "$line" | tee -a -- "$run_log"
 }
 
 run_once() { # sets run_status
@@ -362,16 +471,16 @@ fail_as_the_run() { # exit code
         /^note: restart / { error = ""; last = "" }
         /^error\[/ { error = $0 }
         NF { last = $0 }
-        END { print (error != "" ? error : last) }' "$log")
+        END { print (error != "" ? error : last) }' "$run_log")
     if ((interrupted)); then
         how=interrupted
     elif (($1 > 128)) && [[ $reason != error\[* ]]; then
         how="ended by signal $(($1 - 128))"
         if (($1 == 137)); then how+=' (perhaps out of memory)'; fi
-        if [[ $KIND == full ]] && began; then how+='; to go on, add --resume=auto to the command'; fi
+        if [[ $KIND == full ]] && began "$run_log"; then how+='; to go on, add --resume=auto to the command'; fi
     fi
     if [[ -n $how ]]; then reason="$how${reason:+; the last line was: $reason}"; fi
-    printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$(quoted "$log")" >&2
+    printf '%s: train_8p.py failed with exit code %s; the whole run: %s\n' "$name" "$1" "$(quoted "$run_log")" >&2
     fail "$1" "${reason:-train_8p.py printed nothing}"
 }
 
@@ -395,68 +504,7 @@ wait_for() { # pid; sets status
     done
 }
 
-read_log() {
-    # One pass over the log. A step's loss is the first number after `Loss`; FPS is the median over the epochs.
-    local facts
-    facts=$(LC_ALL=C awk '
-        $1 == "run:" {
-            for (i = 2; i <= NF; i++) {
-                if (index($i, "batch=") == 1) batch = substr($i, 7)
-                if (index($i, "processes=") == 1) processes = substr($i, 11)
-            }
-        }
-        /^\[.*\] Epoch: .*Loss / { loss = $0; sub(/^.*Loss +/, "", loss); sub(/[ \t].*$/, "", loss) }
-        $1 == "*" && $2 == "FPS@all" {
-            for (i = n++; i > 0 && fps[i - 1] > $3 + 0; i--) fps[i] = fps[i - 1]
-            fps[i] = $3 + 0
-        }
-        /^BLEU score = / { bleu = $4 }
-        function known(text) { return text == "" ? "-" : text }
-        END {
-            median = (fps[int((n - 1) / 2)] + fps[int(n / 2)]) / 2
-            if (n == 0 || !(median > 0)) print known(batch), known(processes), "-", "-", known(loss), known(bleu)
-            else printf "%s %s %.2f %.2f %s %s\n", known(batch), known(processes), median, batch * 1000 / median, known(loss), known(bleu)
-        }' "$log")
-    read -r batch_size processes fps step_time loss bleu <<<"$facts"
-
-    missing() { fail 1 "error[bug]: the run ended without $1; $log; look there for what it did"; }
-    if [[ $batch_size == - || $processes == - ]]; then missing "a line 'run: ... processes=N ... batch=N'"; fi
-    if [[ $fps == - ]]; then missing "a line '* FPS@all NUMBER'"; fi
-    if [[ $loss == - ]]; then missing 'a line of a step with its loss'; fi
-    if [[ $KIND == full && $bleu == - ]]; then missing "a line 'BLEU score = NUMBER'"; fi
-}
-
 write_results() {
-    local case_name=${network}_bs${batch_size}_${RANK_SIZE}p_$CASE
-    local losses=$output/train_${case_name}_loss.txt results=$output/$case_name.log
-    local lines=("Network = $network" "RankSize = $processes" "BatchSize = $batch_size" "DeviceType = $(uname -m)"
-        "CaseName = $case_name" "ActualFPS = $fps" "TrainingTime = $step_time" "ActualLoss = $loss")
-    if [[ $KIND == full ]]; then lines+=("TrainAccuracy = $bleu"); fi
-    lines+=("E2ETrainingTime = $seconds")
-
-    losses_of_log() {
-        # After a restart, the steps since the last saved state come twice. The second time counts.
-        LC_ALL=C awk '
-            /^\[.*\] Epoch: .*Loss / {
-                step = loss = $0
-                sub(/^.*Epoch: /, "", step)
-                sub(/\t.*$/, "", step)
-                sub(/^.*Loss +/, "", loss)
-                sub(/[ \t].*$/, "", loss)
-                if (!(step in place)) place[step] = n++
-                losses[place[step]] = loss
-            }
-            END { for (i = 0; i < n; i++) print losses[i] }' "$log"
-    }
-    if ! { losses_of_log >"$losses.tmp" && printf '%s\n' "${lines[@]}" >"$results.tmp" &&
-        mv -f -- "$losses.tmp" "$losses" && mv -f -- "$results.tmp" "$results"; } 2>/dev/null; then
-        fail 5 "error[io]: cannot write the results; $output; is the disk full?"
-    fi
-}
-
-print_result() {
-    echo "------------------ Final result ------------------"
-    echo "Final Performance images/sec : $fps"
-    if [[ $KIND == full ]]; then echo "Final Train Accuracy : $bleu"; fi
-    echo "E2E Training Duration sec : $seconds"
+    "$python" "$here/result.py" "--kind=$KIND" "--ranks=$RANK_SIZE" "--network=$network" "--seconds=$seconds" \
+        "--log=$run_log" "--output=$output" "--folder=$folder" ${arg_accept_bleu:+"--accept=$arg_accept_bleu"}
 }

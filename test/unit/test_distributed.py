@@ -144,6 +144,33 @@ def test_without_several_processes_one_device_is_taken_and_a_list_gets_a_notice(
     assert made.notes == ("one process on device 3 alone; --multiprocessing-distributed takes the whole list",)
 
 
+@pytest.mark.parametrize(
+    ("flags", "indices"),
+    [
+        ({"device": "npu", "device_id": "3"}, (3,)),
+        ({"device": "npu", "device_id": "npu:3"}, (3,)),
+        ({"device": "cuda", "device_id": "3"}, (3,)),
+        ({"device": "cuda", "device_id": "npu:3"}, (0,)),
+        ({"device": "cpu", "device_id": "99"}, (0,)),
+        ({"device": "npu", "device_id": "3", "device_list": [5]}, (5,)),
+        ({"npu": 6, "device_id": "npu:3"}, (6,)),
+        ({"device": "npu", "device_id": "99", "multiprocessing_distributed": True, "max_devices": 2}, (0, 1)),
+    ],
+)
+def test_the_device_id_is_that_of_one_process_unless_another_flag_names_a_device(monkeypatch, flags, indices):
+    monkeypatch.setattr(devices, "device_count", lambda device_type: 8)
+    made = plan(**flags)
+    assert made.indices == indices
+    assert made.scoring_index == indices[0]
+
+
+def test_a_device_id_that_is_not_there_is_refused_with_where_it_may_come_from(monkeypatch):
+    monkeypatch.setattr(devices, "device_count", lambda device_type: 8)
+    monkeypatch.delenv("ASCEND_RT_VISIBLE_DEVICES", raising=False)
+    for value, where in (("8", "--device-id"), ("npu:8", "--device-id, or ASCEND_DEVICE_ID of a wrapper")):
+        assert f"no npu 8 here; {where}; there is 0 to 7" in refused("usage", plan, device="npu", device_id=value)
+
+
 def test_an_npu_that_is_passed_over_is_noted_on_rank_0(monkeypatch):
     monkeypatch.setattr(devices, "NPU_IMPORT_ERROR", "ImportError: libhccl.so\x1b")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

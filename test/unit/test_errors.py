@@ -17,7 +17,8 @@ from conftest import REPOSITORY, SMALL
 
 
 def test_the_exit_codes_are_those_that_the_manual_promises():
-    codes = {"memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+    codes = {"bug": 1, "memory": 1, "usage": 2, "data": 3, "checkpoint": 4, "io": 5, "distributed": 6, "diverged": 7}
+    codes |= {"accept": 8}
     assert codes == errors.EXIT_CODES
 
 

@@ -23,14 +23,44 @@ def test_the_epochs_speed_leaves_out_the_first_five_steps_of_a_run(monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(nmt.log.time, "perf_counter", lambda: 0.0)
     monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: float(next(clock)))
-    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 5)):
+    for before, steps, expected in ((0, 8, 3), (3, 8, 6), (8, 8, 8), (0, 5, 10 / 3)):
         log = log_of(steps, before)
         for _ in range(steps):
             log.data_ready()
             log.step_done(torch.tensor(1.0), torch.tensor(1.0), 1)
         pairs_per_second, _ = log.finish()
-        # The clock is read at the start, after the warm-up if there is one, at the line, and at the end.
+        # The clock is read at the start, after the run's second step, after the warm-up if there is one, at the line,
+        # and at the end.
         assert pairs_per_second == pytest.approx(expected / 2)
+
+
+def test_the_first_two_steps_of_a_run_are_timed_on_their_own(capsys, monkeypatch):
+    """As the ModelZoo's CompileTime. A process that goes on with a run compiles again."""
+    clock = [0.0]
+    monkeypatch.setattr(nmt.log.EpochLog, "_now", lambda self: clock[0])
+
+    def steps(log: nmt.log.EpochLog, number: int) -> None:
+        for _ in range(number):
+            clock[0] += 1.5
+            log.step_done(torch.tensor(1.0), torch.tensor(1.0), 1)
+
+    def said() -> list[str]:
+        return [line for line in capsys.readouterr().out.splitlines() if "CompileTime" in line]
+
+    first = log_of(4)
+    steps(first, 1)
+    assert said() == []
+    steps(first, 1)
+    assert said() == ["* CompileTime 3.000"]
+    steps(first, 1)
+    resumed = log_of(4)
+    resumed.restore(first.state())
+    steps(resumed, 1)
+    assert said() == ["* CompileTime 1.500"], "the epoch has no second step any more"
+    steps(log_of(4, before=4), 4)
+    assert said() == []
+    steps(log_of(1), 1)
+    assert said() == ["* CompileTime 1.500"]
 
 
 def test_the_loss_of_a_line_is_the_mean_over_target_positions(capsys):

@@ -366,8 +366,12 @@ def test_the_full_wrapper_trains_the_sample_on_eight_npus(tmp_path):
 def test_the_performance_wrapper_measures_one_npu(tmp_path):
     wrapper = REPOSITORY / "test" / "train_performance_1p.sh"
     extra = {"PYTHON": sys.executable, "ASCEND_DEVICE_ID": "91"}
-    done = run("bash", wrapper, "--device=npu", "--batch_size=64", cwd=tmp_path, deadline=900, **extra)
+    flags = ("--device=npu", "--batch_size=64")
+    done = run("bash", wrapper, *flags, cwd=tmp_path, deadline=900, **extra)
+    assert done.returncode == 2 and "ASCEND_DEVICE_ID" in done.stderr.splitlines()[-1], "there is no NPU 91"
+    done = run("bash", wrapper, *flags, "--device_list=3", cwd=tmp_path, deadline=900, **extra)
     assert done.returncode == 0, done.stderr
+    assert "[npu id: 3 ] Epoch: " in done.stdout
     found = logs.parse(done.stdout)
     assert (found.facts["device"], found.facts["processes"]) == ("npu", "1")
     assert re.fullmatch(r"\d+\.\d\d", found.final["Final Performance images/sec"])

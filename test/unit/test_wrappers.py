@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 
 import train_8p
+from nmt.checkout import commit_of
+from nmt.errors import EXIT_CODES
 
 import pytest
 from conftest import eventually
@@ -24,8 +27,9 @@ SCRIPTS = ["common.sh", "env_npu.sh"]
 FULL = ["train_full_1p.sh", "train_full_8p.sh"]
 PERFORMANCE = ["train_performance_1p.sh", "train_performance_8p.sh"]
 WRAPPERS = FULL + PERFORMANCE
-KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list"]
-KEYS += ["recipe", "conda_name", "resume", "restarts"]
+KEYS = ["data_path", "batch_size", "learning_rate", "epochs", "precision_mode", "device", "device_list", "device_id"]
+KEYS += ["recipe", "conda_name", "resume", "restarts", "accept_bleu"]
+KEYS += ["profiling", "over_dump", "data_dump_flag", "data_dump_step"]
 NETWORK = "GRU_ID0104_for_PyTorch"
 
 STAND_IN = """
@@ -40,9 +44,13 @@ exec(os.environ["BEHAVIOUR"])
 """
 
 
-def canned_log(*fps, batch=128, processes=1, bleu="28.0046"):
+def canned_log(*fps, batch=128, processes=1, bleu="28.0046", precision="bfloat16/O2"):
     lines = ["sample/ is used, as no --data-dir was given"]
-    lines.append(f"run: device=cpu processes={processes} nodes=1 batch={batch} batch_per_device=99 precision=fp32")
+    lines.append(
+        f"run: device=cpu processes={processes} nodes=1 batch={batch} batch_per_device=99 precision={precision} "
+        "recipe=tuned seed=1234 epochs=4 data=0123456789ab commit=0123abc torch=2.13.0"
+    )
+    lines.append("* CompileTime 0.541")
     for epoch, value in enumerate(fps):
         for step, loss in ((10, f"{9 - epoch}.2500e+00"), (20, f"{9 - epoch}.1250e+00")):
             lines.append(
@@ -77,8 +85,9 @@ class Repo:
         self.record = folder / "record.json"
         (self.path / "test").mkdir(parents=True)
         self.home.mkdir()
-        for script in SCRIPTS + WRAPPERS:
+        for script in [*SCRIPTS, *WRAPPERS, "result.py"]:
             shutil.copy(ROOT / "test" / script, self.path / "test")
+        (self.path / "nmt").symlink_to(ROOT / "nmt")  # result.py stands on it
         (self.path / "train_8p.py").write_text(STAND_IN)
 
     def environment(self, behaviour, changes):
@@ -129,14 +138,22 @@ class Repo:
             process.communicate(timeout=30)
 
     def files(self):
-        """The names and contents in the output folder, but for the lock."""
-        return {path.name: path.read_text() for path in self.output().iterdir() if path.name != ".lock"}
+        """The names and contents in the output folder, but for the lock and the runs' own folders."""
+        paths = (path for path in self.output().iterdir() if path.name not in (".lock", "runs"))
+        return {path.name: path.read_text() for path in paths}
+
+    def runs(self, device_id="0"):
+        """The runs' own folders, in their order."""
+        return sorted((self.output(device_id) / "runs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
     def recorded(self):
         return json.loads(self.record.read_text())
 
     def argv(self):
-        return self.recorded()["argv"]
+        """What the stand-in was started with, after the flag that names the run's own folder."""
+        own, *argv = self.recorded()["argv"]
+        assert own == f"--record={self.runs(self.recorded()['env'].get('ASCEND_DEVICE_ID') or '0')[-1]}"
+        return argv
 
     def output(self, device_id="0"):
         return self.path / "test" / "output" / device_id
@@ -307,6 +324,92 @@ def test_one_device_runs_refuse_a_list_of_devices(repo, wrapper):
     assert " entry: 0,1; " in done.stderr
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_device_id_numbers_the_output_and_chooses_the_device_of_one_process(repo, wrapper):
+    """ASCEND_DEVICE_ID does the same, but on an NPU alone: elsewhere it was always a name for the folder."""
+    for arguments, changes, number, flags in (
+        (["--device_id=3"], {}, "3", ["--device-id=3"]),
+        (["--device-id", "4"], {"ASCEND_DEVICE_ID": "5"}, "4", ["--device-id=4"]),
+        ([], {"ASCEND_DEVICE_ID": "6"}, "6", ["--device-id=npu:6"]),
+        ([], {"ASCEND_DEVICE_ID": ""}, "0", []),
+    ):
+        assert repo.run(wrapper, *arguments, **changes).returncode == 0
+        found = [flag for flag in repo.argv() if "device-id" in flag]
+        assert found == (flags if "1p" in wrapper else [])
+        assert (repo.output(number) / f"train_{number}.log").exists()
+        assert repo.recorded()["env"].get("ASCEND_DEVICE_ID", "0") == (
+            number if arguments or changes["ASCEND_DEVICE_ID"] else ""
+        )
+
+
+@pytest.mark.parametrize("value", ["-1", "a", "0,1", "1.5", "9999999999"])
+def test_a_device_id_that_is_no_number_is_an_error(repo, value):
+    assert is_usage_error(repo.run("train_full_8p.sh", f"--device_id={value}"))
+    assert not (repo.path / "test" / "output").exists()
+
+
+def test_the_modelzoos_flags_for_dumps_are_taken_and_say_that_they_dump_nothing(repo):
+    quiet = ["--over_dump=False", "--data_dump_flag=False", "--data_dump_step=10", "--profiling=False"]
+    assert "note: " not in repo.run("train_full_1p.sh", *quiet).stdout
+    repo.run("train_full_1p.sh", "--profiling=True")
+    assert repo.argv() == [f"--profile={repo.runs()[-1]}/profile", "--amp", "--opt-level=O2"]
+    repo.run("train_full_1p.sh", *quiet)
+    assert repo.argv() == ["--amp", "--opt-level=O2"]
+    for arguments, named in (
+        (["--over_dump=True"], "--over_dump"),
+        (["--data_dump_flag=True", "--data_dump_step=0|5|10"], "--data_dump_flag"),
+        (["--data_dump_flag", "True", "--over_dump", "True"], "--over_dump and --data_dump_flag"),
+    ):
+        done = repo.run("train_performance_1p.sh", *arguments)
+        assert done.stdout.startswith(f"note: {named}: nothing is dumped here; ")
+        assert repo.files()["train_0.log"].startswith("note: ")
+    assert repo.argv() == ["--amp", "--opt-level=O2", "--performance"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "takes"),
+    [
+        ("--profiling=1", "True or False"),
+        ("--over_dump=yes", "True or False"),
+        ("--data_dump_flag=$(touch ran)", "True or False"),
+        ("--data_dump_step=a", "such as 10"),
+        ("--data_dump_step=1|", "such as 10"),
+        ("--accept_bleu=nan", "from 0 to 100"),
+        ("--accept_bleu=-1", "from 0 to 100"),
+        ("--accept_bleu=100.5", "from 0 to 100"),
+        ("--accept_bleu=20\n", "from 0 to 100"),
+        ("--accept_bleu=1e1", "from 0 to 100"),
+    ],
+)
+def test_a_value_that_the_modelzoos_flags_do_not_have_is_an_error(repo, argument, takes):
+    done = repo.run("train_full_1p.sh", argument)
+    assert is_usage_error(done)
+    assert takes in done.stderr
+    assert not (repo.path / "test" / "output").exists() and not (repo.home / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("bound", "ends_well"), [("0", True), ("28.0046", True), ("28.00460", True), ("28.0047", False)]
+)
+def test_a_bleu_below_what_is_accepted_fails_the_wrapper_after_all_results(repo, bound, ends_well):
+    done = repo.run("train_full_8p.sh", f"--accept_bleu={bound}")
+    assert done.returncode == (0 if ends_well else EXIT_CODES["accept"])
+    assert done.stdout.splitlines()[-1] == f"results: {repo.runs()[0]}"
+    assert "Final Train Accuracy : 28.0046\n" in done.stdout
+    assert len(repo.files()) == 3
+    if ends_well:
+        assert done.stderr == ""
+    else:
+        assert done.stderr.startswith("error[accept]: BLEU 28.0046 is below 28.0047; ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_performance_run_has_no_bleu_to_accept(repo):
+    done = repo.run("train_performance_1p.sh", "--accept_bleu=20")
+    assert is_usage_error(done)
+    assert "use test/train_full_1p.sh" in done.stderr
+
+
 def test_the_callers_environment_gives_no_arguments(repo):
     assert repo.run("train_full_1p.sh", arg_data_path="x", data_path="x", epochs="3", RANK_SIZE="4").returncode == 0
     assert repo.argv() == ["--amp", "--opt-level=O2"]
@@ -430,7 +533,7 @@ def test_it_runs_from_anywhere_in_the_callers_folder(repo, tmp_path, folder):
     done = repo.run(wrapper, command=[*command, "--data_path=../my data"], cwd=cwd, CDPATH="/tmp:/", **changes)
     assert done.returncode == 0, done.stderr
     record = repo.recorded()
-    assert record["argv"][0] == "--data-dir=../my data"
+    assert repo.argv()[0] == "--data-dir=../my data"
     assert record["cwd"] == str(cwd)
     assert record["script"] == str(repo.path / "train_8p.py")
     assert (repo.output() / "train_0.log").exists()
@@ -586,18 +689,33 @@ def test_conda_name_without_conda_is_an_error(repo):
 # Results
 
 
+METRICS = """
+folder = sys.argv[1].removeprefix("--record=")
+with open(folder + "/metrics.jsonl", "w") as file:
+    for entry in (
+        {"kind": "run", "run": "ab"},
+        {"kind": "step", "time": "T", "epoch": 1, "step": 10, "loss": 9.0},
+        {"kind": "epoch", "time": "T", "epoch": 1, "step": 20, "pairs_per_second": 300.0},
+        {"kind": "validation", "time": "T", "epoch": 1, "step": 20, "loss": None},
+        {"kind": "epoch", "time": "T", "epoch": 2, "step": 40, "pairs_per_second": 100.0},
+        ["no object"],
+    ):
+        file.write(json.dumps(entry) + "\\n")
+    file.write('{"kind": "epo')  # torn
+"""
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
     full = wrapper in FULL
     ranks = 8 if "8p" in wrapper else 1
     text = canned_log("300.000", "100.000", "1000.500", "200.000", batch=512, processes=ranks, bleu=full and "28.0046")
-    done = repo.run(wrapper, behaviour=printing(text) + "; import time; time.sleep(1.1)")
+    done = repo.run(wrapper, behaviour=printing(text) + METRICS + "import time; time.sleep(1.1)")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
 
     case = f"{NETWORK}_bs512_{ranks}p_{'acc' if full else 'perf'}"
-    files = sorted(path.name for path in repo.output().iterdir())
-    assert files == sorted([".lock", "train_0.log", f"train_{case}_loss.txt", f"{case}.log"])
+    assert sorted(repo.files()) == sorted(["train_0.log", f"train_{case}_loss.txt", f"{case}.log"])
     results = key_values(repo.output() / f"{case}.log")
     seconds = results.pop("E2ETrainingTime")
     assert 1 <= int(seconds) <= 30
@@ -613,7 +731,9 @@ def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
     }
     if full:
         expected["TrainAccuracy"] = "28.0046"
-    assert results == expected
+    expected |= {"CompileTime": "0.541", "Precision": "bfloat16", "OptLevel": "O2", "Recipe": "tuned", "Seed": "1234"}
+    expected |= {"Epochs": "4", "DataFingerprint": "0123456789ab", "Commit": "0123abc"}
+    assert list(results.items()) == list(expected.items()), "the ModelZoo's keys come first"
 
     losses = "9.2500e+00 9.1250e+00 8.2500e+00 8.1250e+00 7.2500e+00 7.1250e+00 6.2500e+00 6.1250e+00"
     assert (repo.output() / f"train_{case}_loss.txt").read_text().split("\n") == [*losses.split(), ""]
@@ -622,8 +742,43 @@ def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
     last = ["------------------ Final result ------------------", "Final Performance images/sec : 250.00"]
     if full:
         last += ["Final Train Accuracy : 28.0046"]
-    last += [f"E2E Training Duration sec : {seconds}"]
+    (folder,) = repo.runs()
+    last += [f"E2E Training Duration sec : {seconds}", f"results: {folder}"]
     assert done.stdout == "\n".join([text, *last, ""])
+    check_folder(folder, repo, case, results | {"E2ETrainingTime": seconds})
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_tool_that_greps_as_the_modelzoos_do_reads_the_output(repo, wrapper):
+    """The real program's output is read likewise, below."""
+    full = wrapper in FULL
+    text = canned_log("300.000", "250.000", "200.000", batch=512, bleu=full and "28.0046")
+    done = repo.run(wrapper, behaviour=printing(text))
+    (path,) = repo.output().glob(f"{NETWORK}*.log")
+    read = as_the_modelzoo_reads(done.stdout, repo.output(), key_values(path))
+    assert (read["ActualFPS"], read["FPS of the log"]) == ("250.00", "200.000")
+    assert (read["Network"], read["RankSize"], read["BatchSize"], read["CompileTime"]) == (NETWORK, "1", "512", "0.541")
+    assert read.get("TrainAccuracy") == read.get("BLEU of the log") == ("28.0046" if full else None)
+    assert read["losses"].split()[-1] == read["ActualLoss"] == "7.1250e+00"
+    assert json.loads((repo.runs()[0] / f"{path.stem}_bfloat16.json").read_text())["FiguresByEpoch"] == []
+    assert (read["TrainingTime"], read["Time of the log"]) == ("2048.00", "0.54")
+
+
+def check_folder(folder, repo, case, results):
+    """A run's own folder: the files of the output folder, and the results as JSON."""
+    names = ["train_0.log", f"train_{case}_loss.txt", f"{case}_bfloat16.log", f"{case}_bfloat16.json"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*names, "metrics.jsonl"])
+    for own, shown in zip(names[:3], [*names[:2], f"{case}.log"], strict=True):
+        assert (folder / own).samefile(repo.output() / shown)
+    content = json.loads((folder / names[3]).read_text())
+    assert content.pop("FiguresByEpoch") == [
+        {"epoch": 1, "step": 20, "pairs_per_second": 300.0, "loss": None},
+        {"epoch": 2, "step": 40, "pairs_per_second": 100.0},
+    ]
+    assert content.keys() == results.keys()
+    assert content["Precision"] == "bfloat16" and content["Seed"] == 1234 and content["ActualLoss"] == 6.125
+    for key, value in content.items():
+        assert value == (results[key] if isinstance(value, str) else float(results[key])), key
 
 
 @pytest.mark.parametrize(
@@ -693,7 +848,7 @@ def test_a_failed_run_fails_the_wrapper_with_its_code_and_reason(repo, wrapper, 
     assert done.returncode == code
     assert done.stderr.splitlines()[-1] == reason
     assert "Final" not in done.stdout
-    assert sorted(path.name for path in repo.output().iterdir()) == [".lock", "train_0.log"]
+    assert list(repo.files()) == ["train_0.log"]
     assert reason in (repo.output() / "train_0.log").read_text()
 
 
@@ -749,20 +904,93 @@ def test_a_speed_of_nothing_is_a_failure(repo, fps):
     assert "FPS@all" in done.stderr
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+FAILS_IN_TRAINING = printing("run: processes=1 batch=2") + "\nsys.exit(6)"
+FAILS_BEFORE = printing("error[data]: there is no such folder; nowhere; name another") + "\nsys.exit(3)"
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_failed_run_sets_the_results_of_an_earlier_one_aside(repo, wrapper):
+def test_a_run_that_fails_in_training_leaves_no_earlier_result_under_its_name(repo, wrapper):
+    """And the earlier run's own folder has all of it, whatever comes later."""
     assert repo.run(wrapper).returncode == 0
-    results = {path.name: path.read_text() for path in repo.output().glob(f"*{NETWORK}*")}
-    assert len(results) == 2
-    log = (repo.output() / "train_0.log").read_text()
+    assert len(repo.files()) == 3
+    (folder,) = repo.runs()
+    kept = contents(folder)
     (repo.output() / "killed.log.tmp").touch()
     (repo.output() / "a note.txt").touch()
+    assert repo.run(wrapper, behaviour=FAILS_IN_TRAINING).returncode == 6
+    assert repo.files() == {"a note.txt": "", "train_0.log": "run: processes=1 batch=2\n"}
+    assert repo.run(wrapper).returncode == 0
+    assert len(kept) == 4 and contents(folder) == kept
+    assert len(repo.runs()) == 3
+    assert (repo.runs()[1] / "train_0.log").read_text() == "run: processes=1 batch=2\n"
+
+
+def test_a_run_that_never_began_to_train_touches_nothing(repo):
+    """A wrong folder, an absent device, a batch that cannot be shared out: its log is in its own folder alone."""
+    assert repo.run("train_full_1p.sh").returncode == 0
+    before = repo.files()
+    assert len(before) == 3
+    done = repo.run("train_full_1p.sh", behaviour=FAILS_BEFORE)
+    assert done.returncode == 3
+    assert repo.files() == before
+    log = repo.runs()[-1] / "train_0.log"
+    assert log.read_text().startswith("error[data]: ")
+    assert done.stderr.splitlines()[-2].endswith(str(log).replace("the repo", "the\\ repo"))
+    assert repo.run("train_full_1p.sh", behaviour=printing("run: x") + "\nsys.exit(3)").returncode == 3, "it began"
+    assert repo.files() == {"train_0.log": "run: x\n"}
+
+
+def test_without_a_run_that_began_the_log_is_that_of_the_last_one(repo):
+    for number in (1, 2):
+        behaviour = f"print('no folder {number}', end='', flush=True); sys.exit(3)"
+        assert repo.run("train_full_1p.sh", behaviour=behaviour).returncode == 3
+        assert repo.files() == {"train_0.log": f"no folder {number}"}
+    assert [(folder / "train_0.log").read_text() for folder in repo.runs()] == ["no folder 1", "no folder 2"]
+
+
+def test_what_an_earlier_version_left_is_kept(repo):
+    """It had no folder for each run. Nor has a disk without hard links a second name for a file."""
+    names = ["train_0.log", f"train_{NETWORK}_bs8_1p_acc_loss.txt", f"{NETWORK}_bs8_1p_acc.log"]
+    for name in names:
+        repo.output().mkdir(parents=True, exist_ok=True)
+        (repo.output() / name).write_text(f"run: {name}")
+    assert repo.run("train_full_1p.sh", behaviour=FAILS_BEFORE).returncode == 3
+    assert sorted(repo.files()) == sorted(names)
+    assert repo.run("train_full_1p.sh", behaviour=FAILS_IN_TRAINING).returncode == 6
+    earlier = repo.output() / "runs" / "earlier"
+    assert {path.name: path.read_text() for path in earlier.iterdir()} == {name: f"run: {name}" for name in names}
+
+
+def test_a_disk_without_hard_links_gets_copies(repo, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ln").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "ln").chmod(0o755)
+    refuses = 'import os\ndef refuse(*names): raise OSError(1, "no")\nos.link = refuse\n'
+    (tmp_path / "sitecustomize.py").write_text(refuses)
+    changes = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
     for _ in range(2):
-        assert repo.run(wrapper, behaviour="sys.exit(1)").returncode == 1
-    found = repo.files()
-    assert found.pop("a note.txt") == found.pop("train_0.log") == ""
-    assert found.pop("train_0.log.previous") == log, "an empty log takes no log's place"
-    assert found == {f"{name}.previous": text for name, text in results.items()}
+        assert repo.run("train_full_1p.sh", **changes).returncode == 0
+    case = f"{NETWORK}_bs128_1p_acc"
+    assert sorted(repo.files()) == sorted(["train_0.log", f"train_{case}_loss.txt", f"{case}.log"])
+    for name, own in (("train_0.log", "train_0.log"), (f"{case}.log", f"{case}_bfloat16.log")):
+        shown, kept = repo.output() / name, repo.runs()[-1] / own
+        assert shown.read_bytes() == kept.read_bytes() and not shown.samefile(kept)
+
+
+def test_two_runs_of_one_second_have_two_folders(repo, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "date").write_text("#!/bin/sh\necho 20260102T030405Z\n")
+    (tmp_path / "bin" / "date").chmod(0o755)
+    for _ in range(3):
+        done = repo.run("train_performance_8p.sh", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        assert done.returncode == 0
+    name = "20260102T030405Z_train_performance_8p"
+    assert [folder.name for folder in repo.runs()] == [name, f"{name}_2", f"{name}_3"]
+    assert done.stdout.endswith(f"\nresults: {repo.output()}/runs/{name}_3\n")
 
 
 def test_the_results_of_other_wrappers_stay(repo):
@@ -843,7 +1071,7 @@ def test_a_signal_reaches_the_run_and_ends_the_wrapper_without_results(repo, wra
         assert eventually(lambda: gone(pid))
     assert stdout == f"stopped by {2 if number == signal.SIGINT else 15}\n"
     assert stderr.splitlines()[-1] == f"interrupted; the last line was: {stdout.strip()}"
-    assert sorted(path.name for path in repo.output().iterdir()) == [".lock", "train_0.log"]
+    assert list(repo.files()) == ["train_0.log"]
 
 
 STUBBORN = """
@@ -916,7 +1144,7 @@ def test_a_killed_wrapper_takes_its_run_along_and_frees_the_folder(repo):
         assert eventually(lambda: gone(pid))
 
 
-def test_the_log_of_a_killed_wrapper_stays_as_the_previous_one(repo):
+def test_the_log_of_a_killed_wrapper_stays_in_its_folder(repo):
     with repo.started("train_full_1p.sh", behaviour=printing("its only trace") + WAITING) as process:
         log = repo.output() / "train_0.log"
         assert eventually(lambda: log.read_text() == "its only trace\nready\n")
@@ -924,19 +1152,23 @@ def test_the_log_of_a_killed_wrapper_stays_as_the_previous_one(repo):
         process.wait()
         assert repo.run("train_full_1p.sh").returncode == 0
     assert "its only trace" not in log.read_text()
-    assert log.with_name("train_0.log.previous").read_text().startswith("its only trace\nready\n")
+    assert (repo.runs()[0] / "train_0.log").read_text().startswith("its only trace\nready\n")
 
 
-def test_a_run_that_never_began_replaces_no_log_of_one_that_did(repo):
-    """Kind P: two wrong folders, one after the other."""
-    begins = printing("run: processes=1 batch=2") + "\nsys.exit(6)"
-    assert repo.run("train_full_1p.sh", behaviour=begins).returncode == 6
-    fails = printing("error[data]: missing") + "\nsys.exit(3)"
-    for _ in range(2):
-        assert repo.run("train_full_1p.sh", behaviour=fails).returncode == 3
-    log = repo.output() / "train_0.log"
-    assert log.read_text().startswith("error[data]: missing")
-    assert log.with_name("train_0.log.previous").read_text().startswith("run: ")
+def test_a_killed_wrapper_leaves_no_earlier_result_under_its_name(repo):
+    assert repo.run("train_full_1p.sh").returncode == 0
+    with repo.started("train_full_1p.sh", behaviour=printing("run: x") + WAITING) as process:
+        log, own = repo.output() / "train_0.log", repo.runs()[-1] / "train_0.log"
+
+        def has_taken_over():
+            with contextlib.suppress(FileNotFoundError):
+                return log.samefile(own)
+
+        assert eventually(has_taken_over)
+        process.kill()
+        process.wait()
+    assert list(repo.files()) == ["train_0.log"]
+    assert repo.files()["train_0.log"].startswith("run: x\n")
 
 
 @pytest.mark.parametrize("flock", [True, False])
@@ -945,7 +1177,8 @@ def test_a_second_run_with_the_same_number_is_refused_and_harms_nothing(repo, tm
     if not flock:
         # A PATH with every tool but flock.
         (tmp_path / "bin").mkdir()
-        tools = ["bash", "readlink", "dirname", "sed", "awk", "mkdir", "rm", "mktemp", "mkfifo", "tee", "uname", "mv"]
+        tools = ["bash", "readlink", "dirname", "sed", "awk", "mkdir", "rm", "mktemp", "mkfifo", "tee", "mv"]
+        tools += ["cat", "cp", "date", "find", "ln"]
         for tool in tools:
             (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
         changes["PATH"] = str(tmp_path / "bin")
@@ -1026,7 +1259,9 @@ def run_starts(repo, wrapper, *arguments, starts, texts=None, **changes):
     file.unlink(missing_ok=True)
     texts = texts or "|".join([canned_log("100.000")] * (starts.count(",") + 1))
     done = repo.run(wrapper, *arguments, behaviour=STARTS, STARTS=starts, TEXTS=texts, **changes)
-    return done, [json.loads(line) for line in file.read_text().splitlines()]
+    starts = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {own for own, *_ in starts} == {f"--record={repo.runs()[-1]}"}
+    return done, [argv for _, *argv in starts]
 
 
 @pytest.mark.parametrize("fault", ["6", "-9", "-6", "-11"])
@@ -1228,6 +1463,7 @@ def real(tmp_path):
     shutil.rmtree(output, ignore_errors=True)
 
 
+NEW_KEYS = ["CompileTime", "Precision", "OptLevel", "Recipe", "Seed", "Epochs", "DataFingerprint", "Commit"]
 RESULT_KEYS = ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime", "ActualLoss"]
 
 
@@ -1235,16 +1471,63 @@ def check_real_run(done, output, *, ranks, kind, processes=None):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = output.glob(f"{NETWORK}_bs*_{ranks}p_{kind}.log")
     results = key_values(path)
-    assert list(results) == RESULT_KEYS + ["TrainAccuracy"] * (kind == "acc") + ["E2ETrainingTime"]
+    assert list(results) == RESULT_KEYS + ["TrainAccuracy"] * (kind == "acc") + ["E2ETrainingTime", *NEW_KEYS]
     assert results["RankSize"] == str(processes or ranks)
     assert float(results["ActualFPS"]) > 0
     assert float(results["ActualLoss"]) > 0
-    last = done.stdout.splitlines()[-4 if kind == "acc" else -3 :]
+    *last, where = done.stdout.splitlines()[-5 if kind == "acc" else -4 :]
     assert last[0] == "------------------ Final result ------------------"
     assert last[1] == f"Final Performance images/sec : {results['ActualFPS']}"
     assert last[-1] == f"E2E Training Duration sec : {results['E2ETrainingTime']}"
     losses = (output / f"train_{results['CaseName']}_loss.txt").read_text().split()
     assert losses[-1] == results["ActualLoss"]
+    assert 0 < float(results["CompileTime"]) < 300
+    assert re.fullmatch("[0-9a-f]{12}", results["DataFingerprint"])
+    assert results["Commit"] == commit_of(ROOT)
+    folder = Path(where.removeprefix("results: "))
+    content = json.loads((folder / f"{results['CaseName']}_{results['Precision']}.json").read_text())
+    assert [figures["epoch"] for figures in content["FiguresByEpoch"]] == list(range(1, content["Epochs"] + 1))
+    for figures in content["FiguresByEpoch"]:
+        assert figures["pairs_per_second"] > 0 and figures["train_loss"] > 0
+        assert kind == "perf" or figures["free_running_loss"] > 0
+    read = as_the_modelzoo_reads(done.stdout, output, results)
+    expected = {key: results[key] for key in ("ActualFPS", "ActualLoss", "E2ETrainingTime", "CompileTime", "CaseName")}
+    assert read.items() >= expected.items()
+    assert read["losses"].split() == losses
+    assert read.get("TrainAccuracy") == read.get("BLEU of the log") == results.get("TrainAccuracy")
+
+
+# What the published wrappers of the ModelZoo grep in their logs, and what tools grep in a wrapper's output and results.
+GREPS = """
+set -eu
+last() { grep -a "$1" "$2" | awk '{ print $NF }' | awk 'END { print }'; }
+echo "ActualFPS=$(last 'Final Performance images/sec' "$OUT")"
+echo "E2ETrainingTime=$(last 'E2E Training Duration sec' "$OUT")"
+if grep -q 'Final Train Accuracy' "$OUT"; then
+    echo "TrainAccuracy=$(grep 'Final Train Accuracy' "$OUT" | awk -F ' : ' '{ print $2 }')"
+    echo "BLEU of the log=$(grep -a 'BLEU' "$LOG" | awk 'END { print $4 }')"
+fi
+echo "FPS of the log=$(last FPS "$LOG")"
+echo "losses=$(grep Epoch "$LOG" | awk -F Loss '{ print $2 }' | awk '{ print $1 }' | tr '\\n' ' ')"
+echo "Time of the log=$(grep -a Epoch "$LOG" | head -n 2 | awk -F Time '{ sum += $2 } END { print sum }')"
+for key in Network RankSize BatchSize DeviceType CaseName TrainingTime ActualLoss CompileTime; do
+    echo "$key=$(grep "^$key = " "$RESULT" | awk -F ' = ' '{ print $2 }')"
+done
+"""
+
+
+def as_the_modelzoo_reads(stdout, output, results):
+    """What a tool finds that reads a wrapper's output as those of the ModelZoo are read, by name."""
+    (output / "shown").write_text(stdout)
+    (log,) = output.glob("train_*.log")
+    env = {"OUT": str(output / "shown"), "LOG": str(log), "RESULT": str(output / f"{results['CaseName']}.log")}
+    done = subprocess.run(["bash", "-c", GREPS], env=os.environ | env, capture_output=True, text=True, timeout=60)
+    (output / "shown").unlink()
+    assert (done.returncode, done.stderr) == (0, "")
+    read = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    assert float(read["FPS of the log"]) > 0 and float(read["Time of the log"]) >= 0
+    assert all(read.values())
+    return read
 
 
 @needs_program
@@ -1255,20 +1538,25 @@ def test_a_real_full_run_ends_with_its_results_and_a_checkpoint_in_the_callers_f
 
 
 @needs_program
-def test_a_real_performance_run_ends_with_its_results_and_the_users_flags_win(real, tmp_path):
-    arguments = ["--data_path", "corpus", "--batch_size=32", "--device=cpu", "--", "--batch-size=16"]
-    done, output = real("train_performance_1p.sh", *arguments)
+def test_a_real_performance_run_ends_with_its_results_and_no_error_before_training_touches_them(real, tmp_path):
+    """The user's flags win. A wrong folder and an absent device moved the last results aside."""
+    arguments = ["--data_path", "corpus", "--batch_size=32", "--device=cpu"]
+    done, output = real("train_performance_1p.sh", *arguments, "--", "--batch-size=16")
     check_real_run(done, output, ranks=1, kind="perf")
     assert (output / f"{NETWORK}_bs16_1p_perf.log").exists()
     assert not list(tmp_path.glob("*.pth.tar*"))
-
-
-@needs_program
-def test_a_real_error_is_the_wrappers_last_line(real):
-    done, output = real("train_full_1p.sh", "--data_path=corpus", "--device=cpu", "--", "--src-lang=fr")
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error[data]: ")
-    assert not list(output.glob(f"*{NETWORK}*"))
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file() and path.name != ".lock"}
+    assert len(before) == 3
+    for faulty, code, kind in (
+        (["--data_path=no/such", "--device=cpu"], 3, "data"),
+        ([*arguments, "--device_list=999"], 2, "usage"),
+        ([*arguments, "--", "--src-lang=fr"], 3, "data"),
+    ):
+        done, _ = real("train_performance_1p.sh", *faulty)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert done.stderr.splitlines()[-1].startswith(f"error[{kind}]: ")
+        assert {path.name: path.read_bytes() for path in output.iterdir() if path.name in before} == before
+    assert len(list((output / "runs").iterdir())) == 4
 
 
 @needs_program
@@ -1302,9 +1590,10 @@ def test_a_real_full_run_of_eight_processes_ends_with_its_results(real):
 @needs_program
 @pytest.mark.slow
 def test_a_real_performance_run_takes_the_listed_devices(real):
-    arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1"]
+    arguments = ["--data_path=corpus", "--batch_size=16", "--device=cpu", "--device_list=0,1", "--profiling=True"]
     done, output = real("train_performance_8p.sh", *arguments, timeout=600)
     check_real_run(done, output, ranks=8, kind="perf", processes=2)
+    assert list(output.glob("runs/*/profile/*"))
 
 
 @needs_program
