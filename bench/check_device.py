@@ -88,6 +88,9 @@ def build_parser() -> flags.StrictParser:
 # `--help` needs no package.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
+# A bad flag is told at once: the imports take seconds.
+if __name__ == "__main__" and (code := run_main(build_parser().parse_args, sys.argv[1:])):
+    sys.exit(code)
 prepare_imports()
 
 import data
