@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import logs
+from bench import accept, logs
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -467,6 +467,28 @@ def sample_cells(run: logs.Run) -> list[str]:
     return [precision(run), *bleus, mean_and_deviation([run.rate]), duration(run.seconds) if run.seconds else ""]
 
 
+def accept_table(root: str) -> str:
+    """Which BLEU to accept from a device, by data, recipe and precision."""
+    rows = []
+    for key, row in accept.ranges().items():
+        seeds = {path: "log" if path in accept.PARTS else read(path).facts["seed"] for path in row.paths}
+        rows.append(
+            [
+                "Multi30k" if key.data == "multi30k" else "`sample/`",
+                f"`{key.recipe}`",
+                key.precision.replace("/", ", ").removesuffix(", O0"),
+                str(key.batch),
+                f"{row.bleu.runs} on {', '.join(row.machines)}",
+                f"{row.bleu.mean:.2f}",
+                f"**{row.bleu.low:.1f}** to {row.bleu.high:.1f}",
+                f"{row.greedy.low:.1f} to {row.greedy.high:.1f}",
+                ", ".join(f"[{name}]({root}{path})" for path, name in seeds.items()),
+            ]
+        )
+    header = "data | recipe | precision | batch | runs | mean BLEU | accept if BLEU is | greedy alone | logs"
+    return table(header, rows)
+
+
 def speed_table(rows: Iterable[Speed], root: str, other: str = "plain loop", this: str = "this port") -> str:
     """A row for each figure of a benchmark: the one that it is compared with, and the port's."""
     lines = []
@@ -628,6 +650,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "processes": processes_and_batch,
     "changes": changes,
     "sample": sample,
+    "accept": accept_table,
     "speed-epyc": lambda root: speed_table(SPEED, root),
     "speed-xeon": lambda root: speed_table(ON_THE_XEON, root),
     "speed-before": lambda root: speed_table(AGAINST, root, "2feed7b", "this commit"),
