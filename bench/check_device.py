@@ -94,7 +94,7 @@ if __name__ == "__main__" and (code := run_main(build_parser().parse_args, sys.a
 prepare_imports()
 
 import data
-from bench import device_checks, logs
+from bench import accept, device_checks, logs
 from bench.device_checks import Check
 from nmt import devices, distributed, launch
 from nmt.distributed import World
@@ -502,17 +502,10 @@ def row_of_training(check: str, log: str, code: int | None, seconds: float, sett
     figures = {"BLEU": bleu, "pairs/s": run.rate, "seconds": seconds}
     if settings.epochs != 10 or settings.tiny:
         return Row(check, PASS, measured, "reported only", figures)
-    low, high = expected_bleu(precision, batch)
-    return Row(check, PASS if low <= bleu <= high else FAIL, measured, f"BLEU {low:g} to {high:g}", figures)
-
-
-def expected_bleu(precision: str, batch: int) -> tuple[float, float]:
-    """The BLEU that training on `sample/` reaches."""
-    del precision, batch
-    return SAMPLE_BLEU
-
-
-SAMPLE_BLEU = (79.0, 87.0)  # results/sample-*.log
+    accepted = accept.expected("sample", "tuned", precision, batch)
+    assert accepted is not None
+    outcome = PASS if accepted.bleu.takes(bleu) else FAIL
+    return Row(check, outcome, measured, f"BLEU {accepted.bleu.low:.1f} to {accepted.bleu.high:.1f}", figures)
 
 
 # ---------------------------------------------------------------- what to report
