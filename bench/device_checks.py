@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -305,13 +306,15 @@ def operator_error(place: Place, name: str, dtype: torch.dtype) -> Figure:
     }
 
     def run(compute: Callable[..., dict[str, Tensor]], to: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        arguments = {key: to(value).requires_grad_(value.is_floating_point()) for key, value in inputs.items()}
+        arguments = {key: to(value).detach().clone() for key, value in inputs.items()}
+        for argument in arguments.values():
+            argument.requires_grad_(argument.is_floating_point())
         return {key: value.detach().cpu().double() for key, value in compute(**arguments).items()}
 
     found = run(operator.compute, lambda tensor: tensor.to(place.device))
     expected = run(
         operator.reference or operator.compute,
-        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.clone(),
+        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor,
     )
     errors = {}
     for key, right in expected.items():
@@ -425,13 +428,9 @@ def copy_rate(place: Place) -> float:
 def free_memory(place: Place) -> float | None:
     """Bytes that are free. None: nobody can say."""
     if place.device.type == "cpu":
-        about = Path("/proc/meminfo")
-        kilobytes = (
-            [line.split()[1] for line in about.read_text().splitlines() if line.startswith("MemAvailable:")]
-            if about.exists()
-            else []
-        )
-        return int(kilobytes[0]) * 1024.0 if kilobytes else None
+        about = Path("/proc/meminfo")  # Linux's
+        match = re.search(r"^MemAvailable: *(\d+) kB", about.read_text() if about.exists() else "", re.MULTILINE)
+        return int(match[1]) * 1024.0 if match else None
     module = getattr(torch, place.device.type)
     if not hasattr(module, "mem_get_info"):
         return None
@@ -522,14 +521,8 @@ def checks(device_type: str, indices: Sequence[int]) -> list[Check]:
         indices: of the devices.
     """
     of_device = choices(device_type, indices)
-    dtypes = [
-        "float32",
-        *(
-            d
-            for d in precision.DTYPES
-            if any(k.startswith(f"{d} ") and not isinstance(c, str) for k, c in of_device.items())
-        ),
-    ]
+    computed = {choice.dtype_name for choice in of_device.values() if not isinstance(choice, str)}
+    dtypes = [dtype for dtype in ("float32", *precision.DTYPES) if dtype in computed]
     table = []
     for name in OPERATORS:
         for dtype in dtypes[:1] if name in FLOAT32_ALONE else dtypes:
@@ -590,8 +583,7 @@ def examine(index: int, worlds: Sequence[World], sizes: Sizes, sample: Path, fol
         if world.device_type != "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, devices.cores() // world.local_size))  # for what is computed on the CPU
         write(device=devices.name(world.device))
-        same_device = [w.index for w in worlds]
-        for check in checks(world.device_type, same_device):
+        for check in checks(world.device_type, [each.index for each in worlds]):
             if check.skipped:
                 continue
             write(begins=check.name)
