@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -142,44 +143,50 @@ def main(argv: list[str], rows: list[Row]) -> None:
     device_type = devices.choose_device_type(settings.device)
     indices = indices_of(settings, device_type)
     folder = new_folder(settings)
-    data.load(SAMPLE, log=lambda line: None)  # the ranks find it in the cache
     start = datetime.datetime.now(datetime.timezone.utc)
-    print(f"Checking {len(indices)} x {device_type}; {start:%Y-%m-%d %H:%M} UTC\n", flush=True)
-
-    def add(row: Row) -> None:
+    data.load(SAMPLE, log=lambda line: None)  # the ranks find it in the cache
+    for line in heading(device_type, indices, start):
+        print(line, flush=True)
+    table = device_checks.checks(device_type, indices)
+    found, failure = run_ranks(settings, device_type, indices, folder)
+    of_devices = rows_of(table, found, failure, device_type, indices)
+    of_training = training(settings, device_type, indices, folder, broken=failure is not None)
+    for row in itertools.chain(of_devices, of_training):
         rows.append(row)
         for line in lines_of(row):
             print(line, flush=True)
 
-    add(Row("check", "result", "measured", "expected"))
-    rows.clear()  # that was the heading
-    table = device_checks.checks(device_type, indices)
-    found, failure = run_ranks(settings, device_type, indices, folder)
-    for row in rows_of(table, found, failure, device_type, indices):
-        add(row)
-    for row in training(settings, device_type, indices, folder, broken=failure is not None):
-        add(row)
-
-    about = machine(device_type, indices, settings) | {"command": command(argv)}
+    seconds = (datetime.datetime.now(datetime.timezone.utc) - start).total_seconds()
+    about = machine(device_type, indices) | {"command": command(argv), "seconds": f"{seconds:.0f}"}
     failed = [row.check for row in rows if row.outcome == FAIL]
-    about |= {"seconds": f"{(datetime.datetime.now(datetime.timezone.utc) - start).total_seconds():.0f}"}
-    result = folder / "result.json"
-    text = {
-        "verdict": FAIL if failed else PASS,
-        "failed": failed,
-        "about": about,
-        "checks": [row._asdict() for row in rows],
-    }
-    result.write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {"verdict": FAIL if failed else PASS, "failed": failed, "about": about}
+    result["checks"] = [row._asdict() for row in rows]
+    path = folder / "result.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\nTo report this machine, send this page and result.json:")
-    for name, value in about.items():
-        print(f"  {name + ':':<13}{printable(str(value))}")
-    print(f"  {'JSON:':<13}{printable(shown(result))}")
-    passed = sum(row.outcome == PASS for row in rows)
-    skipped = sum(row.outcome == SKIPPED for row in rows)
-    counts = f"{passed} passed, {skipped} skipped, {len(failed)} failed"
-    said = "; ".join([counts, *failed])
-    print(f"\ncheck_device: {'FAIL' if failed else 'PASS'}: {said}", flush=True)
+    for name, value in (about | {"JSON": shown(path)}).items():
+        print(f"  {name + ':':<13}{printable(value)}")
+    print(f"\n{last_line(rows)}", flush=True)
+
+
+def heading(device_type: str, indices: Sequence[int], start: datetime.datetime) -> Iterable[str]:
+    """The lines above the rows. One says why it is not an NPU, if it is not and torch_npu is there."""
+    if reason := devices.passed_over(device_type):
+        yield f"note: torch_npu is installed, but there is no NPU to check: {printable(reason)}"
+    yield f"Checking {len(indices)} x {device_type}; {start:%Y-%m-%d %H:%M} UTC"
+    yield ""
+    yield from lines_of(Row("check", "result", "measured", "expected"))
+
+
+def last_line(rows: Sequence[Row]) -> str:
+    """The verdict.
+
+    >>> last_line([Row("GRU, float32", FAIL, "error 5e-02"), Row("argmax, float32", PASS, "error 0.0e+00")])
+    'check_device: FAIL: 1 passed, 0 skipped, 1 failed; GRU, float32'
+    """
+    passed, skipped, failed = ([row.check for row in rows if row.outcome == name] for name in (PASS, SKIPPED, FAIL))
+    counts = f"{len(passed)} passed, {len(skipped)} skipped, {len(failed)} failed"
+    return "; ".join([f"check_device: {'FAIL' if failed else 'PASS'}: {counts}", *failed])
 
 
 def shown(path: Path) -> str:
@@ -511,7 +518,7 @@ def row_of_training(check: str, log: str, code: int | None, seconds: float, sett
 # ---------------------------------------------------------------- what to report
 
 
-def machine(device_type: str, indices: Sequence[int], settings: Settings) -> dict[str, str]:
+def machine(device_type: str, indices: Sequence[int]) -> dict[str, str]:
     """What one has to know of the machine to understand the page. No names of hosts, users or folders."""
     packages = ["torch", "torchtext", "spacy", "numpy", *(["torch_npu", "apex"] if device_type == "npu" else [])]
     versions = [f"python {platform.python_version()}"]

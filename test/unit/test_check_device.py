@@ -3,6 +3,7 @@
 The faults are planted in the simulated NPU (npu_sim/README.md) by variables of its environment.
 """
 
+import datetime
 import doctest
 import json
 import os
@@ -115,6 +116,15 @@ def test_processes_are_those_of_a_cpu_without_a_list(settings):
 def test_a_device_that_is_absent_is_refused():
     with pytest.raises(UserError, match="no cpu 9999 here; --device-list"):
         check_device.indices_of(Settings(device_list=[0, 9999]), "cpu")
+
+
+def test_the_page_says_why_it_checks_no_npu(monkeypatch):
+    now = datetime.datetime(2026, 1, 2, 3, 4)
+    assert next(iter(check_device.heading("cpu", [0, 1], now))) == "Checking 2 x cpu; 2026-01-02 03:04 UTC"
+    monkeypatch.setattr(check_device.devices, "passed_over", lambda device_type: "ImportError: libhccl.so")
+    assert next(iter(check_device.heading("cpu", [0], now))).endswith(
+        "there is no NPU to check: ImportError: libhccl.so"
+    )
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
