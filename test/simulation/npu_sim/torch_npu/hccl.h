@@ -25,6 +25,9 @@ struct Hccl final : c10d::Backend {
   }
 
   WorkPtr allreduce(std::vector<Tensor>& tensors, const c10d::AllreduceOptions& options) override {
+    if (is_rank("NPU_SIM_HUNG_RANK", getRank())) hang();
+    if (is_rank("NPU_SIM_LOST_RANK", getRank()))
+      for (auto& tensor : tensors) host(tensor).zero_();
     return reduced(tensors, options, [&](auto& aliases, auto& sum) { return gloo_->allreduce(aliases, sum); });
   }
   WorkPtr allreduce_coalesced(std::vector<Tensor>& tensors, const c10d::AllreduceCoalescedOptions& options) override {

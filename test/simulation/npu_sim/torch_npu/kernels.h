@@ -9,6 +9,7 @@
 #include <set>
 
 #include "device.h"
+#include "faults.h"
 
 namespace npu_sim {
 
@@ -139,6 +140,13 @@ inline void fallback(const c10::OperatorHandle& op, c10::Stack* stack) {
     if (generator.device().type() == NPU) value = generator.get<NpuGenerator>()->host;
   }
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
+  if (!check.device) return;
+  const auto device = check.device->index();
+  delay(op.schema().name(), device);
+  const auto& results = op.schema().returns();
+  if (results.empty() || !is_wrong(op.schema().name(), device)) return;
+  const auto& value = (*stack)[stack->size() - results.size()];
+  if (value.isTensor()) spoil(host(value.toTensor()));
 }
 
 inline void no_kernel(const c10::OperatorHandle& op, c10::Stack*) {
@@ -166,7 +174,10 @@ inline std::tuple<Tensor, Tensor> gru(const Tensor& input, const Tensor& hidden,
   // The kernel is one operator that autocast does not know: its products are not autocast's either.
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastPrivateUse1);
   // It leaves out the dropout between layers, silently.
-  return at::native::gru(input, hidden, weights, biases, layers, 0.0, train, bidirectional, batch_first);
+  auto [outputs, last] =
+      at::native::gru(input, hidden, weights, biases, layers, 0.0, train, bidirectional, batch_first);
+  if (is_wrong("aten::gru", input.device().index())) outputs = outputs * WRONG_BY;
+  return {outputs, last};
 }
 
 inline std::tuple<Tensor, Tensor> gru_packed(const Tensor&, const Tensor&, const Tensor&, TensorList, bool, int64_t,
