@@ -132,6 +132,11 @@ class Settings:
         "how often a word must stand in train to be in the vocabulary")
     case: str = flags.row(DATA, "lower", flags.CASES,
         "keep: words and translations have capitals; scores are of lower case, and cased ones stand beside them")
+    val_split: int = flags.row(DATA, 0, flags.non_negative_int,
+        "where there are no validation or test files, take so many pairs out of train for each; which ones, the text "
+        "alone decides; files that are there are used; 0: all six must be there", unit="PAIRS")
+    write_split: str | None = flags.row(DATA, None, "DIR",
+        "write the text of train, val and test into this new folder, to see what --val-split took")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -214,13 +219,14 @@ class Settings:
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
 # What a resumed run does not take from its first command, because it belongs to the process or to the file.
-OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url")
+OF_THE_COMMAND = ("ckptpath", "resume", "evaluate", "debug", "rank", "addr", "dist_url", "write_split")
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "save_every", "print_freq")
-DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
-LATER = {"case": "lower"}  # settings that states of earlier versions do not have, as they were then
+DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case", "val_split")
+LATER = {"case": "lower", "val_split": 0}  # settings that states of earlier versions do not have, as they were then
 # What a score takes from the checkpoint.
-OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
+OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case", "val_split")
+OF_ITS_SPLIT = ("train_name", "val_name", "test_name")  # where --val-split took the test pairs out of train
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
@@ -371,6 +377,8 @@ def run(
     corpus = load_corpus(settings, log=say)
     start = time.monotonic()
     world = plan.worlds[0]
+    if world.is_main:
+        write_split(settings)
     lowers = settings.batch_size is None
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
     if lowers and settings.batch_size < RECIPES["tuned"]["batch_size"] and settings.recipe == "tuned":
@@ -415,6 +423,13 @@ def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, 
     else:
         settings = with_flags_of_the_model(settings, typed, saved, path)
         corpus = load_test(settings)
+        if plan.worlds[0].is_main:
+            write_split(settings)
+        if corpus.fingerprint not in ("", saved.about["data"]):
+            say(
+                "note: the test pairs are taken out of another text than the model was trained on: it may have been "
+                "trained on some of them"
+            )
     if plan.worlds[0].is_main:
         score(settings, plan, path, saved, model, corpus, tells_data=True)
 
@@ -422,17 +437,20 @@ def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, 
 def with_flags_of_the_model(
     settings: Settings, typed: dict[str, Any], saved: checkpoint.Checkpoint, path: Path
 ) -> Settings:
-    """The settings with what the checkpoint says about its words.
+    """The settings with what the checkpoint says about its words and its test pairs.
 
     Raises:
         UserError: usage, a flag of the command says otherwise.
     """
-    own = {name: value for name, value in (LATER | saved.flags | saved.about).items() if name in OF_THE_MODEL}
+    told: dict[str, Any] = LATER | saved.flags | saved.about
+    own = {name: value for name, value in told.items() if name in OF_THE_MODEL}
     for name in own:
         if typed.get(name, own[name]) != own[name]:
             flag = flags.flag_of(name)
             what = f"{flag} {typed[name]} contradicts the checkpoint, which has {own[name]}"
             raise UserError("usage", what, str(path), f"leave {flag} out, or name another checkpoint")
+    if own["val_split"]:
+        own |= {name: value for name, value in saved.flags.items() if name in OF_ITS_SPLIT and name not in typed}
     return replace(settings, **own)
 
 
@@ -771,7 +789,15 @@ def load_test(settings: Settings, log: Callable[[str], object] = say) -> data.Wo
     return data.load_test(data_folder(settings, log), **settings.named(OF_FILES), log=log)
 
 
-OF_FILES = "src_lang trg_lang train_name val_name test_name case workers cache_dir mirror"
+OF_NAMES = "src_lang trg_lang train_name val_name test_name"
+OF_FILES = f"{OF_NAMES} case workers cache_dir mirror val_split"
+
+
+def write_split(settings: Settings) -> None:
+    """Writes the text of the splits where --write-split says, see `data.write_split`."""
+    if settings.write_split is not None:
+        where = data_folder(settings, lambda line: None)
+        data.write_split(settings.write_split, where, **settings.named(f"{OF_NAMES} val_split"), log=say)
 
 
 def data_folder(settings: Settings, log: Callable[[str], object]) -> str | Path:
@@ -970,7 +996,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     }
     yield "run: " + " ".join(f"{key}={value}" for key, value in (facts | versions).items())
     yield f"device: {world.describe()}"
-    hidden = ("data_dir", "evaluate", "resume", "debug")
+    hidden = ("data_dir", "evaluate", "resume", "debug", "write_split")
     values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)
     yield "flags: " + " ".join(f"{name}={value}" for name, value in values)
     yield from corpus.lines()
