@@ -488,7 +488,9 @@ def _has_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
         _check_folder(data_dir)
         wish = missing.Wish(langs, SPLITS, SPLITS, False)
         return (
-            files.any_corpus(data_dir, langs) or files.any_training_file(data_dir) or missing.can_guess(data_dir, wish)
+            files.any_corpus(data_dir, langs)
+            or files.any_training_file(data_dir)
+            or missing.can_guess(data_dir, wish, below=data_dir.name != DOWNLOADS)
         )
 
 

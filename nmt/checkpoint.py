@@ -43,7 +43,17 @@ USED_FLAGS = {
 
 
 # The flags that say where a run was, and those that may be paths where only the name matters.
-OF_THE_MACHINE = ("data_dir", "cache_dir", "ckptpath", "resume", "evaluate", "mirror", "addr", "dist_url", "write_split")
+OF_THE_MACHINE = (
+    "data_dir",
+    "cache_dir",
+    "ckptpath",
+    "resume",
+    "evaluate",
+    "mirror",
+    "addr",
+    "dist_url",
+    "write_split",
+)
 NAMES = ("train_name", "val_name", "test_name")
 
 

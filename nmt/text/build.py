@@ -58,10 +58,10 @@ def split_off(paths: Sequence[tuple[Path, Path] | None], pairs: int) -> list:
     """What a key says about the splits that are taken out of train. It is empty if there are none.
 
     Args:
-        paths: of each split, or None.
+        paths: of all splits, or of the last one. None: there are no files.
         pairs: in each split that has none.
     """
-    missing = [name for name, pair in zip(files.SPLITS, paths, strict=True) if pair is None]
+    missing = [name for name, pair in zip(files.SPLITS[-len(paths) :], paths, strict=True) if pair is None]
     return ["split", held_out.RULE, pairs, *missing] if missing else []
 
 

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,15 +68,8 @@ class Guess(NamedTuple):
 
 def error(data_dir: Path, wish: Wish) -> UserError:
     """What to tell the user. `data_dir` is a folder, and it has not all the files."""
-    own = [folder for folder in files.folders(data_dir) if folder.is_dir()]
-    guess = _first(own, wish)
-    if guess is None:
-        for folder in _below(data_dir):
-            if found := _first([folder], wish):
-                guess = Guess([f"--data-dir {shlex.quote(str(folder))}", *found.flags], found.first)
-                break
-    names = sorted({name for folder in own for name in _names(folder)})
-    if guess:
+    names = sorted({name for folder in _own(data_dir) for name in _names(folder)})
+    if guess := _first(_own(data_dir), wish) or _first_below(data_dir, wish):
         flags = f"add {' '.join(guess.flags)}" if guess.flags else ""
         return _told(data_dir, wish, names, ", and ".join(filter(None, (guess.first, flags))))
     src, trg = wish.langs
@@ -85,9 +78,9 @@ def error(data_dir: Path, wish: Wish) -> UserError:
     return _told(data_dir, wish, names, f"put {train}.{src} and {train}.{trg} there, one sentence a line{more}")
 
 
-def can_guess(data_dir: Path, wish: Wish) -> bool:
-    """Whether files of `data_dir` itself, or of `multi30k` in it, look like those of a corpus."""
-    return _first([folder for folder in files.folders(data_dir) if folder.is_dir()], wish) is not None
+def can_guess(data_dir: Path, wish: Wish, below: bool) -> bool:
+    """Whether some files look like a corpus: those of `data_dir`, of `multi30k` in it and, if `below`, deeper ones."""
+    return bool(_first(_own(data_dir), wish) or (below and _first_below(data_dir, wish)))
 
 
 def _told(data_dir: Path, wish: Wish, names: list[str], todo: str) -> UserError:
@@ -112,9 +105,17 @@ def _first(folders: Iterable[Path], wish: Wish) -> Guess | None:
     return next((guess for way in ways for folder in folders if (guess := way(folder, wish))), None)
 
 
+def _first_below(data_dir: Path, wish: Wish) -> Guess | None:
+    """The first guess for a folder in `data_dir`, with the flag that names it."""
+    for folder in _below(data_dir):
+        if found := _first([folder], wish):
+            return Guess([f"--data-dir {shlex.quote(str(folder))}", *found.flags], found.first)
+    return None
+
+
 def _by_flags(folder: Path, wish: Wish) -> Guess | None:
     """The files are there, under other names or in other languages."""
-    flags = _flags(_names(folder), wish, folder)
+    flags = _flags({name: folder / name for name in _names(folder)}, wish)
     return Guess(flags) if flags is not None else None
 
 
@@ -129,7 +130,8 @@ def _by_other_half(folder: Path, wish: Wish) -> Guess | None:
         if len(there) == 1:
             (other,) = set(langs) - set(there)
             name = f"{stem}.{other}"
-            flags = _flags({*names, name}, wish, folder)
+            half = next(folder / each for each in names if each.removesuffix(".gz") == f"{stem}.{there[0]}")
+            flags = _flags({each: folder / each for each in names} | {name: half}, wish)
             if flags is not None:
                 return Guess(flags, f"put {name} beside {stem}.{there[0]}")
     return None
@@ -142,7 +144,7 @@ def _by_renaming(folder: Path, wish: Wish) -> Guess | None:
     changed = [(old, name) for old, name in new.items() if old != name]
     if not changed or len(set(new.values())) < len(new):
         return None
-    flags = _flags(set(new.values()), wish, folder)
+    flags = _flags({name: folder / old for old, name in new.items()}, wish)
     if flags is None:
         return None
     if len(changed) > 2:
@@ -161,8 +163,8 @@ def _by_cutting(folder: Path, wish: Wish) -> Guess | None:
         splits = [split for split in files.SPLITS if _has_role(stem, split)]
         target = stem if splits or len(tables) > 1 else wish.stem("test" if wish.is_score else "train")
         cuts[target] = name
-    made = {f"{stem}.{lang}" for stem in cuts for lang in wish.langs}
-    flags = _flags(made, wish, folder) if cuts else None
+    made = {f"{stem}.{lang}": folder / name for stem, name in cuts.items() for lang in wish.langs}
+    flags = _flags(made, wish) if cuts else None
     if flags is None:
         return None
     if len(cuts) == 1:
@@ -177,13 +179,13 @@ def _in(folder: Path, commands: list[str]) -> str:
     return f"type (cd {shlex.quote(str(folder))} && {' && '.join(commands)})"
 
 
-def _flags(names: Iterable[str], wish: Wish, folder: Path) -> list[str] | None:
-    """The flags with which files of these names are a corpus. None: there are no such flags.
+def _flags(texts: Mapping[str, Path], wish: Wish) -> list[str] | None:
+    """The flags with which some files are a corpus. None: there are no such flags.
 
     Args:
-        folder: where the files are, to count their lines.
+        texts: the name of each file, and where its text is now.
     """
-    stems = _stems(names, wish)
+    stems = _stems(texts, wish)
     langs = wish.langs
     if not wish.is_score and not any(set(langs) <= there for there in stems.values()):
         langs = _other_langs(stems, wish) or langs
@@ -213,7 +215,7 @@ def _flags(names: Iterable[str], wish: Wish, folder: Path) -> list[str] | None:
         else:
             has_split = False
     if not has_split and not wish.val_split:
-        flags.append(f"--val-split {_part(folder, train, langs)}")
+        flags.append(f"--val-split {_part(texts, train, langs)}")
     return flags
 
 
@@ -240,13 +242,11 @@ def _sides(there: set[str], wish: Wish) -> tuple[str, str]:
     return lang, trg
 
 
-def _part(folder: Path, stem: str, langs: tuple[str, str]) -> int:
-    """How many pairs to take out of train. 100 if its size is not known."""
-    for lang in langs:
-        for path in (folder / f"{stem}.{lang}", folder / f"{stem}.{lang}.gz"):
-            if path.is_file():
-                return max(1, min(MOST_SPLIT, files.count_lines(path, PART * MOST_SPLIT) // PART))
-    return 100
+def _part(texts: Mapping[str, Path], stem: str, langs: tuple[str, str]) -> int:
+    """How many pairs to take out of train."""
+    sides = {f"{stem}.{lang}" for lang in langs}
+    path = next(path for name, path in texts.items() if name.removesuffix(".gz") in sides)
+    return max(1, files.count_lines(path, PART * MOST_SPLIT) // PART)
 
 
 def _has_role(stem: str, split: str) -> bool:
@@ -287,6 +287,10 @@ def _names(folder: Path) -> list[str]:
     if not os.access(folder, os.R_OK | os.X_OK):
         return []
     return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+
+
+def _own(data_dir: Path) -> list[Path]:
+    return [folder for folder in files.folders(data_dir) if folder.is_dir()]
 
 
 def _below(folder: Path) -> Iterator[Path]:
