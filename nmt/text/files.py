@@ -44,17 +44,18 @@ def find_files(
         langs: the files' suffixes, source and target.
         names: the files' stems for train, val and test.
         wanted: the splits, out of `SPLITS`. If both folders have them, and one has all six files, it is that one.
-        val_split: above 0, val and test may be missing. Then None stands for them.
+        val_split: above 0, val and test may be missing, if train is wanted. Then None stands for them.
 
     Raises:
         UserError: data, both folders have them all.
     """
     named = {split: name for name, split in zip(names, SPLITS, strict=True) if split in wanted}
+    can_split = val_split > 0 and "train" in wanted
     found: list[list[tuple[Path, Path] | None]] = []
     for folder in folders(data_dir):
         pairs = [_find_pair(folder, name, langs) for name in named.values()]
         is_there = [
-            pair is not None or (val_split > 0 and split != "train" and not _has_half(folder, name, langs))
+            pair is not None or (can_split and split != "train" and not _has_half(folder, name, langs))
             for pair, (split, name) in zip(pairs, named.items(), strict=True)
         ]
         if all(is_there):

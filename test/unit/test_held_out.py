@@ -144,4 +144,4 @@ def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch):
             pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 100_000
+    assert peak < 300_000, "the keys alone of all sources would take more"
