@@ -696,7 +696,7 @@ def validate(
         say(line)
     # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
     merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
-    if world.is_main and settings.best == "bleu" and best.merit[:1] == (found.bleu,):
+    if world.is_main and settings.best == "bleu" and found.bleu and best.merit[:1] == (found.bleu,):
         say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
     if world.is_main and merit > best.merit:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
