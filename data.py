@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nmt.errors import UserError
-from nmt.storage import Log, sha256
-from nmt.text import build, cache, download, files
+from nmt.storage import Log
+from nmt.text import build, cache, download, files, missing
 from nmt.text.files import SPLITS
 from nmt.text.tokens import tokenise
 from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK, Vocabulary, add_ends
@@ -55,6 +55,7 @@ __all__ = [
     "rank_share",
     "spaceless",
     "tokenise",
+    "write_split",
 ]
 
 
@@ -156,6 +157,7 @@ class Words:
         src_lang, trg_lang: spaCy's codes of the languages.
         notes: lines for the log about pairs that were dropped and sentences that were cut.
         folder: where the files are.
+        fingerprint: that of the `Corpus` whose test pairs these are, if they were taken out of train.
     """
 
     src_tokens: list[list[str]]
@@ -164,6 +166,7 @@ class Words:
     trg_lang: str
     notes: Sequence[str] = ()
     folder: str = ""
+    fingerprint: str = ""
 
     def encoded(self, src_vocab: Vocabulary, trg_vocab: Vocabulary) -> Split:
         """The pairs with their ids in these vocabularies."""
@@ -191,7 +194,7 @@ class Corpus:
         src_vocab, trg_vocab: the words of both languages.
         train, val, test: the pairs.
         src_lang, trg_lang: spaCy's codes of the languages.
-        fingerprint: the sha256 of the six files' contents.
+        fingerprint: the sha256 of the six files' contents. Where some are taken out of train, it knows how many.
         notes: lines for the log about pairs that were dropped and sentences that were cut.
         unknown: lines for the log about the words of each split that are not in the vocabularies.
         folder: where the files are.
@@ -259,6 +262,7 @@ def load(
     download_timeout: float = 300.0,
     verify: bool = True,
     log: Log = print,
+    val_split: int = 0,
 ) -> Corpus:
     """Loads the corpus in `data_dir`, from the cache if it is there. If no corpus is there, downloads Multi30k.
 
@@ -276,6 +280,8 @@ def load(
         download_timeout: seconds, for the whole download.
         verify: whether a cached corpus is read and checked. Another process may just have done that.
         log: takes lines that say what is going on.
+        val_split: how many pairs are taken out of train for validation, and as many for test, where these have no
+            files. Then nothing is downloaded. 0: the files must be there.
 
     Raises:
         UserError: data (a file is missing or unusable, or there are two corpora), usage (no tokenizer for a language),
@@ -284,17 +290,18 @@ def load(
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
     _check_languages(langs)
-    _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log)
+    _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log, val_split)
     download.clear_strays(data_dir)
-    pairs = files.find_files(data_dir, langs, names)
-    paths = [path for pair in pairs for path in pair]
+    pairs = _find_files(data_dir, langs, names, SPLITS, val_split)
+    paths = [path for pair in pairs if pair for path in pair]
+    split = build.split_off(pairs, val_split)
     folder = _cache_folder(cache_dir, log)
 
     def key(digests: list[str]) -> str:
-        return build.cache_key(digests, langs, min_freq, case)
+        return build.cache_key(digests, langs, min_freq, case, split)
 
     def write(writer: cache.Writer, digests: list[str]) -> dict:
-        return build.build_corpus(writer, pairs, digests, langs, min_freq, workers, case)
+        return build.build_corpus(writer, pairs, digests, langs, min_freq, workers, case, val_split)
 
     entry, digests = _read_or_build(folder, paths, key, write, verify, log)
     src_words, trg_words = entry.about["vocabs"]
@@ -306,8 +313,8 @@ def load(
         test=_split(entry, "test"),
         src_lang=src_lang,
         trg_lang=trg_lang,
-        fingerprint=sha256(*(bytes.fromhex(digest) for digest in digests)),
-        notes=entry.about["notes"],
+        fingerprint=build.fingerprint(digests, split),
+        notes=entry.about["notes"] + _not_split(pairs, val_split),
         unknown=entry.about["unknown"],
         folder=str(paths[0].parent),
     )
@@ -327,10 +334,11 @@ def load_test(
     mirror: str | None = None,
     download_timeout: float = 300.0,
     log: Log = print,
+    val_split: int = 0,
 ) -> Words:
-    """Loads the test pair in `data_dir` alone. The other four files may be missing. A model has its vocabularies.
+    """Loads the test pairs in `data_dir` alone. The other four files may be missing. A model has its vocabularies.
 
-    Args: as in `load`, which finds the same pair if all six files are there.
+    Args: as in `load`, which finds the same pairs. Without test files, `val_split` takes them out of train.
 
     Raises:
         UserError: as from `load`.
@@ -339,24 +347,78 @@ def load_test(
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
     _check_languages(langs)
     _check_folder(data_dir)
+    wanted: Sequence[str] = ["test"]
     if not files.any_pair(data_dir, test_name, langs):
-        if others := files.other_training_files(data_dir, langs):
-            what = f"no test pair of {src_lang} and {trg_lang}, the model's languages"
-            todo = "give the folder of such a pair with --data-dir, and the pair's name with --test-name"
-            raise UserError("data", f"{what}, but {', '.join(map(str, others[:5]))}", str(data_dir), todo)
-        _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log)
+        wanted = SPLITS if val_split and files.any_pair(data_dir, train_name, langs) else wanted
+        _fetch_if_absent(data_dir, langs, names, mirror, download_timeout, log, val_split)
     download.clear_strays(data_dir)
-    (pair,) = files.find_files(data_dir, langs, names, wanted=["test"])
+    pairs = _find_files(data_dir, langs, names, wanted, val_split)
+    paths = [path for pair in pairs if pair for path in pair]
+    split = build.split_off(pairs, val_split)
 
     def key(digests: list[str]) -> str:
-        return build.key_of_test(digests, langs, case)
+        return build.key_of_test(digests, langs, case, split)
 
     def write(writer: cache.Writer, digests: list[str]) -> dict:
-        return build.build_test(pair, digests, langs, workers, case)
+        return build.build_test(pairs, digests, langs, workers, case, val_split)
 
-    entry, _ = _read_or_build(_cache_folder(cache_dir, log), list(pair), key, write, True, log)
+    entry, digests = _read_or_build(_cache_folder(cache_dir, log), paths, key, write, True, log)
     src_tokens, trg_tokens = entry.about["words"]
-    return Words(src_tokens, trg_tokens, src_lang, trg_lang, entry.about["notes"], str(pair[0].parent))
+    about = {"notes": entry.about["notes"], "folder": str(paths[0].parent)}
+    return Words(
+        src_tokens,
+        trg_tokens,
+        src_lang,
+        trg_lang,
+        **about,
+        fingerprint=build.fingerprint(digests, split) if split else "",
+    )
+
+
+def write_split(
+    folder: str | Path,
+    data_dir: str | Path,
+    *,
+    src_lang: str = "de",
+    trg_lang: str = "en",
+    train_name: str = "train",
+    val_name: str = "val",
+    test_name: str = "test",
+    val_split: int = 0,
+    log: Log = print,
+) -> None:
+    """Writes the text of train, val and test into a new folder, to be translated and compared.
+
+    Args:
+        folder: is made. One that has just these files stays as it is.
+        data_dir and the rest: as in `load`.
+
+    Raises:
+        UserError: io, the folder cannot be written. Or as from `load`.
+    """
+    langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
+    pairs = _find_files(Path(data_dir), langs, names, SPLITS, val_split)
+    digests = [files.content_sha256(path) for pair in pairs if pair for path in pair]
+    written = build.write_texts(Path(folder), pairs, digests, langs, val_split)
+    log(f"the text of train, val and test {'was written to' if written else 'is in'} {folder}")
+
+
+def _find_files(
+    data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str], wanted: Sequence[str], val_split: int
+) -> list[tuple[Path, Path] | None]:
+    """As `files.find_files`. Raises a data UserError, with a guess, if files are missing."""
+    with _telling_folder(data_dir):
+        pairs = files.find_files(data_dir, langs, names, wanted, val_split)
+        if pairs is None:
+            raise missing.error(data_dir, missing.Wish(langs, names, wanted, val_split > 0))
+        return pairs
+
+
+def _not_split(pairs: Sequence[tuple[Path, Path] | None], val_split: int) -> list[str]:
+    """Lines that say which files are used as they are, in spite of --val-split."""
+    there = [pair for pair in pairs[1:] if pair]
+    names = " and ".join(path.name for pair in there for path in pair)
+    return [f"--val-split does not concern {names}: these files are used as they are"] if val_split and there else []
 
 
 def check_cache_dir(cache_dir: str | Path) -> None:
@@ -376,16 +438,12 @@ def _fetch_if_absent(
     mirror: str | None,
     timeout: float,
     log: Log,
+    val_split: int,
 ) -> None:
-    """Downloads Multi30k if its languages and names are wanted, and the folder has no corpus."""
+    """Downloads Multi30k if its languages and names are wanted, and the folder has no corpus of any kind."""
     has_corpus = _has_corpus(data_dir, langs)
-    if (langs, names) == (("de", "en"), SPLITS):
-        if others := files.other_training_files(data_dir, langs):
-            what = f"no pair of train.de and train.en, but {', '.join(map(str, others[:5]))}"
-            todo = "name its languages with --src-lang and --trg-lang, or another folder with --data-dir"
-            raise UserError("data", what, str(data_dir), todo)
-        if not has_corpus:
-            download.download_multi30k(data_dir, mirror=mirror, timeout=timeout, log=log)
+    if (langs, names, val_split) == (("de", "en"), SPLITS, 0) and not has_corpus:
+        download.download_multi30k(data_dir, mirror=mirror, timeout=timeout, log=log)
 
 
 def _cache_folder(cache_dir: str | Path | None, log: Log) -> Path | None:
@@ -425,10 +483,15 @@ def _read_or_build(
 
 
 def _has_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
-    """Whether a file of one of the languages is there. Raises as `_telling_folder`, and as `_check_folder`."""
+    """Whether something like a corpus is there. Raises as `_telling_folder`, and as `_check_folder`."""
     with _telling_folder(data_dir):
         _check_folder(data_dir)
-        return files.any_corpus(data_dir, langs)
+        wish = missing.Wish(langs, SPLITS, SPLITS, False)
+        return (
+            files.any_corpus(data_dir, langs)
+            or files.any_training_file(data_dir)
+            or missing.can_guess(data_dir, wish, below=data_dir.name != DOWNLOADS)
+        )
 
 
 def _check_folder(data_dir: Path) -> None:

@@ -138,6 +138,11 @@ class Settings:
         "how often a word must stand in train to be in the vocabulary")
     case: str = flags.row(DATA, "lower", flags.CASES,
         "keep: words and translations have capitals; scores are of lower case, and cased ones stand beside them")
+    val_split: int = flags.row(DATA, 0, flags.non_negative_int,
+        "where there are no validation or test files, take so many pairs out of train for each; which ones, the text "
+        "alone decides; files that are there are used; 0: all six must be there", unit="PAIRS")
+    write_split: str | None = flags.row(DATA, None, "DIR",
+        "write the text of train, val and test into this new folder, to see what --val-split took")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -247,16 +252,18 @@ OF_THE_COMMAND = (
     "addr",
     "dist_url",
     "profile",
+    "write_split",
 )
 # What is in no file of flags that a run writes: it belongs to a process, or says where else a run writes.
 OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
-DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
+DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case", "val_split")
 # Settings that states of earlier versions do not have, as they were then.
-LATER: dict[str, Any] = {"case": "lower", "patience": 0, "accumulate": 1}
+LATER: dict[str, Any] = {"case": "lower", "patience": 0, "accumulate": 1, "val_split": 0}
 # What a score takes from the checkpoint.
-OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case")
+OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case", "val_split")
+OF_ITS_SPLIT = ("train_name", "val_name", "test_name")  # where --val-split took the test pairs out of train
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
   python3 train_8p.py --data-dir data --amp            train on Multi30k, which is downloaded into data/
@@ -435,6 +442,8 @@ def run(
     corpus = load_corpus(settings, log=say)
     start = time.monotonic()
     world = plan.worlds[0]
+    if world.is_main:
+        write_split(settings)
     lowers = settings.batch_size is None
     settings = resolved(settings, mixed, world, pairs=len(corpus.train))
     if lowers and settings.batch_size < RECIPES["tuned"]["batch_size"] and settings.recipe == "tuned":
@@ -562,6 +571,13 @@ def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, 
     else:
         settings = with_flags_of_the_model(settings, typed, saved, path)
         corpus = load_test(settings)
+        if plan.worlds[0].is_main:
+            write_split(settings)
+        if corpus.fingerprint not in ("", saved.about["data"]):
+            say(
+                "note: the test pairs are taken out of another text than the model was trained on: it may have been "
+                "trained on some of them"
+            )
     if plan.worlds[0].is_main:
         score(settings, plan, path, saved, model, corpus, tells_data=True)
 
@@ -569,17 +585,20 @@ def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, 
 def with_flags_of_the_model(
     settings: Settings, typed: dict[str, Any], saved: checkpoint.Checkpoint, path: Path
 ) -> Settings:
-    """The settings with what the checkpoint says about its words.
+    """The settings with what the checkpoint says about its words and its test pairs.
 
     Raises:
         UserError: usage, a flag of the command says otherwise.
     """
-    own = {name: value for name, value in (LATER | saved.flags | saved.about).items() if name in OF_THE_MODEL}
+    told: dict[str, Any] = LATER | saved.flags | saved.about
+    own = {name: value for name, value in told.items() if name in OF_THE_MODEL}
     for name in own:
         if typed.get(name, own[name]) != own[name]:
             flag = flags.flag_of(name)
             what = f"{flag} {typed[name]} contradicts the checkpoint, which has {own[name]}"
             raise UserError("usage", what, str(path), f"leave {flag} out, or name another checkpoint")
+    if own["val_split"]:
+        own |= {name: value for name, value in saved.flags.items() if name in OF_ITS_SPLIT and name not in typed}
     return replace(settings, **own)
 
 
@@ -879,7 +898,7 @@ def validate(
         say(line)
     # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
     merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
-    if world.is_main and settings.best == "bleu" and best.merit[:1] == (found.bleu,):
+    if world.is_main and settings.best == "bleu" and found.bleu and best.merit[:1] == (found.bleu,):
         say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
     is_best = merit > best.merit
     if world.is_main and is_best:
@@ -993,7 +1012,15 @@ def load_test(settings: Settings, log: Callable[[str], object] = say) -> data.Wo
     return data.load_test(data_folder(settings, log), **settings.named(OF_FILES), log=log)
 
 
-OF_FILES = "src_lang trg_lang train_name val_name test_name case workers cache_dir mirror"
+OF_NAMES = "src_lang trg_lang train_name val_name test_name"
+OF_FILES = f"{OF_NAMES} case workers cache_dir mirror val_split"
+
+
+def write_split(settings: Settings) -> None:
+    """Writes the text of the splits where --write-split says, see `data.write_split`."""
+    if settings.write_split is not None:
+        where = data_folder(settings, lambda line: None)
+        data.write_split(settings.write_split, where, **settings.named(f"{OF_NAMES} val_split"), log=say)
 
 
 def data_folder(settings: Settings, log: Callable[[str], object]) -> str | Path:

@@ -53,6 +53,7 @@ OF_THE_MACHINE = (
     "mirror",
     "addr",
     "dist_url",
+    "write_split",
 )
 OF_ITS_FOLDERS = ("record", "tensorboard", "profile")
 NAMES = ("train_name", "val_name", "test_name")

@@ -1,15 +1,17 @@
 """Builds the cache of a corpus: its text files become token ids and two vocabularies."""
 
+import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nmt.devices import cores
 from nmt.errors import UserError
-from nmt.storage import sha256
-from nmt.text import files, tokens
+from nmt.storage import Unwritable, new_folder, sha256
+from nmt.text import files, held_out, tokens
 from nmt.text.cache import Writer
 from nmt.text.vocabulary import SPECIALS, UNK, Vocabulary, add_ends
 
@@ -18,6 +20,9 @@ import numpy as np
 CACHE_FORMAT = 4  # raise it when the content of a cache changes, or the way in which lines become tokens
 ENOUGH_WORDS = 100  # of a text, for a warning that too many are unknown
 FAR = 2  # times as many unknown words as expected, and 5 of 100 words beside
+
+
+Text = tuple[tuple[Path, Path], Iterable[files.Chunk]]  # the files of a split, and its lines
 
 
 class Share(NamedTuple):
@@ -31,66 +36,94 @@ class Share(NamedTuple):
         return self.part / self.total
 
 
-def cache_key(digests: list[str], langs: tuple[str, str], min_freq: int, case: str = "lower") -> str:
+def cache_key(
+    digests: list[str], langs: tuple[str, str], min_freq: int, case: str = "lower", split: Sequence = ()
+) -> str:
     """The name of a corpus in the cache. It changes with the texts and with every setting of tokenising.
 
     Args:
-        digests: the `files.content_sha256` of the six files.
+        digests: the `files.content_sha256` of the six files, or of those that are there.
         langs: spaCy's codes of both languages.
         min_freq: as in `data.load`.
         case: as in `tokens.tokenise`. Caches of earlier versions, which knew lower case alone, keep their names.
+        split: from `split_off`.
     """
     versions = [importlib.metadata.version(package) for package in ("spacy", "torchtext")]
     settings = [CACHE_FORMAT, digests, langs, min_freq, versions]
-    return sha256(json.dumps(settings if case == "lower" else [*settings, case]).encode())
+    settings = settings if case == "lower" else [*settings, case]
+    return sha256(json.dumps([*settings, *split]).encode())
 
 
-def key_of_test(digests: list[str], langs: tuple[str, str], case: str) -> str:
+def split_off(paths: Sequence[tuple[Path, Path] | None], pairs: int) -> list:
+    """What a key says about the splits that are taken out of train. It is empty if there are none.
+
+    Args:
+        paths: of all splits, or of the last one. None: there are no files.
+        pairs: in each split that has none.
+    """
+    missing = [name for name, pair in zip(files.SPLITS[-len(paths) :], paths, strict=True) if pair is None]
+    return ["split", held_out.RULE, pairs, *missing] if missing else []
+
+
+def fingerprint(digests: list[str], split: Sequence) -> str:
+    """The sha256 of a corpus's contents.
+
+    Args:
+        digests, split: as in `cache_key`.
+    """
+    return sha256(*map(bytes.fromhex, digests), *([json.dumps(split).encode()] if split else []))
+
+
+def key_of_test(digests: list[str], langs: tuple[str, str], case: str, split: Sequence = ()) -> str:
     """The name of a test pair in the cache.
 
     Args:
-        digests: the `files.content_sha256` of both files.
-        langs, case: as in `cache_key`.
+        digests: the `files.content_sha256` of both files, or of those that it is taken out of.
+        langs, case, split: as in `cache_key`.
     """
-    return sha256(
-        json.dumps([CACHE_FORMAT, "test", digests, langs, case, importlib.metadata.version("spacy")]).encode()
-    )
+    settings = [CACHE_FORMAT, "test", digests, langs, case, importlib.metadata.version("spacy")]
+    return sha256(json.dumps([*settings, *split]).encode())
 
 
 def build_corpus(
     writer: Writer,
-    paths: list[tuple[Path, Path]],
+    paths: Sequence[tuple[Path, Path] | None],
     digests: list[str],
     langs: tuple[str, str],
     min_freq: int,
     workers: int,
     case: str = "lower",
+    val_split: int = 0,
 ) -> dict:
     """Tokenises the files and writes the ids.
 
     Args:
         writer: takes the arrays `SPLIT.SIDE.ids` and `SPLIT.SIDE.offsets`, such as `train.src.ids`.
-        paths: source and target file of each split.
+        paths: source and target file of each split. None: its pairs are taken out of train.
         digests, langs, min_freq, case: as in `cache_key`.
         workers: processes that tokenise, at most.
+        val_split: how many pairs are taken out of train for each split without files.
 
     Returns:
         The rest of the corpus: `vocabs` (the words of both languages), `words` (the tokens of val and test, by split),
         `notes` and `unknown` (lines for the log).
 
     Raises:
-        UserError: data, usage or io, as from reading and tokenising. Or data, if a split has no pairs.
+        UserError: data, usage or io, as from reading and tokenising. Or data: a split has no pairs, or train too few.
         Unwritable: as from `writer`.
     """
     vocabs, words, notes = [], {}, []
+    texts, taken = _texts(paths, digests, val_split)
+    if taken:
+        notes.append(taken.note())
     unknown: dict[str, dict[str, Share]] = {lang: {} for lang in langs}
     expected: dict[str, Share] = {}
     with tokens.tokenising(langs, _processes(paths, workers), case) as tokenise_chunks:
         import torchtext.vocab  # noqa: F401  for `Vocabulary.build`: now, while the processes start
 
-        for index, (name, pair) in enumerate(zip(files.SPLITS, paths, strict=True)):
+        for name, (pair, chunks) in texts.items():
             sides = [_SideBuilder(writer, f"{name}.{side}", keeps_words=name != "train") for side in ("src", "trg")]
-            notes += _read_split(pair, digests[2 * index : 2 * index + 2], sides, tokenise_chunks)
+            notes += _read_split(pair, chunks, sides, tokenise_chunks)
             if name == "train":
                 vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
             for side, vocab in zip(sides, vocabs, strict=True):
@@ -108,12 +141,20 @@ def build_corpus(
     }
 
 
-def build_test(paths: tuple[Path, Path], digests: list[str], langs: tuple[str, str], workers: int, case: str) -> dict:
-    """Tokenises a test pair alone. What it is scored with has its own vocabularies.
+def build_test(
+    paths: Sequence[tuple[Path, Path] | None],
+    digests: list[str],
+    langs: tuple[str, str],
+    workers: int,
+    case: str,
+    val_split: int = 0,
+) -> dict:
+    """Tokenises the test pairs alone. What they are scored with has its own vocabularies.
 
     Args:
-        paths: source and target file.
+        paths: source and target file of the test pairs, or of all splits as in `build_corpus`.
         digests, langs, case: as in `key_of_test`.
+        val_split: as in `build_corpus`.
         workers: processes that tokenise, at most.
 
     Returns:
@@ -123,26 +164,103 @@ def build_test(paths: tuple[Path, Path], digests: list[str], langs: tuple[str, s
         UserError: as from `build_corpus`.
     """
     sides = [_SideBuilder(Writer(None), side, keeps_words=True) for side in ("src", "trg")]
-    with tokens.tokenising(langs, _processes([paths], workers), case) as tokenise_chunks:
-        notes = _read_split(paths, digests, sides, tokenise_chunks)
-    return {"words": [side.words for side in sides], "notes": notes}
+    texts, taken = _texts(paths, digests, val_split)
+    *_, (pair, chunks) = texts.values()
+    with tokens.tokenising(langs, _processes([pair], workers), case) as tokenise_chunks:
+        notes = _read_split(pair, chunks, sides, tokenise_chunks)
+    return {"words": [side.words for side in sides], "notes": [taken.note(), *notes] if taken else notes}
 
 
-def _processes(paths: list[tuple[Path, Path]], most: int) -> int:
+def write_texts(
+    folder: Path, paths: Sequence[tuple[Path, Path] | None], digests: list[str], langs: tuple[str, str], val_split: int
+) -> bool:
+    """Writes the lines of all splits into a new folder: `train`, `val` and `test`, each in both languages.
+
+    Args:
+        folder: is made. One that has just these files stays as it is.
+        paths, digests, val_split: as in `build_corpus`.
+        langs: the files' suffixes.
+
+    Returns:
+        Whether they were written now.
+
+    Raises:
+        UserError: io, the folder has something else in it, or it cannot be written. Or as from `build_corpus`.
+    """
+
+    def sides() -> Iterator[tuple[str, Iterator[bytes]]]:
+        for side, lang in enumerate(langs):
+            for name, (_, chunks) in _texts(paths, digests, val_split)[0].items():
+                yield f"{name}.{lang}", (chunk.texts[side] for chunk in chunks)
+
+    try:
+        if folder.is_dir() and any(folder.iterdir()):
+            if all((folder / name).is_file() and _is_same(folder / name, text) for name, text in sides()):
+                return False
+            raise UserError(
+                "io", "the folder has something else in it", str(folder), "name a new one for --write-split"
+            )
+        with new_folder(folder, folder.with_name(f".{folder.name}.tmp")):
+            for name, text in sides():
+                with open(folder.with_name(f".{folder.name}.tmp") / name, "xb") as file:
+                    file.writelines(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+    except (OSError, Unwritable) as error:
+        raise UserError(
+            "io", f"cannot be written: {error}", str(folder), "name another one for --write-split"
+        ) from error
+    return True
+
+
+def _is_same(path: Path, text: Iterator[bytes]) -> bool:
+    """Whether a file holds this text. All of it is read."""
+    digest = hashlib.sha256()
+    for part in text:
+        digest.update(part)
+    return digest.hexdigest() == files.content_sha256(path)
+
+
+def _texts(
+    paths: Sequence[tuple[Path, Path] | None], digests: list[str], val_split: int
+) -> tuple[dict[str, Text], held_out.HeldOut | None]:
+    """The files of each split and its lines. And what is taken out of train, if anything.
+
+    Args:
+        paths: of all splits, or of the last one.
+        digests: of the files that are there.
+        val_split: as in `build_corpus`.
+    """
+    rest = iter(zip(digests[::2], digests[1::2], strict=True))
+    known = {pair: next(rest) for pair in paths if pair}
+    names = files.SPLITS[-len(paths) :]
+    missing = [name for name, pair in zip(names, paths, strict=True) if pair is None]
+    texts: dict[str, Text] = {
+        name: (pair, files.pair_chunks(pair, known[pair])) for name, pair in zip(names, paths, strict=True) if pair
+    }
+    if not missing:
+        return texts, None
+    train, _ = texts["train"]
+    taken = held_out.choose(train, known[train], val_split, missing)
+    texts |= {name: (train, taken.part(name)) for name in ("train", *missing)}
+    return {name: texts[name] for name in names}, taken
+
+
+def _processes(paths: Iterable[tuple[Path, Path] | None], most: int) -> int:
     """How many processes are to tokenise these files. With fewer than 2, this one does."""
-    text_bytes = sum(files.text_bytes(path) for pair in paths for path in pair)
+    text_bytes = sum(files.text_bytes(path) for pair in paths if pair for path in pair)
     return min(most, cores(), text_bytes // tokens.BYTES_PER_PROCESS)
 
 
 def _read_split(
     pair: tuple[Path, Path],
-    digests: list[str],
+    chunks: Iterable[files.Chunk],
     sides: "list[_SideBuilder]",
     tokenise_chunks: Callable[[Iterable[files.Chunk]], Iterator[tokens.TokenChunk]],
 ) -> list[str]:
-    """Gives the tokens of a split's two files to `sides`. Returns lines for the log."""
+    """Gives the tokens of a split's lines, `chunks` of two files, to `sides`. Returns lines for the log."""
     pairs = dropped = returns = 0
-    for chunk in tokenise_chunks(files.pair_chunks(pair, digests)):
+    for chunk in tokenise_chunks(chunks):
         for side, side_tokens in zip(sides, (chunk.src, chunk.trg), strict=True):
             side.add(side_tokens)
         pairs += len(chunk.src.lengths)

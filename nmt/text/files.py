@@ -31,48 +31,55 @@ _INNER_RETURN = re.compile(rb"\r[^\r\n]")
 
 
 def find_files(
-    data_dir: Path, langs: tuple[str, str], names: tuple[str, str, str], wanted: Sequence[str] = SPLITS
-) -> list[tuple[Path, Path]]:
-    """The source and target file of train, val and test, or of some of them, all of one folder.
+    data_dir: Path,
+    langs: tuple[str, str],
+    names: tuple[str, str, str],
+    wanted: Sequence[str] = SPLITS,
+    val_split: int = 0,
+) -> list[tuple[Path, Path] | None] | None:
+    """The source and target file of train, val and test, or of some of them, all of one folder. Or None.
 
     Args:
         data_dir: holds the files, or the folder `multi30k` with the files.
         langs: the files' suffixes, source and target.
         names: the files' stems for train, val and test.
         wanted: the splits, out of `SPLITS`. If both folders have them, and one has all six files, it is that one.
+        val_split: above 0, val and test may be missing, if train is wanted. Then None stands for them.
 
     Raises:
-        UserError: data. No folder has them all, and the message has the paths that were tried. Or both folders do.
+        UserError: data, both folders have them all.
     """
-    stems = [name for name, split in zip(names, SPLITS, strict=True) if split in wanted]
-    tried: list[Path] = []
-    found: list[list[tuple[Path, Path]]] = []
-    for folder in _folders(data_dir):
-        missing: list[Path] = []
-        pairs = [pair for name in stems if (pair := _find_pair(folder, name, langs, missing))]
-        if len(pairs) == len(stems):
+    named = {split: name for name, split in zip(names, SPLITS, strict=True) if split in wanted}
+    can_split = val_split > 0 and "train" in wanted
+    found: list[list[tuple[Path, Path] | None]] = []
+    for folder in folders(data_dir):
+        pairs = [_find_pair(folder, name, langs) for name in named.values()]
+        is_there = [
+            pair is not None or (can_split and split != "train" and not _has_half(folder, name, langs))
+            for pair, (split, name) in zip(pairs, named.items(), strict=True)
+        ]
+        if all(is_there):
             found.append(pairs)
-        elif folder.is_dir():
-            tried += missing
     if len(found) == 2 and not _are_same(*found):
-        whole = [pairs for pairs in found if all(has_pair(pairs[0][0].parent, name, langs) for name in names)]
-        if len(whole) == 1:
+        whole = [pairs for pairs in found if all(has_pair(_folder_of(pairs), name, langs) for name in names)]
+        if len(whole) == 1 and not val_split:
             return whole[0]
-        first, second = (pairs[0][0].parent for pairs in found)
+        first, second = map(_folder_of, found)
         todo = f"name {first} with --data-dir to use that one, or move it away to use the other"
         raise UserError("data", f"two corpora, one in {first} and one in {second}", str(data_dir), todo)
-    if found:
-        return found[0]
-    if not tried:
-        todo = "name a folder that has the files with --data-dir"
-        raise UserError("data", "there is no such folder", str(data_dir), todo)
-    todo = "put it there, or name other files (--src-lang, --trg-lang, --train-name, ...) or another --data-dir"
-    raise UserError("data", f"missing; tried {', '.join(map(str, tried))}", str(data_dir), todo)
+    return found[0] if found else None
 
 
-def _are_same(one: list[tuple[Path, Path]], other: list[tuple[Path, Path]]) -> bool:
+def _folder_of(pairs: Sequence[tuple[Path, Path] | None]) -> Path:
+    return next(pair[0].parent for pair in pairs if pair)
+
+
+def _are_same(one: list[tuple[Path, Path] | None], other: list[tuple[Path, Path] | None]) -> bool:
     """Whether both are the same files, found by way of a link."""
-    return all(map(os.path.samefile, itertools.chain(*one), itertools.chain(*other)))
+    return all(
+        first == second if first is None or second is None else all(map(os.path.samefile, first, second))
+        for first, second in zip(one, other, strict=True)
+    )
 
 
 def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
@@ -81,45 +88,60 @@ def any_corpus(data_dir: Path, langs: tuple[str, str]) -> bool:
     return any(path.name.endswith(suffixes) for path in _present(data_dir))
 
 
-def other_training_files(data_dir: Path, langs: tuple[str, str]) -> list[Path]:
-    """The files called `train`, if they are of other languages than `langs`, or not spelled as we look for them.
-
-    Both `data_dir` and `multi30k` in it are looked into. There are none of interest if both wanted files are there.
-    """
-    wanted = [{f"train.{lang}", f"train.{lang}.gz"} for lang in langs]
-    found = [path for path in _present(data_dir) if path.name.casefold().startswith("train.")]
-    names = {path.name for path in found}
-    return found if names - (wanted[0] | wanted[1]) and not all(names & either for either in wanted) else []
+def any_training_file(data_dir: Path) -> bool:
+    """Whether `data_dir`, or `multi30k` in it, has a file called `train`, of whatever language and spelling."""
+    return any(path.name.casefold().startswith("train.") for path in _present(data_dir))
 
 
 def _present(data_dir: Path) -> list[Path]:
-    return sorted(path for folder in _folders(data_dir) if folder.is_dir() for path in folder.iterdir())
+    return sorted(path for folder in folders(data_dir) if folder.is_dir() for path in folder.iterdir())
 
 
-def _folders(data_dir: Path) -> list[Path]:
+def folders(data_dir: Path) -> list[Path]:
+    """Where the files are looked for."""
     return [data_dir / "multi30k", data_dir]
 
 
-def _find_pair(folder: Path, name: str, langs: tuple[str, str], missing: list[Path]) -> tuple[Path, Path] | None:
-    """A split's two files under one stem, or None. The paths of a side that is not there are added to `missing`."""
-    for stem in ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]:
-        sides = [[folder / f"{stem}.{lang}{packed}" for packed in ("", ".gz")] for lang in langs]
-        present = [[path for path in paths if os.path.isfile(path)] for paths in sides]
-        src, trg = present
+def stems(name: str) -> list[str]:
+    """The stems that a split's files may have. `name` is what the user calls it."""
+    return ["test", "test2016", "test_2016_flickr"] if name == "test" else [name]
+
+
+def _sides(folder: Path, stem: str, langs: tuple[str, str]) -> list[list[Path]]:
+    """The files of one stem that are there: those of the source, those of the target. A plain one comes first."""
+    return [
+        [path for packed in ("", ".gz") if os.path.isfile(path := folder / f"{stem}.{lang}{packed}")] for lang in langs
+    ]
+
+
+def _find_pair(folder: Path, name: str, langs: tuple[str, str]) -> tuple[Path, Path] | None:
+    """A split's two files under one stem, or None."""
+    for stem in stems(name):
+        src, trg = _sides(folder, stem, langs)
         if src and trg:
             return src[0], trg[0]
-        missing += [path for paths, found in zip(sides, present, strict=True) if not found for path in paths]
     return None
+
+
+def _has_half(folder: Path, name: str, langs: tuple[str, str]) -> bool:
+    """Whether one side of a split is there without the other."""
+    return any(any(_sides(folder, stem, langs)) for stem in stems(name)) and not has_pair(folder, name, langs)
 
 
 def has_pair(folder: Path, name: str, langs: tuple[str, str]) -> bool:
     """Whether a split's two files are in this very folder. `name` is their stem."""
-    return _find_pair(folder, name, langs, []) is not None
+    return _find_pair(folder, name, langs) is not None
 
 
 def any_pair(data_dir: Path, name: str, langs: tuple[str, str]) -> bool:
     """Whether a split's two files are in `data_dir`, or in `multi30k` in it. `name` is their stem."""
-    return any(has_pair(folder, name, langs) for folder in _folders(data_dir))
+    return any(has_pair(folder, name, langs) for folder in folders(data_dir))
+
+
+def count_lines(path: Path, most: int) -> int:
+    """The lines of a file, or `most` if it has more than these."""
+    with _opened(path) as file:
+        return sum(1 for _ in itertools.islice(file, most))
 
 
 def text_bytes(path: Path) -> int:

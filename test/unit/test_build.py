@@ -6,6 +6,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import data
 from nmt.text import build, files, tokens
@@ -81,6 +82,22 @@ def test_key_is_that_of_the_caches_that_users_have(monkeypatch):
     key = build.cache_key([f"{number:064x}" for number in range(6)], ("de", "en"), 2)
     assert build.CACHE_FORMAT == 4
     assert key == "9215f08d7b4a6bbfd11f7e8d3c9984ba8b06c395cfb24d6da0231d7c3270c013"
+
+
+def test_keys_know_how_many_pairs_are_taken_out_of_train_and_for_what():
+    """Two files beside train are val's or test's. Without a split, a key stays as it was."""
+    train, other = (Path("train.de"), Path("train.en")), (Path("b.de"), Path("b.en"))
+    assert build.split_off([train, other, other], 5) == [] == build.split_off([other], 0)
+    splits = [
+        build.split_off(paths, pairs) for paths in ([train, other, None], [train, None, other]) for pairs in (5, 6)
+    ]
+    digests, langs = [f"{number:064x}" for number in range(4)], ("de", "en")
+    for key in (
+        lambda split: build.cache_key(digests, langs, 2, "lower", split),
+        lambda split: build.key_of_test(digests, langs, "lower", split),
+        lambda split: build.fingerprint(digests, split),
+    ):
+        assert len({key(split) for split in [*splits, []]}) == 5
 
 
 # ---------------------------------------------------------------- unknown words (kind M)

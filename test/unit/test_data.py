@@ -195,7 +195,7 @@ def test_another_corpus_in_the_folder_is_not_mistaken_for_nothing(tmp_path, load
     monkeypatch.setattr(data.download, "download_multi30k", no_download)
     (tmp_path / "learn.fr").write_text("un\n")
     (tmp_path / "learn.en").write_text("one\n")
-    refused("data", load, tmp_path, says=["--train-name", f"{tmp_path}/train.de"])
+    refused("data", load, tmp_path, says=["no train.de/en, ", "but learn.en, learn.fr; ", "--train-name learn"])
 
 
 @pytest.mark.parametrize("closed", ["", "corpus"])

@@ -235,9 +235,9 @@ def test_load_downloads_nothing_beside_a_training_file_of_any_language(tmp_path,
     server = start()
     monkeypatch.setattr(download, "address", lambda: server.url)
     (tmp_path / below).mkdir(exist_ok=True)
-    (tmp_path / below / name).write_text("un chien\n")
+    (tmp_path / below / name).write_bytes(gzip.compress(b"un chien\n") if name.endswith(".gz") else b"un chien\n")
     before = sorted(tmp_path.rglob("*"))
-    says = [f"no pair of train.de and train.en, but {tmp_path / below / name};", "--src-lang", "--data-dir"]
+    says = [f"no train.de/en, val.de/en, test.de/en, but {name}; {tmp_path}; "]
     refused("data", data.load, tmp_path, cache_dir=tmp_path / "cache", log=print, says=says)
     assert server.paths == []
     assert sorted(tmp_path.rglob("*")) == before
@@ -247,8 +247,8 @@ def test_pair_of_which_one_language_is_wanted_is_told_whole(tmp_path, start, mon
     """Kind E: somebody's French-English corpus, without --src-lang."""
     monkeypatch.setattr(download, "address", lambda: start().url)
     for lang in ("fr", "en"):
-        (tmp_path / f"train.{lang}").write_text("a\n")
-    says = f"but {tmp_path}/train.en, {tmp_path}/train.fr;"
+        (tmp_path / f"train.{lang}").write_text("a\n" * 9)
+    says = [f"but train.en, train.fr; {tmp_path}; ", "--src-lang fr "]
     refused("data", data.load, tmp_path, cache_dir=tmp_path / "cache", log=print, says=says)
 
 

@@ -41,7 +41,15 @@ def test_what_is_no_plain_number_is_refused_with_flag_and_value(flag, text):
 
 
 MAY_BE_0 = ["--workers", "--warmup", "--clip", "--teacher-forcing-ratio", "--dropout", "--output-dropout"]
-MAY_BE_0 += ["--label-smoothing", "--average", "--update-bias", "--fixed-length", "--length-penalty", "--seed"]
+MAY_BE_0 += [
+    "--val-split",
+    "--label-smoothing",
+    "--average",
+    "--update-bias",
+    "--fixed-length",
+    "--length-penalty",
+    "--seed",
+]
 MAY_BE_0 += ["--npu", "--gpu", "--bleu-npu", "--device-list", "--rank", "--world-size"]  # `plan` refuses a world of 0
 
 

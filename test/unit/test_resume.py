@@ -353,6 +353,7 @@ def resumed(corpus, path, *flags):
         (["--accumulate", "2"], ["accumulate is 2, in the run 1"]),
         (["--patience", "2"], ["patience is 2, in the run 0"]),
         (["--case", "keep"], ["case is keep, in the run lower", "leave --case out"]),
+        (["--val-split", "3"], ["val_split is 3, in the run 0", "leave --val-split out"]),
         (["--amp", "--amp-dtype", "bfloat16"], ["amp_dtype is bfloat16, in the run float32"]),
     ],
 )
@@ -381,7 +382,7 @@ def test_a_setting_that_differs_without_a_flag_is_to_be_given(stopped, tiny_corp
 def test_a_state_from_before_a_flag_was_there_goes_on_with_what_was_done_then(stopped, record, tiny_corpus):
     path = resume.state_path(stopped)
     content = sealed.read(path)
-    for name in ("case", "patience", "accumulate"):
+    for name in ("case", "patience", "accumulate", "val_split"):
         del content["settings"][name]
     sealed.write(path, content)
     says = ["case is keep, in the run lower", "leave --case out"]
@@ -414,6 +415,20 @@ def test_a_run_that_keeps_case_goes_on_with_it(record, tiny_corpus, tmp_path):
     refused("usage", resumed, tiny_corpus, path, "--resume", "auto", "--case", "lower", says="leave --case out")
     assert record(tiny_corpus, path, "--resume", "auto") == 0
     assert "Hund" in checkpoint.load(path).src_vocab
+
+
+def test_a_run_whose_test_pairs_are_taken_out_of_train_goes_on_with_them(record, tiny_corpus, tmp_path):
+    for lang in ("de", "en"):
+        for name in ("val", "test"):
+            (tiny_corpus / f"{name}.{lang}").unlink()
+    path = tmp_path / "stopped.pth"
+    split = ["--val-split", "6", "--write-split", str(tmp_path / "split")]
+    assert record(tiny_corpus, path, *FLAGS, *split, stop_at=3) == 143
+    says = ["val_split is 7, in the run 6", "leave --val-split out"]
+    refused("usage", resumed, tiny_corpus, path, "--resume", "auto", "--val-split", "7", says=says)
+    assert record(tiny_corpus, path, "--resume", "auto") == 0
+    assert checkpoint.load(path).flags["val_split"] == 6
+    assert "write_split" not in checkpoint.load(path).flags, "it is a path of this machine"
 
 
 def test_flags_that_change_no_number_may_differ(stopped, record, tiny_corpus):

@@ -527,16 +527,15 @@ def test_a_score_reads_neither_training_nor_validation_files(trained, tmp_path, 
     assert run("--data-dir", str(tmp_path), "--performance", capsys=capsys)[0] == 3, "the fault must be real"
 
 
-def test_a_score_without_its_test_pair_names_the_paths_that_were_tried(trained, tmp_path, capsys, no_download):
+def test_a_score_without_its_test_pair_says_what_is_there(trained, tmp_path, capsys, no_download):
     folder, corpus, _ = trained
     (tmp_path / "train.de").write_text("ein hund\n")
     (tmp_path / "train.en").write_text("a dog\n")
     (tmp_path / "test.de").write_text("ein hund\n")
     flags = ("--data-dir", str(tmp_path), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
     code, _, err = run(*flags, capsys=capsys)
-    assert (code, err.count("\n")) == (3, 1)
-    assert f"missing; tried {tmp_path}/test.en, {tmp_path}/test.en.gz, {tmp_path}/test2016.de, " in err
-    assert "train." not in err and "val." not in err
+    says = "no test.de/en of the model, but test.de, train.de, train.en"
+    assert (code, err) == (3, f"error[data]: {says}; {tmp_path}; put test.en beside test.de\n")
 
 
 def test_the_languages_of_a_score_are_the_checkpoints(trained, tmp_path, capsys):
@@ -881,7 +880,7 @@ def test_of_equally_good_epochs_by_bleu_the_one_of_the_lower_loss_is_best(tiny_c
             train_8p.validate(settings, World(), corpus, None, model, best, epoch, 1.0, 0.1)
         assert checkpoint.load(path).scores["epoch"] == expected
         notes = capsys.readouterr().out.count("note: the best epoch so far has a greedy BLEU of ")
-        assert notes == {0.0: 3, 1.0: 1, 9.0: 1}[bleus[0]]
+        assert notes == {0.0: 0, 1.0: 1, 9.0: 1}[bleus[0]], "of 0 the end of the run tells"
 
 
 def test_a_run_without_any_bleu_says_what_its_best_epoch_is(tmp_path, capsys):
@@ -1209,3 +1208,133 @@ def test_a_compiled_loss_is_the_same_loss(tiny_corpus, tmp_path):
         return [float(step[3]) for step in step_lines(done.stdout)]
 
     assert losses("--compile-loss") == pytest.approx(losses(), rel=1e-3)
+
+
+# ---------------------------------------------------------------- one pair of files
+
+
+@pytest.fixture(scope="module")
+def split_run(tmp_path_factory):
+    """A finished run with one pair of files, `own.de` and `own.en`: its folder, the corpus, its flags, its output."""
+    folder = tmp_path_factory.mktemp("split")
+    corpus = write_corpus(folder / "corpus", 80)
+    for path in list(corpus.iterdir()):
+        if path.stem == "train":
+            path.rename(corpus / f"own{path.suffix}")
+        else:
+            path.unlink()
+    flags = ("--data-dir", str(corpus), "--train-name", "own", "--val-split", "8", "--epochs", "2", "-b", "4")
+    return folder, corpus, flags, output_of_training(folder, *flags)
+
+
+def test_val_split_takes_pairs_out_of_train_and_says_so(split_run):
+    _, corpus, _, out = split_run
+    assert "\ndata: 64 training, 8 validation, 8 test pairs; " in out
+    assert "\n--val-split: 8 validation and 8 test pairs were taken out of own.de and own.en\n" in out
+    assert sorted(path.name for path in corpus.iterdir()) == ["own.de", "own.en"]
+
+
+def test_a_score_takes_the_same_test_pairs_out_of_train_as_the_checkpoint_says(split_run, tmp_path, capsys):
+    folder, corpus, _, out = split_run
+    evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    for flags in ((), ("--seed", "5"), ("--train-name", "own", "--val-split", "8"), ("--cache-dir", str(tmp_path))):
+        code, again, err = run(*evaluate, *flags, capsys=capsys)
+        assert code == 0, err
+        assert "\n--val-split: 8 validation and 8 test pairs were taken out of own.de and own.en\n" in again
+        assert logs.parse(again).final == logs.parse(out).final
+        assert "note: the test pairs" not in again
+    code, _, err = run(*evaluate, "--val-split", "9", capsys=capsys)
+    assert (code, err.count("\n")) == (2, 1) and "--val-split 9 contradicts the checkpoint, which has 8" in err
+
+
+def test_a_score_says_that_the_text_is_another_one_than_the_models(split_run, tmp_path, capsys):
+    folder, corpus, _, _ = split_run
+    for path in corpus.iterdir():
+        (tmp_path / path.name).write_text(path.read_text() + "neu\n")
+    flags = ("--data-dir", str(tmp_path), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*flags, capsys=capsys)
+    assert code == 0, err
+    assert "note: the test pairs are taken out of another text than the model was trained on: " in out
+
+
+def test_a_score_takes_test_files_where_they_are(split_run, tmp_path, capsys):
+    folder, corpus, _, _ = split_run
+    write_corpus(tmp_path, test=3)
+    flags = ("--data-dir", str(tmp_path), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
+    code, out, err = run(*flags, capsys=capsys)
+    assert code == 0, err
+    assert "data: 3 test pairs; " in out and "val-split" not in out
+
+
+def test_the_split_does_not_depend_on_the_seed_and_its_text_can_be_seen(split_run, tmp_path, capsys):
+    _, corpus, flags, _ = split_run
+    written = []
+    for seed in ("1", "2"):
+        more = ("--seed", seed, "--performance", "--write-split", str(tmp_path / seed))
+        code, out, err = run(*flags, *more, capsys=capsys)
+        assert code == 0, err
+        assert f"the text of train, val and test was written to {tmp_path / seed}\n" in out
+        written.append({path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()})
+    assert written[0] == written[1]
+    assert sorted(written[0]) == [f"{name}.{lang}" for name in ("test", "train", "val") for lang in ("de", "en")]
+    for lang in ("de", "en"):
+        lines = b"".join(text for name, text in written[0].items() if name.endswith(lang)).splitlines()
+        assert sorted(lines) == sorted((corpus / f"own.{lang}").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("there", [("val",), ("test",), ("val", "test")])
+def test_files_that_are_there_are_used_as_they_are(tmp_path, capsys, there):
+    folder = write_corpus(tmp_path / "corpus", 64, val=3, test=3)
+    for name in {"val", "test"} - set(there):
+        for lang in ("de", "en"):
+            (folder / f"{name}.{lang}").unlink()
+    flags = ("--data-dir", str(folder), "--val-split", "8", "--performance")
+    code, out, err = run(*flags, capsys=capsys)
+    assert code == 0, err
+    sizes = {name: 3 if name in there else 8 for name in ("val", "test")}
+    taken = 8 * (2 - len(there))
+    assert f"data: {64 - taken} training, {sizes['val']} validation, {sizes['test']} test pairs; " in out
+    names = " and ".join(f"{name}.{lang}" for name in there for lang in ("de", "en"))
+    assert f"\n--val-split does not concern {names}: these files are used as they are\n" in out
+
+
+def test_a_written_split_trains_as_the_flag_does_and_stays_as_it_is(split_run, tmp_path, capsys):
+    folder, _, flags, out = split_run
+    evaluate = (
+        *flags[:2],
+        "--evaluate",
+        str(folder / "seq2seq-gru-model.pth.tar"),
+        "--write-split",
+        str(tmp_path / "a"),
+    )
+    for says in ("was written to", "is in"):
+        code, again, err = run(*evaluate, capsys=capsys)
+        assert code == 0, err
+        assert f"the text of train, val and test {says} {tmp_path / 'a'}\n" in again
+    model = ("--epochs", "2", "-b", "4", "--ckptpath", str(tmp_path / "model"))
+    code, other, err = run("--data-dir", str(tmp_path / "a"), *model, capsys=capsys)
+    assert code == 0, err
+    assert step_lines(other) == step_lines(out)
+    assert logs.parse(other).final == logs.parse(out).final
+    (tmp_path / "a" / "val.de").write_text("other\n")
+    code, _, err = run(*evaluate, capsys=capsys)
+    assert (code, err.count("\n")) == (5, 1) and "the folder has something else in it" in err
+
+
+@pytest.mark.parametrize(("pairs", "says"), [("21", "give --val-split 20 or less"), ("99999", "20 or less")])
+def test_a_split_that_is_too_large_is_one_line(split_run, capsys, pairs, says):
+    _, corpus, _, _ = split_run
+    code, _, err = run("--data-dir", str(corpus), "--train-name", "own", "--val-split", pairs, capsys=capsys)
+    assert (code, err.count("\n")) == (3, 1)
+    assert f"--val-split {pairs} takes {2 * int(pairs)} pairs out of 80, and as many must stay for training" in err
+    assert says in err
+
+
+def test_a_checkpoint_from_before_val_split_is_scored(trained, tmp_path, capsys):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    del saved.flags["val_split"]
+    checkpoint.save(tmp_path / "model", saved)
+    code, again, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), capsys=capsys)
+    assert code == 0, err
+    assert logs.parse(again).final == logs.parse(out).final
