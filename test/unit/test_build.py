@@ -78,7 +78,7 @@ def test_corpus_does_not_depend_on_the_number_of_processes(tmp_path, load, monke
 def test_key_is_that_of_the_caches_that_users_have(monkeypatch):
     """If this fails because a cache's content has changed, raise CACHE_FORMAT and put the new key here."""
     monkeypatch.setattr(build.importlib.metadata, "version", lambda package: "1.0")
-    key = build.cache_key([f"{number:064x}" for number in range(6)], ("de", "en"), 2)
+    key = build.cache_key([f"{number:064x}" for number in range(6)], ("de", "en"), build.Words())
     assert build.CACHE_FORMAT == 4
     assert key == "9215f08d7b4a6bbfd11f7e8d3c9984ba8b06c395cfb24d6da0231d7c3270c013"
 

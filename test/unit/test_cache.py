@@ -370,7 +370,7 @@ def test_lock_that_cannot_be_taken_leaves_the_corpus_in_memory(folder, load, tmp
 
 
 def test_what_is_no_fault_of_the_cache_is_not_taken_for_one(folder, load, monkeypatch):
-    def fails(langs, processes, case):
+    def fails(langs, processes, case, tokenizer):
         raise OSError("no more processes")
 
     monkeypatch.setattr(tokens, "tokenising", fails)

@@ -1,0 +1,251 @@
+"""Pieces of words: a vocabulary in which rare words are spelled with several ids, by sentencepiece's BPE.
+
+A model of N pieces is learned from the training text of one language. It starts from single characters and joins the
+most frequent neighbours again and again. Pieces never reach over the end of a word, and the first one of a word begins
+with `▁`. So the pieces of a sentence join back to its words, which scores and translations are made of. Source:
+Sennrich, Haddow and Birch 2016, "Neural Machine Translation of Rare Words with Subword Units", arXiv 1508.07909.
+
+With BPE dropout a model sees other spellings of the same words in each epoch. Source: Provilkov, Emelianenko and Voita
+2020, "BPE-Dropout: Simple and Effective Subword Regularization", arXiv 1910.13267.
+"""
+
+import base64
+import hashlib
+import importlib.metadata
+import io
+import itertools
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from nmt.errors import UserError, first_line, not_installed
+from nmt.text.vocabulary import EOS, SOS, SPECIALS, UNK, Vocabulary
+
+import numpy as np
+
+MAX_PIECES = 510  # of a sentence, which has 512 tokens with <sos> and <eos>: two for each of `tokens.MAX_WORDS`
+SENTENCES = 10_000  # that are spelled together. It bounds the memory
+START = "▁"  # in front of a word's first piece, as sentencepiece has it
+# Within a word, what stands for a character that has a meaning of its own here.
+ESCAPES = {START: "_", " ": "␣"}
+UNKNOWN_CHARACTER = "\ue000"  # in no text: it stands for characters that no piece has
+KEPT = 1 << 18  # words whose spelling is remembered
+
+
+class Pieces(Vocabulary):
+    """The pieces of one language and their ids.
+
+    Args:
+        itos: the pieces in the order of their ids, `SPECIALS` first.
+        model: sentencepiece's, of these pieces.
+
+    Raises:
+        ValueError: `model` is none of sentencepiece, or has other pieces.
+        UserError: usage, sentencepiece is not installed.
+
+    >>> pieces = learn(Counter({"hund": 5, "hunde": 3, "katze": 2}), 12)
+    >>> pieces.spell(["hund", "hunde", "hut"]) == [pieces.encode([word]) for word in ["hund", "hunde", "hut"]]
+    True
+    >>> pieces.decode(pieces.encode(["hunde", "hatten", "x"]))
+    ['hunde', 'hatten', '<unk>']
+    """
+
+    def __init__(self, itos: list[str], model: bytes):
+        super().__init__(itos)
+        library = sentencepiece()
+        try:
+            self._processor = library.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(f"no model of sentencepiece: {first_line(error)}") from error
+        theirs = [self._processor.id_to_piece(index) for index in range(self._processor.get_piece_size())]
+        if theirs[:1] != SPECIALS[:1] or sorted(theirs[1:]) != sorted(itos[len(SPECIALS) :]):
+            raise ValueError("the model of sentencepiece has other pieces than the vocabulary")
+        self.model = model
+        self._of_theirs = np.array([UNK, *(self._ids[piece] for piece in theirs[1:])], np.int32)
+        self._spelled: dict[str, list[int]] = {}
+
+    def encode(self, tokens: Iterable[str]) -> list[int]:
+        """The ids of the words' pieces, one word after the other, without `<sos>` and `<eos>`."""
+        return list(itertools.chain.from_iterable(self.spell(tokens)))
+
+    def spell(self, words: Iterable[str]) -> list[list[int]]:
+        """The ids of each word's pieces. White space has none. A character that no piece has gets `UNK`."""
+        words = list(words)
+        new = list(dict.fromkeys(word for word in words if word not in self._spelled))
+        if len(self._spelled) + len(new) > KEPT:
+            self._spelled.clear()
+            new = list(dict.fromkeys(words))
+        for word, theirs in zip(new, self._processor.encode(list(map(_escaped, new)), num_threads=1), strict=True):
+            self._spelled[word] = self._of_theirs[theirs].tolist() if theirs and not word.isspace() else []
+        return [self._spelled[word] for word in words]
+
+    def encode_all(self, sentences: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """As `Vocabulary.encode_all`. A sentence has at most `MAX_PIECES`."""
+        spelled = [self.encode(words)[:MAX_PIECES] for words in sentences]
+        lengths = np.array(list(map(len, spelled)), np.int64)
+        return np.fromiter(itertools.chain.from_iterable(spelled), np.int32, lengths.sum()), lengths
+
+    def decode(self, ids: Iterable[int]) -> list[str]:
+        """The words that the pieces before the first `EOS` join to. A word of which a piece is unknown is `<unk>`."""
+        pieces = super().decode(ids)
+        words = "".join(UNKNOWN_CHARACTER if piece == SPECIALS[UNK] else piece for piece in pieces).split(START)
+        return [
+            SPECIALS[UNK] if UNKNOWN_CHARACTER in word else word.replace(ESCAPES[" "], " ") for word in words if word
+        ]
+
+    def spell_anew(
+        self, ids: np.ndarray, offsets: np.ndarray, dropout: float, seed: str
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Other spellings of sentences, by BPE dropout: each join of two pieces is left out with a probability.
+
+        The result follows from the arguments alone, whatever was drawn before, in this process or another.
+
+        Args:
+            ids: [tokens] int32, every sentence with its `<sos>` and `<eos>`.
+            offsets: [sentences + 1] int64. Sentence i is `ids[offsets[i]:offsets[i + 1]]`.
+            dropout: the probability.
+            seed: decides on the draws.
+
+        Yields:
+            For each `SENTENCES` sentences, their ids and their lengths as `encode_all` gives them.
+        """
+        texts = np.array([*SPECIALS, *self.itos[len(SPECIALS) :]], object)
+        texts[UNK], texts[SOS], texts[EOS] = UNKNOWN_CHARACTER, "", "\n"
+        for first in range(0, len(offsets) - 1, SENTENCES):
+            last = min(first + SENTENCES, len(offsets) - 1)
+            text = "".join(texts[ids[offsets[first] : offsets[last]]].tolist())
+            lines = text.replace(START, " ").split("\n")[:-1]
+            draws = int.from_bytes(hashlib.sha256(f"{seed} {first}".encode()).digest()[:4], "big") >> 1
+            found = _drawn(draws, self._processor, [line.strip(" ") for line in lines], dropout)
+            lengths = np.array([min(len(theirs), MAX_PIECES) for theirs in found], np.int64)
+            chain = itertools.chain.from_iterable(theirs[:MAX_PIECES] for theirs in found)
+            yield self._of_theirs[np.fromiter(chain, np.int32, lengths.sum())], lengths
+
+
+def _escaped(word: str) -> str:
+    if START in word:
+        word = word.replace(START, ESCAPES[START])
+    return word if len(word.split()) == 1 else ESCAPES[" "].join(word.split())
+
+
+def _drawn(seed: int, processor, lines: list[str], dropout: float) -> list[list[int]]:
+    """The lines' pieces with dropout, from draws that begin with `seed`.
+
+    sentencepiece may keep a generator for each thread, and seed it only once. A new thread always gets a new one.
+    """
+    found: list[list[list[int]]] = []
+
+    def draw() -> None:
+        sentencepiece().set_random_generator_seed(seed)
+        found.append(
+            processor.encode(lines, enable_sampling=True, alpha=dropout, nbest_size=-1, num_threads=1) if lines else []
+        )
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def sentencepiece():
+    """The library. Whoever has no pieces needs none.
+
+    Raises:
+        UserError: usage, it is not installed.
+    """
+    if told := not_installed(["sentencepiece"], "requirements.txt"):
+        raise told
+    import sentencepiece
+
+    return sentencepiece
+
+
+def version() -> str:
+    """The library's version. Another one may spell words in another way. Raises as `sentencepiece`."""
+    sentencepiece()
+    return importlib.metadata.version("sentencepiece")
+
+
+def of(itos: list[str], model: bytes | None) -> Vocabulary:
+    """The vocabulary with these words, or with these pieces if there is a model. Raises as `Pieces`."""
+    return Vocabulary(itos) if model is None else Pieces(itos, model)
+
+
+def as_text(model: bytes | None) -> str | None:
+    """A model as text, for JSON."""
+    return None if model is None else base64.b64encode(model).decode()
+
+
+def as_model(text: str | None) -> bytes | None:
+    """The model that `as_text` was given. Raises ValueError if it is no such text."""
+    return None if text is None else base64.b64decode(text, validate=True)
+
+
+# ---------------------------------------------------------------- learning
+
+
+def learn(counts: Mapping[str, int], size: int, lang: str = "") -> Pieces:
+    """Learns pieces from the words of a text.
+
+    At least half of the pieces are for joined characters: of a script with very many, the rarest have no piece.
+
+    Args:
+        counts: how often each word stands in the text.
+        size: number of pieces, without the special ids.
+        lang: the language, for errors.
+
+    Returns:
+        The pieces by their frequency in this text. Those which are only parts of others come last.
+
+    Raises:
+        UserError: data, the text has not so many pieces. Or usage, `size` has no room for any.
+    """
+    library = sentencepiece()
+    words: Counter[str] = Counter()
+    for word, count in counts.items():
+        if not word.isspace():
+            words[_escaped(word)] += count
+    model = io.BytesIO()
+    try:
+        library.SentencePieceTrainer.train(
+            sentence_iterator=(f"{word}\t{count}" for word, count in words.items()),
+            model_writer=model,
+            input_format="tsv",
+            model_type="bpe",
+            vocab_size=size + 1,  # with <unk>
+            character_coverage=_coverage(words, size // 2),
+            normalization_rule_name="identity",
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            minloglevel=3,
+        )
+    except RuntimeError as error:
+        where = f"--subword {size}" + (f", {lang}" if lang else "")
+        if found := re.search(r"too high .* value <= (\d+)", str(error)):
+            most = int(found[1]) - 1
+            what = f"the training text has no more than {most} pieces"
+            raise UserError("data", what, where, f"give --subword {most} or less, or more text") from error
+        if found := re.search(r"smaller than required_chars", str(error)):
+            todo = "give more, such as 4000"
+            raise UserError("usage", "too few pieces to spell words with", where, todo) from error
+        raise
+    theirs = library.SentencePieceProcessor(model_proto=model.getvalue())
+    uses = np.zeros(size + 1, np.int64)
+    spelled = theirs.encode(list(words), num_threads=1)
+    for ids, count in zip(spelled, words.values(), strict=True):
+        np.add.at(uses, ids, count)
+    by_use = 1 + np.argsort(-uses[1:], kind="stable")
+    return Pieces(SPECIALS + [theirs.id_to_piece(int(index)) for index in by_use], model.getvalue())
+
+
+def _coverage(words: Mapping[str, int], most: int) -> float:
+    """Which part of a text's characters its `most` most frequent ones make up."""
+    characters: Counter[str] = Counter()
+    for word, count in words.items():
+        for character in START + word:
+            characters[character] += count
+    return sum(count for _, count in characters.most_common(max(1, most))) / characters.total()
