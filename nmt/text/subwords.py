@@ -15,7 +15,6 @@ import importlib.metadata
 import io
 import itertools
 import re
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -31,6 +30,7 @@ START = "▁"  # in front of a word's first piece, as sentencepiece has it
 ESCAPES = {START: "_", " ": "␣"}
 UNKNOWN_CHARACTER = "\ue000"  # in no text: it stands for characters that no piece has
 KEPT = 1 << 18  # words whose spelling is remembered
+STATES = 1 << 20  # spellings that are remembered for BPE dropout: 1 GB at most
 
 
 class Pieces(Vocabulary):
@@ -64,6 +64,7 @@ class Pieces(Vocabulary):
         self.model = model
         self._of_theirs = np.array([UNK, *(self._ids[piece] for piece in theirs[1:])], np.int32)
         self._spelled: dict[str, list[int]] = {}
+        self._joins: Joins | None = None
 
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """The ids of the words' pieces, one word after the other, without `<sos>` and `<eos>`."""
@@ -79,6 +80,13 @@ class Pieces(Vocabulary):
         for word, theirs in zip(new, self._processor.encode(list(map(_escaped, new)), num_threads=1), strict=True):
             self._spelled[word] = self._of_theirs[theirs].tolist() if theirs and not word.isspace() else []
         return [self._spelled[word] for word in words]
+
+    def ranks(self) -> dict[str, int]:
+        """For each piece of several characters, which of them is joined first: the lowest."""
+        size = self._processor.get_piece_size()
+        scores = {self._processor.id_to_piece(index): self._processor.get_score(index) for index in range(1, size)}
+        joined = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
+        return {piece: rank for rank, piece in enumerate(joined)}
 
     def encode_all(self, sentences: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
         """As `Vocabulary.encode_all`. A sentence has at most `MAX_PIECES`."""
@@ -110,17 +118,17 @@ class Pieces(Vocabulary):
         Yields:
             For each `SENTENCES` sentences, their ids and their lengths as `encode_all` gives them.
         """
-        texts = np.array([*SPECIALS, *self.itos[len(SPECIALS) :]], object)
+        texts = np.array(self.itos, object)
         texts[UNK], texts[SOS], texts[EOS] = UNKNOWN_CHARACTER, "", "\n"
+        joins = self._joins = self._joins or Joins(self)
         for first in range(0, len(offsets) - 1, SENTENCES):
             last = min(first + SENTENCES, len(offsets) - 1)
             text = "".join(texts[ids[offsets[first] : offsets[last]]].tolist())
-            lines = text.replace(START, " ").split("\n")[:-1]
-            draws = int.from_bytes(hashlib.sha256(f"{seed} {first}".encode()).digest()[:4], "big") >> 1
-            found = _drawn(draws, self._processor, [line.strip(" ") for line in lines], dropout)
-            lengths = np.array([min(len(theirs), MAX_PIECES) for theirs in found], np.int64)
-            chain = itertools.chain.from_iterable(theirs[:MAX_PIECES] for theirs in found)
-            yield self._of_theirs[np.fromiter(chain, np.int32, lengths.sum())], lengths
+            lines = [line.split(START)[1:] for line in text.split("\n")[:-1]]
+            draws = np.random.default_rng(list(hashlib.sha256(f"{seed} {first}".encode()).digest()))
+            found, pieces = joins.draw(list(itertools.chain.from_iterable(lines)), dropout, draws)
+            words = np.array([len(line) for line in lines], np.int64)
+            yield in_sentences(found, pieces, words)
 
 
 def _escaped(word: str) -> str:
@@ -129,23 +137,142 @@ def _escaped(word: str) -> str:
     return word if len(word.split()) == 1 else ESCAPES[" "].join(word.split())
 
 
-def _drawn(seed: int, processor, lines: list[str], dropout: float) -> list[list[int]]:
-    """The lines' pieces with dropout, from draws that begin with `seed`.
+class Joins:
+    """Which pieces the characters of a word may be joined to, step by step, with BPE dropout.
 
-    sentencepiece may keep a generator for each thread, and seed it only once. A new thread always gets a new one.
+    In each step every join that is possible is left out with the probability p, and the most frequent of the others is
+    made. So the k-th most frequent one, counted from 0, is made with the probability (1 - p) p**k, and a step needs one
+    draw. With c possible joins the word stays as it is with the probability p**c. A spelling that a word may have is
+    a state here. All words go from state to state at once, by a table, which is filled as it is needed.
+
+    Args:
+        pieces: the pieces of a language.
     """
-    found: list[list[list[int]]] = []
 
-    def draw() -> None:
-        sentencepiece().set_random_generator_seed(seed)
-        found.append(
-            processor.encode(lines, enable_sampling=True, alpha=dropout, nbest_size=-1, num_threads=1) if lines else []
-        )
+    def __init__(self, pieces: Pieces):
+        self._ids = {piece: index for index, piece in enumerate(pieces.itos) if index >= len(SPECIALS)}
+        self._ranks = pieces.ranks()
+        self._clear()
 
-    thread = threading.Thread(target=draw)
-    thread.start()
-    thread.join()
-    return found[0]
+    def _clear(self) -> None:
+        self._states: dict[tuple[str, ...], int] = {}
+        self._words: dict[str, int] = {}  # the first state of each word
+        self._spellings: list[tuple[str, ...]] = []  # of each state
+        self._positions: list[list[int]] = []  # of each state: where it may be joined, the most frequent join first
+        self._owners: list[int] = []  # of each slot: the state
+        # Of each state: how many joins it has, its first slot, its number of pieces, and where they begin in `_flat`.
+        self._counts, self._slots, self._lengths, self._starts = (_Numbers() for _ in range(4))
+        self._next = _Numbers()  # of each slot: the state after this join, or -1 if nobody has asked yet
+        self._flat = _Numbers()  # ids
+
+    def draw(self, words: list[str], dropout: float, draws: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Spells words.
+
+        Args:
+            words: as `Pieces` writes them, without `START`.
+            dropout: p.
+            draws: as many numbers are taken from it as there are steps.
+
+        Returns:
+            The ids of their pieces, one word after the other, [pieces] int32. And how many each word has, [words].
+        """
+        if len(self._spellings) > STATES:
+            self._clear()
+        states = np.array([self._first_state(word) for word in words], np.int64)
+        places = np.arange(len(states))  # of the words that are not done
+        while len(places):
+            now = states[places]
+            counts = self._counts.values[now]
+            chances = dropout ** np.arange(counts.max(), -1, -1)  # ascending
+            chances[-1] = 2.0
+            # How many of the powers p, p**2, ... are above the draw.
+            left_out = counts.max() - np.searchsorted(chances[:-1], draws.random(len(now)), side="right")
+            goes_on = left_out < counts
+            places, slots = places[goes_on], self._slots.values[now[goes_on]] + left_out[goes_on]
+            for slot in np.unique(slots[self._next.values[slots] < 0]).tolist():
+                self._next.values[slot] = self._joined(slot)
+            states[places] = self._next.values[slots]
+        lengths = self._lengths.values[states]
+        of_word = np.repeat(np.arange(len(states)), lengths)
+        within = np.arange(len(of_word)) - (np.cumsum(lengths) - lengths)[of_word]
+        return self._flat.values[self._starts.values[states[of_word]] + within].astype(np.int32), lengths
+
+    def _first_state(self, word: str) -> int:
+        state = self._words.get(word)
+        if state is None:
+            characters = (c if c in self._ids else UNKNOWN_CHARACTER for c in START + word)
+            # sentencepiece has one piece for neighbours that are unknown.
+            runs = ((c, list(run)) for c, run in itertools.groupby(characters))
+            letters = itertools.chain.from_iterable(run[:1] if c == UNKNOWN_CHARACTER else run for c, run in runs)
+            state = self._words[word] = self._state(tuple(letters))
+        return state
+
+    def _joined(self, slot: int) -> int:
+        """The state that a join leads to."""
+        owner = self._owners[slot]
+        spelling = self._spellings[owner]
+        at = self._positions[owner][slot - int(self._slots.values[owner])]
+        return self._state((*spelling[:at], spelling[at] + spelling[at + 1], *spelling[at + 2 :]))
+
+    def _state(self, spelling: tuple[str, ...]) -> int:
+        """The number of a spelling."""
+        state = self._states.get(spelling)
+        if state is not None:
+            return state
+        state = self._states[spelling] = len(self._spellings)
+        ranks = (self._ranks.get(left + right) for left, right in itertools.pairwise(spelling))
+        positions = [at for _, at in sorted((rank, at) for at, rank in enumerate(ranks) if rank is not None)]
+        self._spellings.append(spelling)
+        self._positions.append(positions)
+        self._counts.extend([len(positions)])
+        self._slots.extend([len(self._owners)])
+        self._owners += [state] * len(positions)
+        self._next.extend([-1] * len(positions))
+        self._lengths.extend([len(spelling)])
+        self._starts.extend([len(self._flat)])
+        self._flat.extend([self._ids.get(piece, UNK) for piece in spelling])
+        return state
+
+
+class _Numbers:
+    """An array of int64 that grows.
+
+    Attributes:
+        values: the numbers, and room behind them.
+    """
+
+    def __init__(self) -> None:
+        self.values, self._size = np.zeros(1 << 10, np.int64), 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def extend(self, numbers: list[int]) -> None:
+        size = self._size + len(numbers)
+        if size > len(self.values):
+            self.values = np.concatenate((self.values, np.zeros(max(size, len(self.values)), np.int64)))
+        self.values[self._size : size] = numbers
+        self._size = size
+
+
+def in_sentences(ids: np.ndarray, pieces: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts sentences to `MAX_PIECES`.
+
+    Args:
+        ids: [pieces], one word after the other.
+        pieces: [words]: how many each word has.
+        words: [sentences]: how many words each sentence has.
+
+    Returns:
+        The ids that are kept, and how many each sentence has of them, [sentences] int64.
+
+    >>> in_sentences(np.array([7, 8, 9]), np.array([1, 2]), np.array([1, 0, 1]))
+    (array([7, 8, 9]), array([1, 0, 2]))
+    """
+    ends = np.concatenate(([0], np.cumsum(pieces)))[np.concatenate(([0], np.cumsum(words)))]
+    lengths = np.diff(ends)
+    within = np.arange(len(ids)) - np.repeat(ends[:-1], lengths)
+    return ids[within < MAX_PIECES], np.minimum(lengths, MAX_PIECES)
 
 
 def sentencepiece():
