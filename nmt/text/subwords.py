@@ -29,6 +29,7 @@ START = "▁"  # in front of a word's first piece, as sentencepiece has it
 # Within a word, what stands for a character that has a meaning of its own here.
 ESCAPES = {START: "_", " ": "␣"}
 UNKNOWN_CHARACTER = "\ue000"  # in no text: it stands for characters that no piece has
+LEAST_COVERAGE = 0.98
 KEPT = 1 << 18  # words whose spelling is remembered
 STATES = 1 << 20  # spellings that are remembered for BPE dropout: 1 GB at most
 
@@ -315,7 +316,8 @@ def as_model(text: str | None) -> bytes | None:
 def learn(counts: Mapping[str, int], size: int, lang: str = "") -> Pieces:
     """Learns pieces from the words of a text.
 
-    At least half of the pieces are for joined characters: of a script with very many, the rarest have no piece.
+    At least half of the pieces are for joined characters: of a script with very many, the rarest have no piece. They
+    make up at most a fiftieth of the text.
 
     Args:
         counts: how often each word stands in the text.
@@ -326,7 +328,7 @@ def learn(counts: Mapping[str, int], size: int, lang: str = "") -> Pieces:
         The pieces by their frequency in this text. Those which are only parts of others come last.
 
     Raises:
-        UserError: data, the text has not so many pieces. Or usage, `size` has no room for any.
+        UserError: data, the text has not so many pieces, or more characters.
     """
     library = sentencepiece()
     words: Counter[str] = Counter()
@@ -356,9 +358,10 @@ def learn(counts: Mapping[str, int], size: int, lang: str = "") -> Pieces:
             most = int(found[1]) - 1
             what = f"the training text has no more than {most} pieces"
             raise UserError("data", what, where, f"give --subword {most} or less, or more text") from error
-        if found := re.search(r"smaller than required_chars", str(error)):
-            todo = "give more, such as 4000"
-            raise UserError("usage", "too few pieces to spell words with", where, todo) from error
+        if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
+            least = int(found[1]) - 1
+            what = f"the training text has {least} characters that need a piece each"
+            raise UserError("data", what, where, f"give --subword {least} or more") from error
         raise
     theirs = library.SentencePieceProcessor(model_proto=model.getvalue())
     uses = np.zeros(size + 1, np.int64)
@@ -370,9 +373,10 @@ def learn(counts: Mapping[str, int], size: int, lang: str = "") -> Pieces:
 
 
 def _coverage(words: Mapping[str, int], most: int) -> float:
-    """Which part of a text's characters its `most` most frequent ones make up."""
+    """Which part of a text's characters its `most` most frequent ones make up, or the least that sentencepiece takes."""
     characters: Counter[str] = Counter()
     for word, count in words.items():
         for character in START + word:
             characters[character] += count
-    return sum(count for _, count in characters.most_common(max(1, most))) / characters.total()
+    covered = sum(count for _, count in characters.most_common(max(1, most)))
+    return max(LEAST_COVERAGE, covered / characters.total())
