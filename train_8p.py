@@ -256,6 +256,28 @@ def build_parser() -> flags.StrictParser:
     )
 
 
+def check_flags_of_the_words(settings: Settings, given: Collection[str]) -> None:
+    """Refuses flags that contradict each other.
+
+    Args:
+        settings: as the flags give them.
+        given: the flags of the run's command and of this one.
+
+    Raises:
+        UserError: usage.
+    """
+    if settings.subword:
+        for name in ("min_freq", "max_vocab"):
+            if name in given and getattr(settings, name):
+                flag = flags.flag_of(name)
+                what = "no words are left to choose where pieces spell them"
+                where = f"--subword {settings.subword}, {flag}"
+                raise UserError("usage", what, where, f"leave {flag} or --subword out")
+    elif settings.bpe_dropout and settings.evaluate is None:
+        what = "whole words have no pieces to leave apart"
+        raise UserError("usage", what, f"--bpe-dropout {settings.bpe_dropout:g}", "give --subword too, such as 4000")
+
+
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
@@ -263,7 +285,9 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 
 def tell_what_starts(argv: list[str]) -> None:
     """Parses the flags, and prints whether a run would begin or go on."""
-    settings = Settings(**vars(build_parser().parse_args(argv)))
+    parser = build_parser()
+    settings = Settings(**vars(parser.parse_args(argv)))
+    check_flags_of_the_words(settings, parser.given)
     begins = settings.resume is None or (settings.resume == "auto" and not state_path(settings.ckptpath).exists())
     print("begins" if begins else "goes on")
 
@@ -363,28 +387,6 @@ def with_flags_of_the_run(settings: Settings, typed: dict[str, Any]) -> tuple[Se
         raise UserError("checkpoint", what, str(path), "go on with the version that wrote it") from error
     given = {name: again[name] for name in saved} | given
     return Settings(**given | {"resume": str(path)}), given, []
-
-
-def check_flags_of_the_words(settings: Settings, given: Collection[str]) -> None:
-    """Refuses flags that contradict each other.
-
-    Args:
-        settings: as the flags give them.
-        given: the flags of the run's command and of this one.
-
-    Raises:
-        UserError: usage.
-    """
-    if settings.subword:
-        for name in ("min_freq", "max_vocab"):
-            if name in given and getattr(settings, name):
-                flag = flags.flag_of(name)
-                what = "no words are left to choose where pieces spell them"
-                where = f"--subword {settings.subword}, {flag}"
-                raise UserError("usage", what, where, f"leave {flag} or --subword out")
-    elif settings.bpe_dropout and settings.evaluate is None:
-        what = "whole words have no pieces to leave apart"
-        raise UserError("usage", what, f"--bpe-dropout {settings.bpe_dropout:g}", "give --subword too, such as 4000")
 
 
 def run(

@@ -26,6 +26,23 @@ def test_multi30k_has_7853_german_and_5893_english_types(load):
     assert corpus.unknown == ["unknown words: de train 3.0%, val 4.4%, test 3.8%; en train 1.0%, val 1.9%, test 1.7%"]
 
 
+def test_max_vocab_bounds_the_vocabulary(folder, load):
+    """The four training sentences have `.` four times, `hund` three times, and `ein` and `schläft` as often or less."""
+    corpus = load(folder, max_vocab=2)
+    assert corpus.src_vocab.itos[4:] == [".", "hund"]
+    assert len(corpus.trg_vocab) == 6
+    assert load(folder, max_vocab=2, min_freq=4).src_vocab.itos[4:] == ["."]
+    assert load(folder, max_vocab=1000).src_vocab.itos == load(folder).src_vocab.itos
+
+
+def test_words_that_max_vocab_leaves_out_are_expected_to_be_unknown(tmp_path, load):
+    """So val, of the same kind as train, is not warned about."""
+    folder = write_corpus(tmp_path / "corpus", 400, 40, 40)
+    corpus = load(folder, max_vocab=2)
+    assert float(corpus.unknown[0].split("val ")[1].split("%")[0]) > 40, "the fault"
+    assert len(corpus.unknown) == 1
+
+
 def test_min_freq_bounds_the_vocabulary(folder, load):
     assert "bellt" in load(folder, min_freq=1).src_vocab.itos
     assert load(folder, min_freq=4).src_vocab.itos[4:] == ["."]

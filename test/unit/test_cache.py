@@ -187,7 +187,9 @@ def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds
     assert load.lines[-1] == f"tokenising {folder}: no readable cache has these contents"
 
 
-@pytest.mark.parametrize("flags", [{"min_freq": 1}, {"trg_lang": "xx"}])
+@pytest.mark.parametrize(
+    "flags", [{"min_freq": 1}, {"trg_lang": "xx"}, {"tokenizer": "space"}, {"max_vocab": 3}, {"subword": 20}]
+)
 def test_other_flags_have_another_cache(folder, load, builds, flags):
     for path in list(folder.glob("*.en")):
         path.with_suffix(".xx").write_bytes(path.read_bytes())
