@@ -13,7 +13,6 @@ stay in mapped files. Nothing is pickled.
 
 import contextlib
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import NamedTuple
 
 from nmt.errors import UserError
 from nmt.storage import Log
-from nmt.text import build, cache, download, files, missing
+from nmt.text import build, cache, download, files, missing, subwords
 from nmt.text.files import SPLITS
 from nmt.text.tokens import tokenise
 from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK, Vocabulary, add_ends
@@ -82,9 +81,7 @@ class Side:
     @classmethod
     def encode(cls, sentences: list[list[str]], vocab: Vocabulary) -> "Side":
         """The ids of tokenised sentences."""
-        lengths = np.array([len(words) for words in sentences], np.int64)
-        ids = np.fromiter(vocab.encode(itertools.chain.from_iterable(sentences)), np.int32, lengths.sum())
-        ids, offsets = add_ends(ids, lengths)
+        ids, offsets = add_ends(*vocab.encode_all(sentences))
         return cls(torch.from_numpy(ids), torch.from_numpy(offsets))
 
     @property
@@ -148,6 +145,11 @@ class Split:
         return len(self.src.offsets) - 1
 
 
+def kind_of_types(vocab: Vocabulary) -> str:
+    """What a vocabulary has, for the log."""
+    return "types" if vocab.model is None else "pieces"
+
+
 @dataclass(frozen=True)
 class Words:
     """The pairs of a split as words. A model numbers them by its own vocabularies.
@@ -181,7 +183,8 @@ class Words:
         """
         sides = ((self.src_lang, split.src, src_vocab), (self.trg_lang, split.trg, trg_vocab))
         types = " and ".join(f"{len(vocab)} {lang}" for lang, _, vocab in sides)
-        yield f"data: {len(split)} test pairs; {types} types; in {self.folder}"
+        kind = kind_of_types(src_vocab)
+        yield f"data: {len(split)} test pairs; {types} {kind}; in {self.folder}"
         yield "unknown words: " + "; ".join(f"{lang} test {side.unknown:.1%}" for lang, side, _ in sides)
         yield from self.notes
 
@@ -219,7 +222,7 @@ class Corpus:
         )
         yield (
             f"data: {len(self.train)} training, {len(self.val)} validation, {len(self.test)} test pairs; "
-            f"{' and '.join(types)} types; in {self.folder}"
+            f"{' and '.join(types)} {kind_of_types(self.src_vocab)}; in {self.folder}"
         )
         yield from self.unknown
         yield from self.notes
@@ -241,6 +244,36 @@ class Corpus:
                     raise UserError("data", what, f"the cached ids of {name}", "empty the cache folder and start again")
 
 
+def spelled_anew(
+    split: Split, src_vocab: Vocabulary, trg_vocab: Vocabulary, *, dropout: float, seed: int, epoch: int
+) -> Split:
+    """The pairs in other spellings, by BPE dropout. They depend on (seed, epoch) alone.
+
+    Args:
+        split: the pairs, in pieces of these vocabularies.
+        src_vocab, trg_vocab: of pieces.
+        dropout: the probability that a join of two pieces is left out. With 0 the split itself is the result.
+    """
+    if not dropout:
+        return split
+
+    def anew(side: Side, vocab: Vocabulary, name: str) -> Side:
+        assert isinstance(vocab, subwords.Pieces)
+        writer, size = cache.Writer(None), 0
+        writer.append("offsets", np.zeros(1, np.int64))
+        for found in vocab.spell_anew(side.ids.numpy(), side.offsets.numpy(), dropout, f"{seed} {epoch} {name}"):
+            ids, offsets = add_ends(*found)
+            writer.append("ids", ids)
+            writer.append("offsets", size + offsets[1:])
+            size += len(ids)
+        arrays = writer.in_memory()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+            return Side(torch.from_numpy(arrays["ids"]), torch.from_numpy(arrays["offsets"]))
+
+    return Split(anew(split.src, src_vocab, "src"), anew(split.trg, trg_vocab, "trg"))
+
+
 # ---------------------------------------------------------------- loading
 
 DOWNLOADS = "data"  # a folder of this name is made for a download, one of another name is not
@@ -256,6 +289,9 @@ def load(
     test_name: str = "test",
     min_freq: int = 2,
     case: str = "lower",
+    tokenizer: str = "spacy",
+    max_vocab: int = 0,
+    subword: int = 0,
     workers: int = 10,
     cache_dir: str | Path | None = None,
     mirror: str | None = None,
@@ -270,10 +306,14 @@ def load(
 
     Args:
         data_dir: holds the six files, or `multi30k/` with the six files, each plain or as `.gz`.
-        src_lang, trg_lang: spaCy's codes of the languages, which are also the files' suffixes.
+        src_lang, trg_lang: spaCy's codes of the languages, which are also the files' suffixes. With the tokenizer
+            "space" they are suffixes alone.
         train_name, val_name, test_name: the files' stems. "test" also finds `test2016` and `test_2016_flickr`.
         min_freq: how often a word must stand in train to be in the vocabulary.
         case: "lower" lower-cases the text, "keep" leaves it as it is.
+        tokenizer: "spacy", or "space" for text that is tokenised already.
+        max_vocab: how many words of a language its vocabulary has at most, beside the special ones. 0: all.
+        subword: how many pieces spell the words of a language, see `nmt/text/subwords.py`. 0: words are whole.
         workers: processes that tokenise, at most.
         cache_dir: where tokenised corpora are kept, by default `${XDG_CACHE_HOME:-~/.cache}/gru-for-pytorch`.
         mirror: a second address to download from.
@@ -284,8 +324,8 @@ def load(
             files. Then nothing is downloaded. 0: the files must be there.
 
     Raises:
-        UserError: data (a file is missing or unusable, or there are two corpora), usage (no tokenizer for a language),
-            io (no download, or a file that cannot be read).
+        UserError: data (a file is missing or unusable, there are two corpora, or train has fewer pieces), usage (no
+            tokenizer for a language, or a missing package), io (no download, or a file that cannot be read).
     """
     data_dir = Path(data_dir)
     langs, names = (src_lang, trg_lang), (train_name, val_name, test_name)
@@ -297,17 +337,20 @@ def load(
     split = build.split_off(pairs, val_split)
     folder = _cache_folder(cache_dir, log)
 
+    wanted = build.Words(min_freq, case, tokenizer, max_vocab, subword)
+
     def key(digests: list[str]) -> str:
-        return build.cache_key(digests, langs, min_freq, case, split)
+        return build.cache_key(digests, langs, wanted, split)
 
     def write(writer: cache.Writer, digests: list[str]) -> dict:
-        return build.build_corpus(writer, pairs, digests, langs, min_freq, workers, case, val_split)
+        return build.build_corpus(writer, pairs, digests, langs, wanted, workers, val_split)
 
     entry, digests = _read_or_build(folder, paths, key, write, verify, log)
-    src_words, trg_words = entry.about["vocabs"]
+    models = map(subwords.as_model, entry.about.get("subwords", (None, None)))  # earlier versions had none
+    src_vocab, trg_vocab = map(subwords.of, entry.about["vocabs"], models)
     return Corpus(
-        src_vocab=Vocabulary(src_words),
-        trg_vocab=Vocabulary(trg_words),
+        src_vocab=src_vocab,
+        trg_vocab=trg_vocab,
         train=_split(entry, "train"),
         val=_split(entry, "val"),
         test=_split(entry, "test"),
@@ -329,6 +372,7 @@ def load_test(
     val_name: str = "val",
     test_name: str = "test",
     case: str = "lower",
+    tokenizer: str = "spacy",
     workers: int = 10,
     cache_dir: str | Path | None = None,
     mirror: str | None = None,
@@ -357,10 +401,10 @@ def load_test(
     split = build.split_off(pairs, val_split)
 
     def key(digests: list[str]) -> str:
-        return build.key_of_test(digests, langs, case, split)
+        return build.key_of_test(digests, langs, case, tokenizer, split)
 
     def write(writer: cache.Writer, digests: list[str]) -> dict:
-        return build.build_test(pairs, digests, langs, workers, case, val_split)
+        return build.build_test(pairs, digests, langs, workers, case, tokenizer, val_split)
 
     entry, digests = _read_or_build(_cache_folder(cache_dir, log), paths, key, write, True, log)
     src_tokens, trg_tokens = entry.about["words"]

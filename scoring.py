@@ -398,14 +398,14 @@ def vocabularies(
             str(where),
             f"give --src-lang {languages[0]} --trg-lang {languages[1]} and such data",
         )
-    return data.Vocabulary(saved.src_vocab), data.Vocabulary(saved.trg_vocab)
+    return saved.vocabularies(where)
 
 
 def in_vocabularies(
     split: data.Split, own: tuple[data.Vocabulary, data.Vocabulary], wanted: tuple[data.Vocabulary, data.Vocabulary]
 ) -> data.Split:
     """`split`, whose ids are of the vocabularies `own`, in ids of the vocabularies `wanted`."""
-    if [vocab.itos for vocab in own] == [vocab.itos for vocab in wanted]:
+    if [(vocab.itos, vocab.model) for vocab in own] == [(vocab.itos, vocab.model) for vocab in wanted]:
         return split
     assert split.src_tokens is not None and split.trg_tokens is not None
     return data.Split.encode(split.src_tokens, split.trg_tokens, *wanted)

@@ -143,6 +143,16 @@ class Settings:
         "alone decides; files that are there are used; 0: all six must be there", unit="PAIRS")
     write_split: str | None = flags.row(DATA, None, "DIR",
         "write the text of train, val and test into this new folder, to see what --val-split took")
+    tokenizer: str = flags.row(DATA, "spacy", flags.TOKENIZERS,
+        "what splits a line into words: spacy: the rules of its languages; space: the text is tokenised already, in "
+        "any language")
+    subword: int = flags.row(DATA, 0, flags.non_negative_int,
+        "spell the words of each language with so many pieces, learned from train by sentencepiece; 0: whole words")
+    bpe_dropout: float = flags.row(DATA, 0.0, flags.part,
+        "with --subword: probability that a join of two pieces is left out in training; each epoch draws anew",
+        trains=True)
+    max_vocab: int = flags.row(DATA, 0, flags.non_negative_int,
+        "most words of each language in its vocabulary, the most frequent ones; 0: all that --min-freq leaves")
     workers: int = flags.row(DATA, 10, flags.non_negative_int,
         "most processes that tokenise; a small corpus takes one", also="-j")
 
@@ -258,11 +268,21 @@ OF_THE_COMMAND = (
 OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
-DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case", "val_split")
+OF_THE_WORDS = ("min_freq", "case", "tokenizer", "subword", "max_vocab")
+DECISIVE = ("src_lang", "trg_lang", "fixed_length", "max_length", "val_split", *OF_THE_WORDS)
 # Settings that states of earlier versions do not have, as they were then.
-LATER: dict[str, Any] = {"case": "lower", "patience": 0, "accumulate": 1, "val_split": 0}
+LATER: dict[str, Any] = {
+    "case": "lower",
+    "patience": 0,
+    "accumulate": 1,
+    "val_split": 0,
+    "tokenizer": "spacy",
+    "subword": 0,
+    "bpe_dropout": 0.0,
+    "max_vocab": 0,
+}
 # What a score takes from the checkpoint.
-OF_THE_MODEL = ("src_lang", "trg_lang", "min_freq", "case", "val_split")
+OF_THE_MODEL = ("src_lang", "trg_lang", "val_split", *OF_THE_WORDS)
 OF_ITS_SPLIT = ("train_name", "val_name", "test_name")  # where --val-split took the test pairs out of train
 EXAMPLES = """examples:
   python3 train_8p.py                                  train on the sample corpus
@@ -290,6 +310,28 @@ def build_parser() -> flags.StrictParser:
     )
 
 
+def check_flags_of_the_words(settings: Settings, given: Collection[str]) -> None:
+    """Refuses flags that contradict each other.
+
+    Args:
+        settings: as the flags give them.
+        given: the flags of the run's command and of this one.
+
+    Raises:
+        UserError: usage.
+    """
+    if settings.subword:
+        for name in ("min_freq", "max_vocab"):
+            if name in given and getattr(settings, name):
+                flag = flags.flag_of(name)
+                what = "no words are left to choose where pieces spell them"
+                where = f"--subword {settings.subword}, {flag}"
+                raise UserError("usage", what, where, f"leave {flag} or --subword out")
+    elif settings.bpe_dropout and settings.evaluate is None:
+        what = "whole words have no pieces to leave apart"
+        raise UserError("usage", what, f"--bpe-dropout {settings.bpe_dropout:g}", "give --subword too, such as 4000")
+
+
 # `--help` needs no package and does not wait for one. A package that is missing is told in one line.
 if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     sys.exit(run_main(lambda argv: build_parser().print_help(), []))
@@ -302,6 +344,7 @@ def tell_what_starts(argv: list[str]) -> None:
     """
     parser = build_parser()
     settings = Settings(**vars(parser.parse_args(argv)))
+    check_flags_of_the_words(settings, parser.given)
     begins = settings.resume is None or (settings.resume == "auto" and not state_path(settings.ckptpath).exists())
     what = ""
     if settings.evaluate is not None:
@@ -355,6 +398,7 @@ def main(argv: list[str]) -> None:
     settings = Settings(**vars(parser.parse_args(argv)))
     typed = {name: getattr(settings, name) for name in parser.given}
     settings, given, notes = with_flags_of_the_run(settings, typed)
+    check_flags_of_the_words(settings, given)
     plan = distributed.plan(
         **settings.named("device npu gpu device_list device_id max_devices multiprocessing_distributed"),
         **settings.named("world_size rank"),
@@ -674,6 +718,7 @@ def train(
     loader, val_loader = (
         data.Loader(split, device, fixed_length=settings.fixed_length) for split in (corpus.train, corpus.val)
     )
+    train_pairs = corpus.train
     first_batches = epoch_steps(settings, corpus, epoch=0)
     total_steps = settings.epochs * len(first_batches)
     if world.size > 1:
@@ -703,7 +748,10 @@ def train(
 
     world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
-        batches = epoch_steps(settings, corpus, epoch)
+        if settings.bpe_dropout:
+            train_pairs = spelled_anew(settings, corpus, epoch)
+            loader = data.Loader(train_pairs, device, fixed_length=settings.fixed_length)
+        batches = epoch_steps(settings, corpus, epoch, train_pairs)
         criterion.train()
         log = EpochLog(
             world,
@@ -811,15 +859,28 @@ def settle_buckets(trainer: precision.Trainer, criterion: torch.nn.Module, batch
     trainer.drop_gradients()
 
 
-def epoch_steps(settings: Settings, corpus: data.Corpus, epoch: int) -> data.EpochBatches | list[torch.Tensor]:
+def spelled_anew(settings: Settings, corpus: data.Corpus, epoch: int) -> data.Split:
+    """The training pairs as an epoch reads them, with --bpe-dropout. All ranks have the same."""
+    vocabs = corpus.src_vocab, corpus.trg_vocab
+    return data.spelled_anew(corpus.train, *vocabs, dropout=settings.bpe_dropout, seed=settings.seed, epoch=epoch)
+
+
+def epoch_steps(
+    settings: Settings, corpus: data.Corpus, epoch: int, pairs: data.Split | None = None
+) -> data.EpochBatches | list[torch.Tensor]:
     """The steps of one epoch, each with the indices of its pairs over all ranks, [batch] int64.
 
     A performance run goes round again until it has enough steps.
+
+    Args:
+        settings, corpus: as in `train`.
+        epoch: from 0.
+        pairs: the training pairs as this epoch reads them. Their number does not depend on that.
     """
 
     def a_round(number: int) -> data.EpochBatches:
         return data.epoch_batches(
-            corpus.train,
+            pairs or corpus.train,
             settings.batch_size,
             seed=settings.seed,
             epoch=epoch + number,
@@ -940,6 +1001,8 @@ def as_checkpoint(
         },
         src_vocab=corpus.src_vocab.itos,
         trg_vocab=corpus.trg_vocab.itos,
+        src_subwords=corpus.src_vocab.model,
+        trg_subwords=corpus.trg_vocab.model,
         flags=checkpoint.portable(flags_of(settings, world)),
         scores=scores,
         about={
@@ -950,8 +1013,14 @@ def as_checkpoint(
             "torch": str(torch.__version__),
             "spacy": importlib.metadata.version("spacy"),
             "world_size": world.size,
-        },
+        }
+        | library_of_pieces(settings),
     )
+
+
+def library_of_pieces(settings: Settings) -> dict[str, str]:
+    """The version of what spells words with pieces, where it does."""
+    return {"sentencepiece": importlib.metadata.version("sentencepiece")} if settings.subword else {}
 
 
 def score(
@@ -1004,7 +1073,7 @@ def load_corpus(settings: Settings, *, verify: bool = True, log: Callable[[str],
         UserError: as from `data.load`. Or io, `--cache-dir` cannot be used.
     """
     where = data_folder(settings, log)
-    return data.load(where, **settings.named(f"{OF_FILES} min_freq"), verify=verify, log=log)
+    return data.load(where, **settings.named(f"{OF_FILES} min_freq max_vocab subword"), verify=verify, log=log)
 
 
 def load_test(settings: Settings, log: Callable[[str], object] = say) -> data.Words:
@@ -1013,7 +1082,7 @@ def load_test(settings: Settings, log: Callable[[str], object] = say) -> data.Wo
 
 
 OF_NAMES = "src_lang trg_lang train_name val_name test_name"
-OF_FILES = f"{OF_NAMES} case workers cache_dir mirror val_split"
+OF_FILES = f"{OF_NAMES} case tokenizer workers cache_dir mirror val_split"
 
 
 def write_split(settings: Settings) -> None:
@@ -1054,7 +1123,8 @@ def new_state(settings: Settings, given: dict[str, Any], world: World, corpus: d
             "device": world.describe(),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
-        },
+        }
+        | library_of_pieces(settings),
     )
 
 
@@ -1277,7 +1347,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world, corpus).items())
     yield f"device: {world.describe()}"
     yield from corpus.lines()
-    yield from unknown_words(corpus, settings.min_freq)
+    yield from unknown_words(corpus, settings)
     if not settings.performance:
         yield from scoring.note_on_length(corpus.val, settings.max_length, "validation")
     if mixed.note:
@@ -1291,7 +1361,7 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
         )
 
 
-def unknown_words(corpus: data.Corpus, min_freq: int) -> Iterator[str]:
+def unknown_words(corpus: data.Corpus, settings: Settings) -> Iterator[str]:
     """The lines that say of a language that most words of its training text are unknown."""
     for lang, side in ((corpus.src_lang, corpus.train.src), (corpus.trg_lang, corpus.train.trg)):
         ids = side.ids[:1_000_000]  # of a large corpus they tell enough
@@ -1300,7 +1370,10 @@ def unknown_words(corpus: data.Corpus, min_freq: int) -> Iterator[str]:
         if part > 0.5:
             yield (
                 f"note: {part:.0%} of the {lang} words of train are unknown, because they stand there fewer than "
-                f"{min_freq} times; a lower --min-freq keeps more"
+                f"{settings.min_freq} times; a lower --min-freq keeps more"
+                if not settings.max_vocab
+                else f"note: {part:.0%} of the {lang} words of train are unknown; a lower --min-freq, or a higher "
+                "--max-vocab, keeps more"
             )
 
 

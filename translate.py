@@ -94,7 +94,8 @@ class Settings:
     length_penalty: float | None = flags.row(SEARCH, None, flags.power,
         "a hypothesis's log probability is divided by its length to this power", unit="POWER")
     max_length: int | None = flags.row(SEARCH, None, flags.translation_length,
-        "most tokens of a sentence's translation; if the run had none: as many as the sentence has, rounded up to 50s")
+        "most words or pieces of a sentence's translation; if the run had none: as many as the sentence has, rounded "
+        "up to 50s")
 
     backend: str = flags.row(ENGINE, "torch", ("torch", "onnx"),
         "what computes; onnx: --ckptpath is a folder that export_onnx.py has written, and PyTorch is not needed")
@@ -228,6 +229,7 @@ def engine_of(settings: Settings, path: str) -> "Engine":
         raise UserError("checkpoint", f"holds no model of this gru.py: {error}", path, todo) from error
     words = shortlist_of(saved, settings.shortlist, path)
     dtype = choose_dtype(settings.precision)
+    saved.vocabularies(path)  # pieces that contradict their models are told now
     return TorchEngine(model, info_of(saved), dtype=dtype, shortlist=words, scores=settings.scores)
 
 
@@ -396,7 +398,7 @@ class Scored:
             tokens = [translation.tokens for translation in found]
             reference = [
                 [token for token in sentence if not token.isspace()]
-                for sentence in tokenise(self._reference, info.trg_lang, "keep")[0]
+                for sentence in tokenise(self._reference, info.trg_lang, "keep", info.tokenizer)[0]
             ]
             if info.case == "lower":  # words that were copied from the source have the source's case
                 tokens, reference = scoring.lowered(tokens), scoring.lowered(reference)
@@ -521,8 +523,10 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
     completed = {True: "completed", False: "not completed: this is the best epoch so far"}
     sizes = info.sizes
     yield f"model: {path}"
-    yield f"translates: {info.src_lang} to {info.trg_lang}, {case}"
-    yield f"vocabularies: {len(info.src_words)} words of {info.src_lang}, {len(info.trg_words)} of {info.trg_lang}"
+    kind = "words" if info.subwords is None else "pieces"
+    split = "" if info.tokenizer == "spacy" else "; the text is tokenised already, with spaces between tokens"
+    yield f"translates: {info.src_lang} to {info.trg_lang}, {case}{split}"
+    yield f"vocabularies: {len(info.src_words)} {kind} of {info.src_lang}, {len(info.trg_words)} of {info.trg_lang}"
     if sizes:
         yield "sizes: " + ", ".join(f"{name} {size}" for name, size in sorted(sizes.items()))
     if "parameters" in about:
@@ -531,8 +535,10 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
         yield f"run: {completed[bool(about['completed'])]}"
     if "export" in about:
         yield f"export: ONNX, {about['export']}"
-    named = [name for name in ("recipe", "seed", "epochs", "batch_size", "lr", "min_freq") if name in values]
-    yield "training: " + ", ".join(f"{name} {values[name]}" for name in named)
+    named = ["recipe", "seed", "epochs", "batch_size", "lr"]
+    named += ["subword", "bpe_dropout"] if values.get("subword") else ["min_freq"]
+    named += [name for name in ("max_vocab",) if values.get(name)]  # 0: there was no limit
+    yield "training: " + ", ".join(f"{name} {values[name]}" for name in named if name in values)
     yield "validation: " + ", ".join(
         f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value + 1}"  # the epoch, from 1 for people
         for name, value in info.scores.items()

@@ -21,12 +21,14 @@ from typing import Any
 from nmt import flags, keeping, sealed
 from nmt.errors import UserError, first_line
 from nmt.storage import InUse, Log, lock_path, locked, probe
-from nmt.text.vocabulary import SPECIALS
+from nmt.text import subwords
+from nmt.text.vocabulary import SPECIALS, Vocabulary
 
 import torch
 from torch import Tensor
 
 FORMAT = 2
+PIECES_FORMAT = 3  # of models that earlier versions would misread: with pieces, or with another tokenizer than spaCy's
 UNSEALED_FORMAT = 1  # of earlier versions
 SIZES = ("input_dim", "output_dim", "emb_dim", "hid_dim")
 LARGEST_SIZE = 1 << 28  # more does not fit PyTorch's counters
@@ -38,6 +40,7 @@ USED_FLAGS = {
     "beam_size": flags.positive_int,
     "length_penalty": flags.power,
     "case": flags.case,
+    "tokenizer": flags.tokenizer,
 }
 
 
@@ -76,13 +79,14 @@ class Checkpoint:
     Attributes:
         state_dict: name → fp32 tensor on the CPU.
         sizes: input_dim, output_dim, emb_dim, hid_dim. Empty in a checkpoint of the original, which does not say them.
-        src_vocab, trg_vocab: words by id. None in a checkpoint of the original, which held none.
+        src_vocab, trg_vocab: words or pieces by id. None in a checkpoint of the original, which held none.
         flags: the run's flags, recipe resolved.
         scores: the epoch's validation figures.
         about: languages, the fingerprints of the data and of the vocabularies, versions.
         completed: whether the run went to its end. Files of earlier versions do not say, and count as completed.
         shortlist: [source types, width] int32, the probable translations of each source word, see `nmt/shortlist.py`.
             None in files of earlier versions.
+        src_subwords, trg_subwords: sentencepiece's models of the pieces, see `nmt/text/subwords.py`. None: whole words.
     """
 
     state_dict: dict[str, Tensor]
@@ -94,6 +98,23 @@ class Checkpoint:
     about: dict[str, Any] = field(default_factory=dict)
     completed: bool = True
     shortlist: Tensor | None = None
+    src_subwords: bytes | None = None
+    trg_subwords: bytes | None = None
+
+    def vocabularies(self, where: str | Path) -> tuple[Vocabulary, Vocabulary]:
+        """What turns words into the model's ids, and back. The original's checkpoints have none.
+
+        Args:
+            where: the checkpoint's path, for errors.
+
+        Raises:
+            UserError: checkpoint, the pieces do not go with their models. Or usage, sentencepiece is not installed.
+        """
+        assert self.src_vocab is not None and self.trg_vocab is not None
+        try:
+            return subwords.of(self.src_vocab, self.src_subwords), subwords.of(self.trg_vocab, self.trg_subwords)
+        except ValueError as error:
+            raise damaged(str(error), str(where)) from error
 
     def digest(self) -> str:
         """sha256 over everything that the checkpoint says. Files of format 1 hold it."""
@@ -108,8 +129,11 @@ class Checkpoint:
         return hasher.hexdigest()
 
 
-# The file's keys. It may have `shortlist` too.
-CONTENT = [entry.name for entry in dataclasses.fields(Checkpoint) if entry.name not in ("completed", "shortlist")]
+SUBWORDS = ("src_subwords", "trg_subwords")
+# The file's keys. It may have `shortlist` and `SUBWORDS` too, the latter as uint8 tensors.
+CONTENT = [
+    entry.name for entry in dataclasses.fields(Checkpoint) if entry.name not in ("completed", "shortlist", *SUBWORDS)
+]
 
 
 def vocabulary_digest(src_words: list[str], trg_words: list[str]) -> str:
@@ -201,9 +225,15 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     content = {name: getattr(checkpoint, name) for name in CONTENT}
     if checkpoint.shortlist is not None:
         content["shortlist"] = checkpoint.shortlist
+    number = FORMAT
+    if checkpoint.src_subwords is not None or checkpoint.flags.get("tokenizer", "spacy") != "spacy":
+        number = PIECES_FORMAT
+    for name in SUBWORDS:
+        if (model := getattr(checkpoint, name)) is not None:
+            content[name] = torch.frombuffer(bytearray(model), dtype=torch.uint8)
     weights = {name: tensor.detach().contiguous() for name, tensor in checkpoint.state_dict.items()}
     try:
-        sealed.write(path, content | {"format": FORMAT, "state_dict": weights}, completed=checkpoint.completed)
+        sealed.write(path, content | {"format": number, "state_dict": weights}, completed=checkpoint.completed)
     except OSError as error:
         what = f"cannot write the checkpoint: {error.strerror or error}"
         raise UserError("io", what, str(path), "make room there, or give --ckptpath") from error
@@ -338,14 +368,21 @@ def read_own(content: dict, seal: sealed.Seal | None, where: str) -> Checkpoint:
     number = content.get("format")
     if type(number) is not int:
         raise damaged("it does not say its format", where)
-    if number not in (FORMAT, UNSEALED_FORMAT):
+    if number not in (UNSEALED_FORMAT, FORMAT, PIECES_FORMAT):
         todo = "use the version that wrote it"
-        raise UserError("checkpoint", f"format {number}, expected at most {FORMAT}", where, todo)
-    if number == FORMAT and seal is None:
+        raise UserError("checkpoint", f"format {number}, expected at most {PIECES_FORMAT}", where, todo)
+    if number != UNSEALED_FORMAT and seal is None:
         raise UserError("checkpoint", sealed.INCOMPLETE, where, sealed.OTHER_COPY)
     if missing := [name for name in CONTENT if name not in content]:
         raise damaged(f"it has no {missing[0]}", where)
     checkpoint = Checkpoint(**{name: content[name] for name in CONTENT}, shortlist=content.get("shortlist"))
+    for name in SUBWORDS:
+        if (model := content.get(name)) is not None:
+            if (fault := fault_of_tensor(model, torch.uint8)) or model.dim() != 1:
+                raise damaged(f"{name} {fault or 'is no row of bytes'}", where)
+            setattr(checkpoint, name, model.numpy().tobytes())
+    if (checkpoint.src_subwords is None) != (checkpoint.trg_subwords is None):
+        raise damaged("one language has pieces, the other has words", where)
     check(checkpoint, where)
     if number == UNSEALED_FORMAT and (actual := checkpoint.digest()) != content.get("sha256"):
         raise damaged(f"sha256 {actual}, expected {content.get('sha256')}", where)

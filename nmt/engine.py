@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from nmt.text import subwords
+from nmt.text.vocabulary import Vocabulary
+
 
 class Hypothesis(NamedTuple):
     """One translation of a sentence.
@@ -21,13 +24,14 @@ class ModelInfo:
     """What a trained model says about itself.
 
     Attributes:
-        src_lang, trg_lang: spaCy's codes of the languages.
-        src_words, trg_words: the vocabularies, by id.
+        src_lang, trg_lang: codes of the languages, for the tokenizer "spacy" those of spaCy.
+        src_words, trg_words: the vocabularies, by id: words or pieces.
         case: "lower" or "keep": whether its text was lower-cased.
         sizes: input_dim, output_dim, emb_dim, hid_dim.
         flags: the run's flags, recipe resolved.
         scores: the validation figures of the epoch that was kept.
         about: fingerprints and versions, the number of parameters, and whether the run was completed.
+        subwords: sentencepiece's models of the pieces of both languages, or None for whole words.
     """
 
     src_lang: str
@@ -39,6 +43,22 @@ class ModelInfo:
     flags: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    subwords: tuple[bytes, bytes] | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """What splits the model's text into words, one of `nmt.flags.TOKENIZERS`."""
+        return self.flags.get("tokenizer", "spacy")
+
+    def vocabularies(self) -> tuple[Vocabulary, Vocabulary]:
+        """What turns words into ids, and back.
+
+        Raises:
+            ValueError: the pieces do not go with their models.
+            UserError: usage, sentencepiece is not installed.
+        """
+        src_model, trg_model = self.subwords or (None, None)
+        return subwords.of(self.src_words, src_model), subwords.of(self.trg_words, trg_model)
 
 
 class Engine(Protocol):

@@ -16,6 +16,7 @@ from typing import Any
 from nmt.errors import UserError
 
 CASES = ("lower", "keep")  # what becomes of capital letters
+TOKENIZERS = ("spacy", "space")  # what splits lines into words
 INTEGER = re.compile(r"[+-]?[0-9]+")
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
@@ -366,8 +367,17 @@ def part(text: str) -> float:
 
 def case(text: str) -> str:
     """One of `CASES`."""
-    if text not in CASES:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(CASES)}")
+    return one_of(CASES, text)
+
+
+def tokenizer(text: str) -> str:
+    """One of `TOKENIZERS`."""
+    return one_of(TOKENIZERS, text)
+
+
+def one_of(choices: tuple[str, ...], text: str) -> str:
+    if text not in choices:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(choices)}")
     return text
 
 

@@ -1,6 +1,6 @@
 """The engine that computes with onnxruntime, and the folder that a model is exported to. Needs no PyTorch.
 
-An export is a folder of three files. `export_onnx.py` makes the first two:
+An export is a folder of files. `export_onnx.py` makes the first two:
 
     encoder.onnx   src [src len, sentences] int64, src_len [sentences] int32
                    → hidden [sentences, hid dim], context_gates [sentences, 3 * hid dim],
@@ -9,7 +9,11 @@ An export is a folder of three files. `export_onnx.py` makes the first two:
                    context_gates and context_logits as the encoder gave them
                    → next_hidden [rows, hid dim], logits [rows, output dim], log_sum [rows],
                      top_logits and top_tokens [rows, k]
-    model.json     format; info: what the model says about itself; sha256 of the other two files and of info
+    model.json     format; info: what the model says about itself; sha256 of the other files and of info
+
+A model whose words are spelled with pieces has two more files, sentencepiece's models:
+
+    src.model, trg.model
 
 A row is a hypothesis, and `sentence` says which sentence it belongs to. So the number of a sentence's hypotheses may
 change from step to step, and nothing of the context is copied. `log_sum` is the logarithm of the sum of the logits'
@@ -27,12 +31,14 @@ from typing import Any
 from nmt.engine import Hypothesis, ModelInfo
 from nmt.errors import UserError, first_line, not_installed
 from nmt.storage import PARTIAL, InUse, locked, new_folder, probe, sha256, write_synced
-from nmt.text.vocabulary import EOS, PAD, SOS, Vocabulary
+from nmt.text.vocabulary import EOS, PAD, SOS
 
 import numpy as np
 
 FORMAT = 1
+PIECES_FORMAT = 2  # of models that earlier versions would misread: with pieces, or with another tokenizer than spaCy's
 PARTS = ("encoder.onnx", "decoder.onnx")
+SUBWORDS = ("src.model", "trg.model")
 DESCRIPTION = "model.json"
 MEMORY = ("context_gates", "context_logits")
 STEP = ("next_hidden", "log_sum", "top_logits", "top_tokens")
@@ -67,14 +73,18 @@ def write(folder: Path, info: ModelInfo, parts: Mapping[str, bytes]) -> None:
     Args:
         folder: is not there yet, or empty.
         info: of the model.
-        parts: the files by name, `PARTS`.
+        parts: the graphs by name, `PARTS`.
 
     Raises:
         UserError: io.
     """
     check_place(folder)
-    hashes = {name: sha256(part) for name, part in parts.items()} | {"info": info_sha256(asdict(info))}
-    description = {"format": FORMAT, "sha256": hashes, "info": asdict(info)}
+    said = asdict(info)
+    models = dict(zip(SUBWORDS, said.pop("subwords") or (), strict=False))
+    parts = {**parts, **models}
+    number = FORMAT if not models and info.tokenizer == "spacy" else PIECES_FORMAT
+    hashes = {name: sha256(part) for name, part in parts.items()} | {"info": info_sha256(said)}
+    description = {"format": number, "sha256": hashes, "info": said}
     # A flag may be a path that is no text. JSON has escapes for what UTF-8 cannot hold, written as Python's own.
     text = json.dumps(description, ensure_ascii=False, indent=1).encode(errors="backslashreplace")
     lock = folder.with_name(f".{folder.name}.lock")
@@ -109,7 +119,8 @@ def read(folder: str | os.PathLike) -> tuple[ModelInfo, dict[str, bytes]]:
     if not (folder / DESCRIPTION).is_file():
         raise UserError("checkpoint", f"no export: it has no {DESCRIPTION}", where, another)
     files = {}
-    for name in (DESCRIPTION, *PARTS):
+    there = [name for name in SUBWORDS if os.path.lexists(folder / name)]
+    for name in (DESCRIPTION, *PARTS, *there):
         try:
             if not (folder / name).is_file():  # opening a pipe would wait for ever
                 raise damaged(f"it has no {name}", where)
@@ -133,9 +144,9 @@ def info_of(description: Any, parts: Mapping[str, bytes], where: str) -> ModelIn
     number = description.get("format") if isinstance(description, dict) else None
     if type(number) is not int:
         raise damaged("it does not say its format", where)
-    if number != FORMAT:
+    if number not in (FORMAT, PIECES_FORMAT):
         todo = "use the version that wrote it, or export again"
-        raise UserError("checkpoint", f"format {number}, expected {FORMAT}", where, todo)
+        raise UserError("checkpoint", f"format {number}, expected at most {PIECES_FORMAT}", where, todo)
     hashes, info = description.get("sha256"), description.get("info")
     if not isinstance(hashes, dict) or not isinstance(info, dict):
         raise damaged(f"{DESCRIPTION} has no sha256 or no info", where)
@@ -143,11 +154,16 @@ def info_of(description: Any, parts: Mapping[str, bytes], where: str) -> ModelIn
     for name, digest in actual.items():
         if hashes.get(name) != digest:
             raise damaged(f"{name} has sha256 {digest}, expected {hashes.get(name)}", where)
-    if info.keys() != {field.name for field in fields(ModelInfo)}:
+    if absent := [name for name in SUBWORDS if name in hashes and name not in parts]:
+        raise damaged(f"it has no {absent[0]}", where)
+    if info.keys() != {field.name for field in fields(ModelInfo)} - {"subwords"}:
         raise damaged(f"info has {', '.join(info)}", where)
-    found = ModelInfo(**info)
+    models = [parts[name] for name in SUBWORDS if name in parts]
+    if len(models) == 1:
+        raise damaged("one language has pieces, the other has words", where)
+    found = ModelInfo(**info, subwords=(models[0], models[1]) if models else None)
     try:
-        sizes = [len(Vocabulary(found.src_words)), len(Vocabulary(found.trg_words))]
+        sizes = [len(vocab) for vocab in found.vocabularies()]
         expected = [found.sizes["input_dim"], found.sizes["output_dim"]]
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(f"its vocabularies: {first_line(error)}", where) from error

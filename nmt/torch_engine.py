@@ -25,6 +25,7 @@ BATCH_IDS = 1 << 20  # hypotheses times the most tokens of a translation
 def info_of(saved: Checkpoint) -> ModelInfo:
     """What a checkpoint of this program says. The original's have no vocabulary, and translate nothing."""
     assert saved.src_vocab is not None and saved.trg_vocab is not None
+    models = saved.src_subwords, saved.trg_subwords
     return ModelInfo(
         src_lang=saved.about["src_lang"],
         trg_lang=saved.about["trg_lang"],
@@ -36,6 +37,7 @@ def info_of(saved: Checkpoint) -> ModelInfo:
         scores=saved.scores,
         about=saved.about
         | {"completed": saved.completed, "parameters": sum(tensor.numel() for tensor in saved.state_dict.values())},
+        subwords=None if models[0] is None or models[1] is None else (models[0], models[1]),
     )
 
 

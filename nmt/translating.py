@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from nmt.engine import Engine, Hypothesis
 from nmt.text import sentences
 from nmt.text.detokens import Detokeniser
+from nmt.text.subwords import MAX_PIECES
 from nmt.text.tokens import MAX_CHARACTERS, MAX_WORD, MAX_WORDS, tokenise_lines, tokenizer_of, without_long_words
-from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK, Vocabulary
+from nmt.text.vocabulary import EOS, PAD, SOS, SPECIALS, UNK
 
 LENGTH_STEP = 50  # a translation may have as many tokens as its source, rounded up to a multiple of this
 UNKNOWN = SPECIALS[UNK]
@@ -16,6 +17,7 @@ WORDS_KEPT = 100_000  # by a tokenizer: 100 MB. A new one costs a tenth of a sec
 
 # What may happen to a sentence or a line. Their number stands in front where it is told.
 CUT = f"sentence(s) of more than {MAX_WORDS} words or {MAX_CHARACTERS} characters: what is beyond was left out"
+CUT_PIECES = f"sentence(s) of more than {MAX_PIECES} pieces: what is beyond was left out"
 LONG_WORD = f"line(s) with a word of more than {MAX_WORD} characters: what is beyond was left out"
 
 
@@ -45,21 +47,25 @@ EMPTY = Translation([], "", 0.0)
 class Translator:
     """Translates lines of text with an engine.
 
-    A line is split into its sentences, because models are trained on single ones. Each is translated on its own.
+    A line is split into its sentences, because models are trained on single ones. Each is translated on its own. A line
+    that is tokenised already is one sentence, and its translation's words have spaces between them.
 
     Args:
         engine: the model.
         beam_size, length_penalty: as in `nmt.engine.Engine.translate`. None: as the model's run scored.
-        max_length: most tokens of a sentence's translation. None: as the model's run, or as many as the sentence has,
-            rounded up to a multiple of `LENGTH_STEP`.
+        max_length: most words or pieces of a sentence's translation. None: as the model's run, or as many as the
+            sentence has, rounded up to a multiple of `LENGTH_STEP`.
         n_best: translations of each line.
         replace_unknown: a `<unk>` becomes the source's unknown word, see `with_source_words`.
         detokenise: whether the text is put together as people write it.
 
     Attributes:
         beam_size, length_penalty: as they were resolved.
-        changes: counts what was left out, by `CUT` and `LONG_WORD`.
+        changes: counts what was left out, by `CUT`, `CUT_PIECES` and `LONG_WORD`.
         words, unknown: how many words were translated, and how many of them are not in the vocabulary.
+
+    Raises:
+        ValueError, UserError: as from `nmt.engine.ModelInfo.vocabularies`.
     """
 
     def __init__(
@@ -75,14 +81,15 @@ class Translator:
     ):
         info = engine.info
         self._engine, self._info = engine, info
-        self._src, self._trg = Vocabulary(info.src_words), Vocabulary(info.trg_words)
+        self._src, self._trg = info.vocabularies()
+        self._by_rules = info.tokenizer == "spacy"
         width = info.flags.get("beam_size", 1) if beam_size is None else beam_size
         self.beam_size: int = min(width, len(info.trg_words))
         self.length_penalty: float = info.flags.get("length_penalty", 1.0) if length_penalty is None else length_penalty
         self._max_length: int | None = info.flags.get("max_length") if max_length is None else max_length
         self._n_best = n_best
         self._replace_unknown = replace_unknown
-        self._detokeniser = Detokeniser(info.trg_lang) if detokenise else None
+        self._detokeniser = Detokeniser(info.trg_lang) if detokenise and self._by_rules else None
         self.changes: Counter[str] = Counter()
         self.words = self.unknown = 0
 
@@ -95,47 +102,55 @@ class Translator:
         Returns:
             `n_best` translations of each line, the best first. A line without a word gets empty ones.
         """
-        tokenizer_of(self._info.src_lang, WORDS_KEPT)
-        pieces: list[str] = []
-        spans: list[range] = []  # of each line's sentences among the pieces
+        if self._by_rules:
+            tokenizer_of(self._info.src_lang, WORDS_KEPT)
+        texts: list[str] = []
+        spans: list[range] = []  # of each line's sentences among the texts
         for line in lines:
-            first = len(pieces)
-            pieces += self._sentences(line)
-            spans.append(range(first, len(pieces)))
-        translated = self._translate(pieces)
+            first = len(texts)
+            texts += self._sentences(line)
+            spans.append(range(first, len(texts)))
+        translated = self._translate(texts)
         return [self._joined([translated[place] for place in span if translated[place]]) for span in spans]
 
     def _sentences(self, line: str) -> list[str]:
         if len(line) > MAX_WORD:
-            line, was_cut = without_long_words(line, self._info.src_lang)
+            line, was_cut = without_long_words(line, self._info.src_lang, self._info.tokenizer)
             self.changes[LONG_WORD] += was_cut
-        return sentences.split(line, self._info.src_lang)
+        if self._by_rules:
+            return sentences.split(line, self._info.src_lang)
+        return [line.strip()] if line.strip() else []
 
-    def _translate(self, pieces: list[str]) -> list[list[Translation]]:
+    def _translate(self, texts: list[str]) -> list[list[Translation]]:
         """The translations of each sentence. None of white space. One without a letter or a digit is copied."""
-        tokenised = tokenise_lines(pieces, self._info.src_lang, "keep")
+        tokenised = tokenise_lines(texts, self._info.src_lang, "keep", self._info.tokenizer)
         self.changes[CUT] += tokenised.cut
         words = [self._kept(tokens) for tokens in tokenised.sentences()]
-        ids = [self._ids(tokens) for tokens in words]
-        self.words += sum(map(len, ids))
-        self.unknown += sum(sentence.count(UNK) for sentence in ids)
+        spelled = [self._src.spell(map(self._in_model_case, tokens)) for tokens in words]
+        self.words += sum(map(len, words))
+        self.unknown += sum(UNK in ids for sentence in spelled for ids in sentence)
         by_limit: dict[int, list[int]] = {}
-        results: list[list[Translation]] = [[] for _ in pieces]
+        results: list[list[Translation]] = [[] for _ in texts]
+        sources = [[index for word in sentence for index in word] for sentence in spelled]
         for place, tokens in enumerate(words):
-            if tokens and not any(map(str.isalnum, pieces[place])):
-                results[place] = [Translation(tokens, one_line(pieces[place]), 0.0)] * self._n_best
+            if tokens and not any(map(str.isalnum, texts[place])):
+                results[place] = [Translation(tokens, one_line(texts[place]), 0.0)] * self._n_best
             elif tokens:
-                by_limit.setdefault(self._limit(tokens), []).append(place)
+                if self._src.model is not None and len(sources[place]) > MAX_PIECES:
+                    self.changes[CUT_PIECES] += 1
+                    sources[place] = sources[place][:MAX_PIECES]
+                by_limit.setdefault(self._limit(sources[place]), []).append(place)
         for limit, places in sorted(by_limit.items()):
             found = self._engine.translate(
-                [[SOS, *ids[place], EOS] for place in places],
+                [[SOS, *sources[place], EOS] for place in places],
                 beam_size=self.beam_size,
                 length_penalty=self.length_penalty,
                 max_length=limit,
                 n_best=self._n_best,
             )
             for place, hypotheses in zip(places, found, strict=True):
-                results[place] = [self._as_text(hypothesis, words[place], ids[place]) for hypothesis in hypotheses]
+                unknown = [word for word, ids in zip(words[place], spelled[place], strict=True) if UNK in ids]
+                results[place] = [self._as_text(hypothesis, unknown) for hypothesis in hypotheses]
         return results
 
     def _in_model_case(self, word: str) -> str:
@@ -148,19 +163,16 @@ class Translator:
         """
         if all(map(str.isspace, tokens)):
             return []
-        return [token for token in tokens if not token.isspace() or self._src.encode([token]) != [UNK]]
+        return [token for token in tokens if not token.isspace() or self._src.encode([token]) not in ([UNK], [])]
 
-    def _ids(self, tokens: list[str]) -> list[int]:
-        return self._src.encode(map(self._in_model_case, tokens))
+    def _limit(self, ids: list[int]) -> int:
+        return self._max_length or -(-len(ids) // LENGTH_STEP) * LENGTH_STEP
 
-    def _limit(self, tokens: list[str]) -> int:
-        return self._max_length or -(-len(tokens) // LENGTH_STEP) * LENGTH_STEP
-
-    def _as_text(self, hypothesis: Hypothesis, words: list[str], ids: list[int]) -> Translation:
-        """A hypothesis as text, for the source's words with these ids."""
+    def _as_text(self, hypothesis: Hypothesis, unknown: list[str]) -> Translation:
+        """A hypothesis as text, for a source with these unknown words."""
         tokens = self._trg.decode(index for index in hypothesis.ids if index not in (PAD, SOS))
         if self._replace_unknown:
-            tokens = with_source_words(tokens, [word for word, index in zip(words, ids, strict=True) if index == UNK])
+            tokens = with_source_words(tokens, unknown)
         tokens = [token for token in tokens if not token.isspace()]
         if self._detokeniser is None:
             text = one_line(" ".join(tokens))

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from nmt.devices import cores
 from nmt.errors import UserError
 from nmt.storage import Unwritable, new_folder, sha256
-from nmt.text import files, held_out, tokens
+from nmt.text import files, held_out, subwords, tokens
 from nmt.text.cache import Writer
 from nmt.text.vocabulary import SPECIALS, UNK, Vocabulary, add_ends
 
@@ -36,22 +37,33 @@ class Share(NamedTuple):
         return self.part / self.total
 
 
-def cache_key(
-    digests: list[str], langs: tuple[str, str], min_freq: int, case: str = "lower", split: Sequence = ()
-) -> str:
+class Words(NamedTuple):
+    """What words a text is made of, and which of them a vocabulary has. Attributes as in `data.load`."""
+
+    min_freq: int = 2
+    case: str = "lower"
+    tokenizer: str = "spacy"
+    max_vocab: int = 0
+    subword: int = 0
+
+
+def cache_key(digests: list[str], langs: tuple[str, str], words: Words, split: Sequence = ()) -> str:
     """The name of a corpus in the cache. It changes with the texts and with every setting of tokenising.
 
     Args:
         digests: the `files.content_sha256` of the six files, or of those that are there.
         langs: spaCy's codes of both languages.
-        min_freq: as in `data.load`.
-        case: as in `tokens.tokenise`. Caches of earlier versions, which knew lower case alone, keep their names.
+        words: what they are. Caches of earlier versions, which knew `min_freq` and then `case`, keep their names.
         split: from `split_off`.
     """
     versions = [importlib.metadata.version(package) for package in ("spacy", "torchtext")]
-    settings = [CACHE_FORMAT, digests, langs, min_freq, versions]
-    settings = settings if case == "lower" else [*settings, case]
-    return sha256(json.dumps([*settings, *split]).encode())
+    settings = [CACHE_FORMAT, digests, langs, words.min_freq, versions]
+    newer: list = [] if words.case == "lower" else [words.case]
+    if words[2:] != Words()[2:]:
+        newer = [words.case, *words[2:]]
+        if words.subword:
+            newer.append(subwords.version())
+    return sha256(json.dumps([*settings, *newer, *split]).encode())
 
 
 def split_off(paths: Sequence[tuple[Path, Path] | None], pairs: int) -> list:
@@ -74,15 +86,19 @@ def fingerprint(digests: list[str], split: Sequence) -> str:
     return sha256(*map(bytes.fromhex, digests), *([json.dumps(split).encode()] if split else []))
 
 
-def key_of_test(digests: list[str], langs: tuple[str, str], case: str, split: Sequence = ()) -> str:
+def key_of_test(
+    digests: list[str], langs: tuple[str, str], case: str, tokenizer: str = "spacy", split: Sequence = ()
+) -> str:
     """The name of a test pair in the cache.
 
     Args:
         digests: the `files.content_sha256` of both files, or of those that it is taken out of.
-        langs, case, split: as in `cache_key`.
+        langs, split: as in `cache_key`.
+        case, tokenizer: as in `tokens.tokenise`.
     """
     settings = [CACHE_FORMAT, "test", digests, langs, case, importlib.metadata.version("spacy")]
-    return sha256(json.dumps([*settings, *split]).encode())
+    newer = [] if tokenizer == "spacy" else [tokenizer]
+    return sha256(json.dumps([*settings, *newer, *split]).encode())
 
 
 def build_corpus(
@@ -90,9 +106,8 @@ def build_corpus(
     paths: Sequence[tuple[Path, Path] | None],
     digests: list[str],
     langs: tuple[str, str],
-    min_freq: int,
+    wanted: Words,
     workers: int,
-    case: str = "lower",
     val_split: int = 0,
 ) -> dict:
     """Tokenises the files and writes the ids.
@@ -100,45 +115,67 @@ def build_corpus(
     Args:
         writer: takes the arrays `SPLIT.SIDE.ids` and `SPLIT.SIDE.offsets`, such as `train.src.ids`.
         paths: source and target file of each split. None: its pairs are taken out of train.
-        digests, langs, min_freq, case: as in `cache_key`.
+        digests, langs: as in `cache_key`.
+        wanted: as `words` there.
         workers: processes that tokenise, at most.
         val_split: how many pairs are taken out of train for each split without files.
 
     Returns:
-        The rest of the corpus: `vocabs` (the words of both languages), `words` (the tokens of val and test, by split),
-        `notes` and `unknown` (lines for the log).
+        The rest of the corpus: `vocabs` (the words or pieces of both languages), `subwords` (their models as text, or
+        None twice), `words` (the tokens of val and test, by split), `notes` and `unknown` (lines for the log).
 
     Raises:
         UserError: data, usage or io, as from reading and tokenising. Or data: a split has no pairs, or train too few.
         Unwritable: as from `writer`.
     """
-    vocabs, words, notes = [], {}, []
+    vocabs: list[Vocabulary] = []
+    words, notes = {}, []
     texts, taken = _texts(paths, digests, val_split)
     if taken:
         notes.append(taken.note())
     unknown: dict[str, dict[str, Share]] = {lang: {} for lang in langs}
     expected: dict[str, Share] = {}
-    with tokens.tokenising(langs, _processes(paths, workers), case) as tokenise_chunks:
+    with tokens.tokenising(langs, _processes(paths, workers), wanted.case, wanted.tokenizer) as tokenise_chunks:
         import torchtext.vocab  # noqa: F401  for `Vocabulary.build`: now, while the processes start
 
         for name, (pair, chunks) in texts.items():
-            sides = [_SideBuilder(writer, f"{name}.{side}", keeps_words=name != "train") for side in ("src", "trg")]
+            about = {"keeps_words": name != "train", "spells": bool(wanted.subword)}
+            sides = [_SideBuilder(writer, f"{name}.{side}", **about) for side in ("src", "trg")]
             notes += _read_split(pair, chunks, sides, tokenise_chunks)
             if name == "train":
-                vocabs = [Vocabulary.build(side.counts(), min_freq) for side in sides]
+                vocabs = [_vocabulary(side.counts(), wanted, lang) for lang, side in zip(langs, sides, strict=True)]
             for side, vocab in zip(sides, vocabs, strict=True):
                 side.finish(vocab)
             words[name] = [side.words for side in sides]
             for lang, side, vocab in zip(langs, sides, vocabs, strict=True):
                 unknown[lang][name] = side.unknown(vocab)
                 if name == "train":
-                    expected[lang] = side.rare(min_freq)
+                    expected[lang] = side.rare(_rarest(side.counts(), wanted))
+                if wanted.subword:
+                    notes += side.notes(name, lang)
     return {
         "vocabs": [vocab.itos for vocab in vocabs],
+        "subwords": [subwords.as_text(vocab.model) for vocab in vocabs],
         "words": words,
         "notes": notes,
         "unknown": list(_about_unknown_words(unknown, expected)),
     }
+
+
+def _vocabulary(counts: dict[str, int], wanted: Words, lang: str) -> Vocabulary:
+    """The words of a training text, or its pieces."""
+    if wanted.subword:
+        return subwords.learn(counts, wanted.subword, lang)
+    return Vocabulary.build(counts, wanted.min_freq, wanted.max_vocab)
+
+
+def _rarest(counts: dict[str, int], wanted: Words) -> int:
+    """How often a word must stand in train to be known. With pieces every word is, so only rubbish is not."""
+    if wanted.subword:
+        return 0
+    if 0 < wanted.max_vocab < len(counts):
+        return max(wanted.min_freq, sorted(counts.values(), reverse=True)[wanted.max_vocab])
+    return wanted.min_freq
 
 
 def build_test(
@@ -147,13 +184,14 @@ def build_test(
     langs: tuple[str, str],
     workers: int,
     case: str,
+    tokenizer: str = "spacy",
     val_split: int = 0,
 ) -> dict:
     """Tokenises the test pairs alone. What they are scored with has its own vocabularies.
 
     Args:
         paths: source and target file of the test pairs, or of all splits as in `build_corpus`.
-        digests, langs, case: as in `key_of_test`.
+        digests, langs, case, tokenizer: as in `key_of_test`.
         val_split: as in `build_corpus`.
         workers: processes that tokenise, at most.
 
@@ -166,7 +204,7 @@ def build_test(
     sides = [_SideBuilder(Writer(None), side, keeps_words=True) for side in ("src", "trg")]
     texts, taken = _texts(paths, digests, val_split)
     *_, (pair, chunks) = texts.values()
-    with tokens.tokenising(langs, _processes([pair], workers), case) as tokenise_chunks:
+    with tokens.tokenising(langs, _processes([pair], workers), case, tokenizer) as tokenise_chunks:
         notes = _read_split(pair, chunks, sides, tokenise_chunks)
     return {"words": [side.words for side in sides], "notes": [taken.note(), *notes] if taken else notes}
 
@@ -314,20 +352,24 @@ class _SideBuilder:
     Args:
         writer: takes the arrays `{name}.ids` and `{name}.offsets`.
         keeps_words: whether `words` is kept.
+        spells: whether the vocabulary is one of pieces.
 
     Attributes:
         cut, long_words: how many sentences were cut, or had a word cut.
         words: the tokens of each sentence, or None if they are not kept.
     """
 
-    def __init__(self, writer: Writer, name: str, keeps_words: bool):
+    def __init__(self, writer: Writer, name: str, keeps_words: bool, spells: bool = False):
         self._writer, self._name = writer, name
+        self._given = f"{name}.words" if spells else name  # the arrays until `finish`
+        self._lengths = 0, 0  # of all sentences, in words and in pieces
+        self._cut_pieces = 0  # sentences with more than `MAX_PIECES`
         self._seen: dict[str, int] = {}  # word to provisional id, counted from 0 without the special words
         self._counts = np.zeros(0, np.int64)  # how often each word of `_seen` came
         self._size = 0  # ids written
         self.cut = self.long_words = 0
         self.words: list[list[str]] | None = [] if keeps_words else None
-        writer.append(f"{name}.offsets", np.zeros(1, np.int64))
+        writer.append(f"{self._given}.offsets", np.zeros(1, np.int64))
 
     def add(self, chunk: tokens.Tokens) -> None:
         """Writes a chunk's sentences with provisional ids."""
@@ -335,8 +377,8 @@ class _SideBuilder:
         self._counts = np.pad(self._counts, (0, len(self._seen) - len(self._counts)))
         self._counts[places] += np.bincount(chunk.ids, minlength=len(places))
         ids, offsets = add_ends(len(SPECIALS) + places[chunk.ids], chunk.lengths)
-        self._writer.append(f"{self._name}.ids", ids)
-        self._writer.append(f"{self._name}.offsets", self._size + offsets[1:])
+        self._writer.append(f"{self._given}.ids", ids)
+        self._writer.append(f"{self._given}.offsets", self._size + offsets[1:])
         self._size += len(ids)
         self.cut += chunk.cut
         self.long_words += chunk.long_words
@@ -348,8 +390,8 @@ class _SideBuilder:
         return dict(zip(self._seen, self._counts.tolist(), strict=True))
 
     def unknown(self, vocab: Vocabulary) -> Share:
-        """The words that are not in a vocabulary."""
-        return self._share(np.array(vocab.encode(self._seen)) == UNK)
+        """The words that are not in a vocabulary. Of pieces: the words with a character that no piece has."""
+        return self._share(np.array([UNK in ids for ids in vocab.spell(self._seen)], bool))
 
     def rare(self, most: int) -> Share:
         """The words that come at most `most` times.
@@ -364,5 +406,44 @@ class _SideBuilder:
 
     def finish(self, vocab: Vocabulary) -> None:
         """Replaces the provisional ids by those of `vocab`."""
-        table = np.array([*range(len(SPECIALS)), *vocab.encode(self._seen)], np.int32)
-        self._writer.translate(f"{self._name}.ids", table)
+        if self._given == self._name:
+            table = np.array([*range(len(SPECIALS)), *vocab.encode(self._seen)], np.int32)
+            self._writer.translate(f"{self._name}.ids", table)
+        else:
+            self._spell_out(vocab)
+
+    def _spell_out(self, vocab: Vocabulary) -> None:
+        """Writes the final arrays: for each word of the provisional ones, the ids of its pieces."""
+        spelled = vocab.spell(self._seen)
+        pieces = np.array([len(ids) for ids in spelled], np.int64)  # of each word
+        starts = np.cumsum(pieces) - pieces
+        flat = np.fromiter(itertools.chain.from_iterable(spelled), np.int32, pieces.sum())
+        names = [f"{self._given}.ids", f"{self._given}.offsets"]
+        ids, offsets = map(self._writer.array, names)
+        self._writer.append(f"{self._name}.offsets", np.zeros(1, np.int64))
+        self._size = 0
+        for first in range(0, len(offsets) - 1, subwords.SENTENCES):
+            last = min(first + subwords.SENTENCES, len(offsets) - 1)
+            words = ids[offsets[first] : offsets[last]]
+            words = words[words >= len(SPECIALS)] - len(SPECIALS)
+            sentence = np.repeat(np.arange(last - first), np.diff(offsets[first : last + 1]) - 2)  # of each word
+            of_word = np.repeat(np.arange(len(words)), pieces[words])  # of each piece
+            place = np.arange(len(of_word)) - (np.cumsum(pieces[words]) - pieces[words])[of_word]  # in its word
+            lengths = np.bincount(sentence[of_word], minlength=last - first)
+            in_sentence = np.arange(len(of_word)) - (np.cumsum(lengths) - lengths)[sentence[of_word]]
+            kept = in_sentence < subwords.MAX_PIECES
+            self._cut_pieces += int((lengths > subwords.MAX_PIECES).sum())
+            spelling = flat[starts[words[of_word[kept]]] + place[kept]]
+            with_ends, ends = add_ends(spelling, np.minimum(lengths, subwords.MAX_PIECES))
+            self._writer.append(f"{self._name}.ids", with_ends)
+            self._writer.append(f"{self._name}.offsets", self._size + ends[1:])
+            self._size += len(with_ends)
+            self._lengths = self._lengths[0] + len(words), self._lengths[1] + len(of_word)
+        for name in names:
+            self._writer.drop(name)
+
+    def notes(self, split: str, lang: str) -> Iterator[str]:
+        """Lines for the log about the pieces of a text."""
+        yield f"pieces of a {lang} word of {split}: {self._lengths[1] / max(1, self._lengths[0]):.2f}"
+        if self._cut_pieces:
+            yield f"warning: {self._cut_pieces} {lang} sentences of {split} cut to {subwords.MAX_PIECES} pieces"

@@ -86,6 +86,22 @@ class Writer:
             place += file.write(table[np.frombuffer(block, table.dtype)])
             file.seek(place)
 
+    def array(self, name: str) -> np.ndarray:
+        """The array `name` as it is now. It may be a mapped file. Nobody may append to it while it is in use."""
+        file = self._files[name]
+        if isinstance(file, io.BytesIO):
+            return np.frombuffer(file.getvalue(), self._dtypes[name])
+        with writing():
+            file.flush()
+        return np.memmap(file.name, self._dtypes[name], "r") if file.tell() else np.zeros(0, self._dtypes[name])
+
+    def drop(self, name: str) -> None:
+        """Removes the array `name`."""
+        with writing(), self._files.pop(name) as file:
+            if isinstance(file, io.BufferedRandom):
+                os.unlink(file.name)
+        del self._dtypes[name]
+
     def in_memory(self) -> dict[str, np.ndarray]:
         """The arrays, if there is no folder."""
         return {

@@ -1,4 +1,4 @@
-"""Splits text into tokens by spaCy's rules, a chunk of lines at a time, in this process or in several.
+"""Splits text into tokens by spaCy's rules or at white space, a chunk of lines at a time, in one process or several.
 
 A process hands on numbers and the chunk's distinct words. This is compact, so the process that collects the chunks has
 little to do. torch is not imported here.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from nmt.errors import UserError
-from nmt.flags import CASES
+from nmt.flags import CASES, TOKENIZERS
 from nmt.text import files
 
 import numpy as np
@@ -67,14 +67,15 @@ class Tokens(NamedTuple):
         return [list(itertools.islice(tokens, length)) for length in self.lengths.tolist()]
 
 
-def tokenise(lines: list[str], lang: str, case: str = "lower") -> tuple[list[list[str]], int]:
-    """The tokens of each line, by the rules of spaCy's blank pipeline.
+def tokenise(lines: list[str], lang: str, case: str = "lower", tokenizer: str = "spacy") -> tuple[list[list[str]], int]:
+    """The tokens of each line, by the rules of spaCy's blank pipeline, or what stands between white space.
 
     Args:
         lines: are stripped and `normalised`, and cut to `MAX_CHARACTERS` and then to `MAX_WORDS`. A line end within is
             a space. Where spaCy splits at spaces first, what stands between two of them is cut to `MAX_WORD`.
-        lang: spaCy's code of the language.
+        lang: spaCy's code of the language. "space" reads none, and takes any.
         case: one of `flags.CASES`: "lower" lower-cases each token, "keep" leaves it as it stands in the line.
+        tokenizer: one of `flags.TOKENIZERS`: "space" is for text whose tokens have spaces between them already.
 
     Returns:
         The tokens of each line, white-space tokens among them, and how many lines were cut.
@@ -86,8 +87,10 @@ def tokenise(lines: list[str], lang: str, case: str = "lower") -> tuple[list[lis
     ([['ein', 'hund', 'bellt', '.'], ["geht's", '?']], 0)
     >>> tokenise(["Ein Hund bellt."], "de", "keep")
     ([['Ein', 'Hund', 'bellt', '.']], 0)
+    >>> tokenise(["Ein Hund bellt."], "de", tokenizer="space")
+    ([['ein', 'hund', 'bellt.']], 0)
     """
-    tokens = tokenise_lines([files.stripped(line.replace("\n", " ")) for line in lines], lang, case)
+    tokens = tokenise_lines([files.stripped(line.replace("\n", " ")) for line in lines], lang, case, tokenizer)
     return tokens.sentences(), tokens.cut
 
 
@@ -100,25 +103,55 @@ def normalised(text: str) -> str:
     return text if text.isascii() else unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
-def without_long_words(line: str, lang: str) -> tuple[str, bool]:
+def without_long_words(line: str, lang: str, tokenizer: str = "spacy") -> tuple[str, bool]:
     """The line with its words cut to `MAX_WORD` characters, and whether one was longer. A word ends at white space.
 
     Languages that spaCy does not split at spaces first have no such words. Their lines stay.
     """
     from spacy.tokenizer import Tokenizer
 
-    if max(map(len, line.split()), default=0) <= MAX_WORD or not isinstance(tokenizer_of(lang), Tokenizer):
+    if max(map(len, line.split()), default=0) <= MAX_WORD:
+        return line, False
+    if tokenizer == "spacy" and not isinstance(tokenizer_of(lang), Tokenizer):
         return line, False
     return _LONG_WORD.sub(r"\1", line), True
 
 
-def tokenise_lines(lines: list[str], lang: str, case: str = "lower") -> Tokens:
+def tokenise_lines(lines: list[str], lang: str, case: str = "lower", tokenizer: str = "spacy") -> Tokens:
     """As `tokenise`, in compact form. The lines are `files.stripped`, and hold no line end."""
+    if case not in CASES:
+        raise ValueError(f"case is {case!r}, expected one of {', '.join(CASES)}")
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer is {tokenizer!r}, expected one of {', '.join(TOKENIZERS)}")
+    return _split_at_space(lines, case) if tokenizer == "space" else _split_by_spacy(lines, lang, case)
+
+
+def _split_at_space(lines: list[str], case: str) -> Tokens:
+    """The words of lines that are tokenised already."""
+    places: dict[str, int] = {}
+    ids: list[int] = []
+    lengths = np.zeros(len(lines), np.int64)
+    cut = long_words = 0
+    for number, line in enumerate(lines):
+        head = line[:MAX_CHARACTERS]
+        has_long_word = len(head) > MAX_WORD and max(map(len, head.split())) > MAX_WORD
+        if has_long_word:
+            head = _LONG_WORD.sub(r"\1", head)
+        head = normalised(head)
+        words = (head if case == "keep" else head.lower()).split()
+        is_cut = len(line) > MAX_CHARACTERS or len(words) > MAX_WORDS
+        ids += [places.setdefault(word, len(places)) for word in words[:MAX_WORDS]]
+        lengths[number] = min(len(words), MAX_WORDS)
+        cut += is_cut
+        long_words += has_long_word and not is_cut
+    return Tokens(list(places), np.array(ids, np.min_scalar_type(len(places))), lengths, cut, long_words)
+
+
+def _split_by_spacy(lines: list[str], lang: str, case: str) -> Tokens:
+    """The words of lines by spaCy's rules for a language."""
     from spacy.attrs import LOWER, ORTH
     from spacy.tokenizer import Tokenizer
 
-    if case not in CASES:
-        raise ValueError(f"case is {case!r}, expected one of {', '.join(CASES)}")
     attribute = ORTH if case == "keep" else LOWER
     tokenizer = _tokenizer(lang)
     strings = tokenizer.vocab.strings
@@ -200,7 +233,8 @@ def _tokenizer(lang: str):
         return spacy.blank(lang).tokenizer
     except (ImportError, AttributeError) as error:  # AttributeError: a module of spaCy that is no language
         reason = str(error).splitlines()[0]
-        todo = "install what it needs, or choose another of spaCy's languages (xx for one that has none)"
+        todo = "install what it needs, choose another of spaCy's languages (xx for one that has none), or give "
+        todo += "--tokenizer space for text that is tokenised already"
         raise UserError("usage", f"no tokenizer for {lang!r}: {reason}", "--src-lang, --trg-lang", todo) from error
 
 
@@ -213,10 +247,13 @@ class TokenChunk(NamedTuple):
     returns: int
 
 
-def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str], case: str = "lower") -> TokenChunk:
+def tokenise_chunk(
+    chunk: files.Chunk, langs: tuple[str, str], case: str = "lower", tokenizer: str = "spacy"
+) -> TokenChunk:
     """Tokenises a chunk's pairs. Raises as `files.read_pairs` and `tokenise` do."""
     pairs = files.read_pairs(chunk)
-    src, trg = tokenise_lines(pairs.src, langs[0], case), tokenise_lines(pairs.trg, langs[1], case)
+    sides = zip((pairs.src, pairs.trg), langs, strict=True)
+    src, trg = (tokenise_lines(lines, lang, case, tokenizer) for lines, lang in sides)
     return TokenChunk(src, trg, pairs.dropped, pairs.returns)
 
 
@@ -225,14 +262,14 @@ def tokenise_chunk(chunk: files.Chunk, langs: tuple[str, str], case: str = "lowe
 
 @contextlib.contextmanager
 def tokenising(
-    langs: tuple[str, str], processes: int, case: str = "lower"
+    langs: tuple[str, str], processes: int, case: str = "lower", tokenizer: str = "spacy"
 ) -> Iterator[Callable[[Iterable[files.Chunk]], Iterator[TokenChunk]]]:
     """Starts processes that tokenise while the body runs.
 
     Args:
         langs: spaCy's codes of both languages.
-        processes: their number. With fewer than 2, this process does the work.
-        case: as in `tokenise`.
+        processes: their number. With fewer than 2, this process does the work. So it does for "space", which is quick.
+        case, tokenizer: as in `tokenise`.
 
     Yields:
         A function from chunks to their `TokenChunk`s, in the same order. It may be called again when the last call's
@@ -241,8 +278,8 @@ def tokenising(
         RuntimeError: a process was killed or has failed.
         UserError: as `tokenise_chunk`.
     """
-    if processes < 2:
-        yield lambda chunks: (tokenise_chunk(chunk, langs, case) for chunk in chunks)
+    if processes < 2 or tokenizer == "space":
+        yield lambda chunks: (tokenise_chunk(chunk, langs, case, tokenizer) for chunk in chunks)
         return
     pipes, far_ends = zip(*(multiprocessing.Pipe() for _ in range(processes)), strict=True)
     descriptors = [end.fileno() for end in far_ends]

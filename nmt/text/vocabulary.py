@@ -13,8 +13,14 @@ UNK, PAD, SOS, EOS = 0, 1, 2, 3
 class Vocabulary:
     """The words of one language and their ids.
 
+    `subwords.Pieces` is the other kind: its words are spelled with several ids.
+
     Args:
         itos: the words in the order of their ids, `SPECIALS` first.
+
+    Attributes:
+        itos: as given.
+        model: the bytes that spell words with pieces. None: each word has one id.
 
     Raises:
         ValueError: `itos` does not begin with `SPECIALS`.
@@ -26,6 +32,8 @@ class Vocabulary:
     ['ein', 'hund']
     """
 
+    model: bytes | None = None
+
     def __init__(self, itos: list[str]):
         if itos[: len(SPECIALS)] != SPECIALS:
             raise ValueError(f"a vocabulary begins with {SPECIALS}, not with {itos[: len(SPECIALS)]}")
@@ -34,14 +42,14 @@ class Vocabulary:
         self._ids = {word: index for index, word in enumerate(itos) if index >= len(SPECIALS)}
 
     @classmethod
-    def build(cls, counts: Mapping[str, int], min_freq: int = 2) -> "Vocabulary":
-        """Takes the words that are counted at least `min_freq` times.
+    def build(cls, counts: Mapping[str, int], min_freq: int = 2, max_words: int = 0) -> "Vocabulary":
+        """Takes the words that are counted at least `min_freq` times, and at most `max_words` of them. 0: all.
 
         Frequent words come first, equally frequent ones in alphabetical order. This is the order of torchtext 0.6.
         """
         from torchtext.vocab import Vocab  # here, because a start from the cache does not need it
 
-        return cls(Vocab(Counter(counts), min_freq=min_freq, specials=SPECIALS).itos)
+        return cls(Vocab(Counter(counts), max_size=max_words or None, min_freq=min_freq, specials=SPECIALS).itos)
 
     def __len__(self) -> int:
         return len(self.itos)
@@ -49,6 +57,20 @@ class Vocabulary:
     def encode(self, tokens: Iterable[str]) -> list[int]:
         """The tokens' ids, without `<sos>` and `<eos>`. An unknown token gets `UNK`."""
         return [self._ids.get(token, UNK) for token in tokens]
+
+    def spell(self, words: Iterable[str]) -> list[list[int]]:
+        """The ids of each word.
+
+        >>> Vocabulary(SPECIALS + ["ein"]).spell(["ein", "dackel"])
+        [[4], [0]]
+        """
+        return [[index] for index in self.encode(words)]
+
+    def encode_all(self, sentences: list[list[str]]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of sentences, one after the other, [tokens] int32. And their lengths, [sentences] int64."""
+        lengths = np.array([len(words) for words in sentences], np.int64)
+        ids = self.encode(itertools.chain.from_iterable(sentences))
+        return np.fromiter(ids, np.int32, lengths.sum()), lengths
 
     def decode(self, ids: Iterable[int]) -> list[str]:
         """The words before the first `EOS`, without a leading `SOS`."""

@@ -27,6 +27,23 @@ def test_multi30k_has_7853_german_and_5893_english_types(load):
     assert corpus.unknown == ["unknown words: de train 3.0%, val 4.4%, test 3.8%; en train 1.0%, val 1.9%, test 1.7%"]
 
 
+def test_max_vocab_bounds_the_vocabulary(folder, load):
+    """The four training sentences have `.` four times, `hund` three times, and `ein` and `schläft` as often or less."""
+    corpus = load(folder, max_vocab=2)
+    assert corpus.src_vocab.itos[4:] == [".", "hund"]
+    assert len(corpus.trg_vocab) == 6
+    assert load(folder, max_vocab=2, min_freq=4).src_vocab.itos[4:] == ["."]
+    assert load(folder, max_vocab=1000).src_vocab.itos == load(folder).src_vocab.itos
+
+
+def test_words_that_max_vocab_leaves_out_are_expected_to_be_unknown(tmp_path, load):
+    """So val, of the same kind as train, is not warned about."""
+    folder = write_corpus(tmp_path / "corpus", 400, 40, 40)
+    corpus = load(folder, max_vocab=2)
+    assert float(corpus.unknown[0].split("val ")[1].split("%")[0]) > 40, "the fault"
+    assert len(corpus.unknown) == 1
+
+
 def test_min_freq_bounds_the_vocabulary(folder, load):
     assert "bellt" in load(folder, min_freq=1).src_vocab.itos
     assert load(folder, min_freq=4).src_vocab.itos[4:] == ["."]
@@ -79,7 +96,7 @@ def test_corpus_does_not_depend_on_the_number_of_processes(tmp_path, load, monke
 def test_key_is_that_of_the_caches_that_users_have(monkeypatch):
     """If this fails because a cache's content has changed, raise CACHE_FORMAT and put the new key here."""
     monkeypatch.setattr(build.importlib.metadata, "version", lambda package: "1.0")
-    key = build.cache_key([f"{number:064x}" for number in range(6)], ("de", "en"), 2)
+    key = build.cache_key([f"{number:064x}" for number in range(6)], ("de", "en"), build.Words())
     assert build.CACHE_FORMAT == 4
     assert key == "9215f08d7b4a6bbfd11f7e8d3c9984ba8b06c395cfb24d6da0231d7c3270c013"
 
@@ -93,8 +110,8 @@ def test_keys_know_how_many_pairs_are_taken_out_of_train_and_for_what():
     ]
     digests, langs = [f"{number:064x}" for number in range(4)], ("de", "en")
     for key in (
-        lambda split: build.cache_key(digests, langs, 2, "lower", split),
-        lambda split: build.key_of_test(digests, langs, "lower", split),
+        lambda split: build.cache_key(digests, langs, build.Words(), split),
+        lambda split: build.key_of_test(digests, langs, "lower", split=split),
         lambda split: build.fingerprint(digests, split),
     ):
         assert len({key(split) for split in [*splits, []]}) == 5

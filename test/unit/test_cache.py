@@ -188,7 +188,9 @@ def test_changed_byte_rebuilds_under_the_same_size_and_time(folder, load, builds
     assert load.lines[-1] == told
 
 
-@pytest.mark.parametrize("flags", [{"min_freq": 1}, {"trg_lang": "xx"}])
+@pytest.mark.parametrize(
+    "flags", [{"min_freq": 1}, {"trg_lang": "xx"}, {"tokenizer": "space"}, {"max_vocab": 3}, {"subword": 20}]
+)
 def test_other_flags_have_another_cache(folder, load, builds, flags):
     for path in list(folder.glob("*.en")):
         path.with_suffix(".xx").write_bytes(path.read_bytes())
@@ -371,7 +373,7 @@ def test_lock_that_cannot_be_taken_leaves_the_corpus_in_memory(folder, load, tmp
 
 
 def test_what_is_no_fault_of_the_cache_is_not_taken_for_one(folder, load, monkeypatch):
-    def fails(langs, processes, case):
+    def fails(langs, processes, case, tokenizer):
         raise OSError("no more processes")
 
     monkeypatch.setattr(tokens, "tokenising", fails)

@@ -301,7 +301,7 @@ def forged(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format": 2}, "format 2, expected 1"),
+        ({"format": 3}, "format 3, expected at most 2"),
         ({"format": "1"}, "does not say its format"),
         ({"sha256": []}, "no sha256"),
         ({"sha256": {}}, "encoder.onnx has sha256"),

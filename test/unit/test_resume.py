@@ -382,7 +382,7 @@ def test_a_setting_that_differs_without_a_flag_is_to_be_given(stopped, tiny_corp
 def test_a_state_from_before_a_flag_was_there_goes_on_with_what_was_done_then(stopped, record, tiny_corpus):
     path = resume.state_path(stopped)
     content = sealed.read(path)
-    for name in ("case", "patience", "accumulate", "val_split"):
+    for name in train_8p.LATER:
         del content["settings"][name]
     sealed.write(path, content)
     says = ["case is keep, in the run lower", "leave --case out"]

@@ -67,6 +67,37 @@ def test_lines_that_are_not_stripped_keep_their_words_to_themselves():
     assert tokens.tokenise(["Zwei.", " Ein Hund. \n", "a\nb", "\n"], "de") == (expected, 0)
 
 
+def test_text_that_is_tokenised_already_is_split_at_white_space_alone():
+    lines = ["Ein Hund , z.B.  ein\u2003Dackel .", "", "don 't", "Gro\u0308\xdfe ta\xadge", "a" * 300 + " b"]
+    expected = [
+        ["Ein", "Hund", ",", "z.B.", "ein", "Dackel", "."],
+        [],
+        ["don", "'t"],
+        ["Größe", "tage"],
+        ["a" * tokens.MAX_WORD, "b"],
+    ]
+    found = tokens.tokenise_lines(lines, "no language", "keep", "space")
+    assert found.sentences() == expected
+    assert (found.cut, found.long_words) == (0, 1)
+    lower = [[word.lower() for word in words] for words in expected]
+    assert tokens.tokenise(lines, "no language", "lower", "space") == (lower, 0)
+    long = tokens.tokenise_lines(["x " * 300, "y" * 100 + " z" * 10_000], "", tokenizer="space")
+    assert long.lengths.tolist() == [tokens.MAX_WORDS, tokens.MAX_WORDS] and long.cut == 2
+    with pytest.raises(ValueError, match="tokenizer is 'moses'"):
+        tokens.tokenise(["a"], "de", tokenizer="moses")
+
+
+def test_a_corpus_that_is_tokenised_already_needs_no_code_of_spacy(tmp_path, load, load_test):
+    folder = write_corpus(tmp_path / "corpus", (DE, EN), (DE, EN), (["Ein Hund bellt ."], ["A dog barks ."]))
+    for path in folder.glob("*.de"):
+        path.rename(path.with_suffix(".zz-made-up"))
+    flags = {"src_lang": "zz-made-up", "tokenizer": "space"}
+    corpus = load(folder, min_freq=1, **flags)
+    assert "bellt." in corpus.src_vocab.itos and corpus.test.src_tokens == [["ein", "hund", "bellt", "."]]
+    assert load_test(folder, **flags).src_tokens == corpus.test.src_tokens
+    refused("usage", load, folder, src_lang="zz-made-up", says=["no tokenizer for 'zz-made-up'", "--tokenizer space"])
+
+
 def test_case_of_another_name_is_no_case():
     with pytest.raises(ValueError, match="case is 'upper', expected one of lower, keep"):
         tokens.tokenise(["Ein Hund."], "de", "upper")

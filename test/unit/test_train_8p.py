@@ -466,6 +466,9 @@ def test_a_file_with_weights_that_do_not_fit_is_refused(tiny_corpus, tmp_path, c
         ["--trg-lang", "fr"],
         ["--min-freq", "7"],
         ["--case", "keep"],
+        ["--tokenizer", "space"],
+        ["--subword", "50"],
+        ["--max-vocab", "5"],
     ],
     ids=lambda flags: flags[0],
 )
@@ -482,10 +485,25 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(trained, capsys, flag
 def test_flags_that_agree_with_the_checkpoint_are_no_contradiction(trained, capsys):
     folder, corpus, out = trained
     evaluate = ("--data-dir", str(corpus), "--evaluate", str(folder / "seq2seq-gru-model.pth.tar"))
-    flags = "--src-lang de --trg-lang en --min-freq 2 --case lower"
+    flags = "--src-lang de --trg-lang en --min-freq 2 --case lower --tokenizer spacy --subword 0 --max-vocab 0"
     code, again, err = run(*evaluate, *flags.split(), capsys=capsys)
     assert code == 0, err
     assert logs.parse(again).final == logs.parse(out).final
+
+
+def test_a_checkpoint_from_before_flags_were_there_is_scored_as_then(trained, tmp_path, capsys):
+    folder, corpus, out = trained
+    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
+    for name in train_8p.LATER:
+        del saved.flags[name]
+    checkpoint.save(tmp_path / "model", saved)
+    code, again, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), capsys=capsys)
+    assert code == 0, err
+    assert logs.parse(again).final == logs.parse(out).final
+    code, _, err = run(
+        "--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), "--subword", "9", capsys=capsys
+    )
+    assert code == 2 and "--subword 9 contradicts the checkpoint, which has 0" in err
 
 
 @pytest.fixture
@@ -982,6 +1000,10 @@ def test_a_language_without_known_words_is_noted_and_min_freq_keeps_them(tmp_pat
     assert code == 0, err
     assert "; 44 de and 44 en types; in " in out
     assert "are unknown" not in out
+    code, out, err = run(*arguments, "--min-freq", "1", "--max-vocab", "10", capsys=capsys)
+    assert code == 0, err
+    assert "; 14 de and 14 en types; in " in out
+    assert "note: 75% of the en words of train are unknown; a lower --min-freq, or a higher --max-vocab, keeps" in out
     path = str(tmp_path / "model")
     assert run("--data-dir", str(corpus), "--evaluate", path, capsys=capsys)[0] == 0, "it has its own vocabularies"
 

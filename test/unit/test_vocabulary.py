@@ -26,6 +26,13 @@ def test_vocabulary_is_by_frequency_and_ties_are_alphabetical():
     assert Vocabulary.build({"b": 2, "c": 3, "a": 2, "d": 1}).itos[4:] == ["c", "a", "b"]
 
 
+def test_of_more_words_than_wanted_the_most_frequent_ones_stay():
+    counts = {"b": 2, "c": 3, "a": 2, "d": 1}
+    assert Vocabulary.build(counts, max_words=2).itos[4:] == ["c", "a"]
+    assert Vocabulary.build(counts, min_freq=1, max_words=9).itos[4:] == ["c", "a", "b", "d"]
+    assert Vocabulary.build(counts, min_freq=3, max_words=2).itos[4:] == ["c"]
+
+
 def test_encoding_never_adds_a_word():
     vocab = Vocabulary.build({"a": 2})
     assert vocab.encode(["a", "new", "new"]) == [4, 0, 0]
