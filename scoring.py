@@ -465,8 +465,9 @@ def report(
         if cased is not None:
             yield f"{decoding}, cased: {cased}"
     figures |= scores.figures() | {"signature": scores.sacrebleu_signature}
+    final = decoding if beam_size > 1 else "greedy decoding"
     yield (
-        f"note: of the {decoding}: BLEU score is torchtext's, to compare with the ModelZoo; in a paper quote sacreBLEU "
+        f"note: of the {final}: BLEU score is torchtext's, to compare with the ModelZoo; in a paper quote sacreBLEU "
         "with its signature; all are of tokens in lower case, and sacreBLEU of plain text is another figure"
     )
     if cased is not None:
