@@ -467,7 +467,7 @@ def report(
     figures |= scores.figures() | {"signature": scores.sacrebleu_signature}
     yield (
         f"note: of the {decoding}: BLEU score is torchtext's, to compare with the ModelZoo; in a paper quote sacreBLEU "
-        "with its signature; all are of lower-cased tokens, and sacreBLEU of plain text is another figure"
+        "with its signature; all are of tokens in lower case, and sacreBLEU of plain text is another figure"
     )
     if cased is not None:
         yield f"cased chrF = {cased.chrf:.4f} ({cased.chrf_signature})"

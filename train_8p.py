@@ -49,10 +49,10 @@ HERE = str(Path(__file__).resolve().parent)
 if HERE not in sys.path:  # with PYTHONSAFEPATH=1
     sys.path.insert(0, HERE)
 
-from nmt import flags
+from nmt import config, flags
 from nmt.errors import UserError, prepare_imports, run_main, telling_memory
 from nmt.signals import end_imports_at_sigterm, end_with_parent
-from nmt.storage import state_path
+from nmt.storage import real, replacing, state_path
 
 SAMPLE = Path(__file__).resolve().parent / "sample"
 ENOUGH_UPDATES = 100  # `tuned` lowers its batch until an epoch has so many
@@ -121,6 +121,8 @@ class Settings:
     resume: str | None = flags.row(COMMON, None, "FILE",
         "go on with the run whose state is FILE; auto: CKPTPATH.state, or a new run if there is none; "
         "flags that are left out are those of the run", trains=True)
+    config: str | None = flags.row(COMMON, None, "FILE",
+        "take the flags of this TOML file, such as CKPTPATH.toml of another run; the command line wins over it")
     overwrite: bool = flags.row(COMMON, False, None,
         "remove what an earlier run left at --ckptpath; left out: it is kept as CKPTPATH.previous", trains=True)
 
@@ -228,7 +230,20 @@ class Settings:
 
 RECIPES = {name: flags.values_of_recipe(Settings, name) for name in ("modelzoo", "tuned")}
 # What a resumed run does not take from its first command, because it belongs to the process or to the file.
-OF_THE_COMMAND = ("ckptpath", "resume", "overwrite", "evaluate", "debug", "rank", "addr", "dist_url", "profile")
+OF_THE_COMMAND = (
+    "ckptpath",
+    "resume",
+    "config",
+    "overwrite",
+    "evaluate",
+    "debug",
+    "rank",
+    "addr",
+    "dist_url",
+    "profile",
+)
+# What is in no file of flags that a run writes: it belongs to a process, or says where else a run writes.
+OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "device_id", "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "min_freq", "max_length", "case")
@@ -241,6 +256,7 @@ EXAMPLES = """examples:
   python3 train_8p.py --data-dir data --multiprocessing-distributed
                                                        one process for each device of this machine
   python3 train_8p.py --resume auto                    go on with a run that was stopped or killed
+  python3 train_8p.py --config run.toml --seed 2       the run of a file of flags, with another seed
   python3 train_8p.py --data-dir data --evaluate seq2seq-gru-model.pth.tar
                                                        score a checkpoint
 
@@ -255,6 +271,8 @@ def build_parser() -> flags.StrictParser:
         usage="python3 train_8p.py [--flag value]...",
         description="Trains a GRU encoder-decoder to translate, and reports BLEU and sentence pairs a second.",
         epilog=EXAMPLES,
+        file_flag="config",
+        read_file=lambda path, parser: config.read(path, Settings, parser),
     )
 
 
@@ -411,8 +429,10 @@ def run(
     if settings.resume is not None:  # told before anything else is
         path = Path(settings.resume)
         resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
+    own_config = list(config_of(settings, plan, given))
     if world.is_main and not settings.performance:
         keep_earlier_run(settings)
+        write_config(settings, own_config)
     if world.is_main and settings.record is not None:
         run_id = None if settings.resume is None else resume.load(Path(settings.resume)).run
         record.make_room(settings.record, run_id, say, overwrites=settings.overwrite)
@@ -426,10 +446,12 @@ def run(
     if not settings.performance:
         with telling_what_is_left(settings.ckptpath):
             score_the_best(settings, plan, corpus)
+        say(f"done: {time.monotonic() - start:.0f} s")
     draw_curves(settings)
     if not settings.performance:
-        say(f"done: {time.monotonic() - start:.0f} s")
         say(f"to translate: {translate_command(settings.ckptpath)}")
+    for line in own_config:
+        say(config.PREFIX + line)
 
 
 def score_the_best(settings: Settings, plan: distributed.Plan, corpus: data.Corpus) -> None:
@@ -488,6 +510,21 @@ def keep_earlier_run(settings: Settings) -> None:
         keeping.make_room(settings.ckptpath, say, overwrites=settings.overwrite)
     elif Path(settings.resume).resolve() != resume.state_path(settings.ckptpath).resolve():
         keeping.make_room(settings.ckptpath, say, copies=True)
+
+
+def write_config(settings: Settings, lines: list[str]) -> None:
+    """Writes the file of flags beside the best model.
+
+    Raises:
+        UserError: io.
+    """
+    path = Path(f"{real(settings.ckptpath)}.toml")
+    try:
+        with replacing(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        what, todo = f"cannot write the run's flags: {error.strerror or error}", "make room there, or give --ckptpath"
+        raise UserError("io", what, str(path), todo) from error
 
 
 def evaluate(settings: Settings, typed: dict[str, Any], plan: distributed.Plan, path: Path) -> None:
@@ -1098,6 +1135,31 @@ def flags_of(settings: Settings, world: World) -> dict[str, Any]:
     return vars(settings) | {"batch_size": settings.batch_size // world.nodes}
 
 
+def config_of(settings: Settings, plan: distributed.Plan, given: dict[str, Any]) -> Iterator[str]:
+    """The lines of the file of flags that makes the same run again.
+
+    Args:
+        settings: resolved.
+        plan: the ranks.
+        given: the flags of the run's command.
+    """
+    world = plan.worlds[0]
+    values = flags_of(settings, world) | {"device": world.device_type, "amp": settings.opt_level != "O0"}
+    # A batch is at most the corpus, and then perhaps not one that the ranks can share out evenly.
+    values["batch_size"] = math.ceil(values["batch_size"] / world.local_size) * world.local_size
+    if plan.spawns:
+        values |= {"device_list": list(plan.indices), "max_devices": None}
+    left_out = [*OF_NO_CONFIG, *(["bleu_npu"] if "bleu_npu" not in given else [])]
+    if not values["amp"]:
+        left_out += ["opt_level", "amp_dtype", "amp_backend"]  # they have no effect
+    header = [
+        "Trains this run again: python3 train_8p.py --config THIS_FILE",
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, torch {torch.__version__}, "
+        f"{world.size} {'process' if world.size == 1 else 'processes'} on {world.device_type}",
+    ]
+    yield from config.lines(Settings, {name: values[name] for name in values if name not in left_out}, header)
+
+
 def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> dict[str, Any]:
     """What the line `run:` says, by name."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
@@ -1127,9 +1189,6 @@ def description(settings: Settings, mixed: precision.Choice, world: World, corpu
     """The lines that say what is about to run."""
     yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world, corpus).items())
     yield f"device: {world.describe()}"
-    hidden = ("data_dir", "evaluate", "resume", "debug")
-    values = sorted((name, value) for name, value in flags_of(settings, world).items() if name not in hidden)
-    yield "flags: " + " ".join(f"{name}={value}" for name, value in values)
     yield from corpus.lines()
     yield from unknown_words(corpus, settings.min_freq)
     if not settings.performance:

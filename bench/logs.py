@@ -8,9 +8,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nmt import config
+
 RUN = re.compile(r"^run: (?P<facts>.*)$", re.MULTILINE)
 DEVICE = re.compile(r"^device: (?P<device>.*)$", re.MULTILINE)
 FLAGS = re.compile(r"^flags: (?P<flags>.*)$", re.MULTILINE)
+CONFIG = re.compile(r"^config: (?P<line>.*)$", re.MULTILINE)
 STEP = re.compile(
     r"^\[(?P<device>\w+) id: (?P<index>\d+) \] Epoch: \[(?P<epoch>\d+)\]\[ *(?P<step>\d+)/(?P<steps>\d+)\]\t"
     r"Time +(?P<seconds>\d+\.\d{3}) \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
@@ -76,7 +79,7 @@ class Run:
         comments: the lines at its top that begin with `#`: the command, then commit, machine and company.
         facts: of the line `run:`, by name.
         device: of the line `device:`.
-        flags: of the line `flags:`, by name.
+        flags: of the lines `config:`, or of the line `flags:` in older logs, by name.
         epochs: a validation each.
         rates: pairs a second of each epoch.
         scores: in the order in which they stand there. One way to decode may stand there several times.
@@ -122,11 +125,21 @@ def facts_of(line: str) -> dict[str, str]:
     return dict(fact.split("=", 1) for fact in line.partition(": ")[2].split(" ") if "=" in fact)
 
 
+def flags_of(text: str) -> dict[str, str]:
+    """The flags that the end of a log gives, by name, as texts. A log that was cut short has none.
+
+    >>> flags_of("done: 3 s\\nconfig: # a comment\\nconfig: batch-size = 64\\nconfig: amp = true\\n")
+    {'batch_size': '64', 'amp': 'True'}
+    """
+    content = config.parse("\n".join(match["line"] for match in CONFIG.finditer(text)))
+    return {name.replace("-", "_"): str(value) for name, value in content.items()}
+
+
 def parse(text: str) -> Run:
     """Reads the log of one run, or of one evaluation.
 
     Raises:
-        ValueError: the text has several lines `run:`, `flags:`, `device:` or `losses:`.
+        ValueError: the text has several lines `run:`, `flags:`, `device:` or `losses:`, or several files of flags.
     """
     lines = {}
     for name, pattern in (("run", RUN), ("flags", FLAGS), ("device", DEVICE), ("losses", LOSSES)):
@@ -144,7 +157,7 @@ def parse(text: str) -> Run:
         comments=re.findall(r"^# (.*)$", text.partition("\nrun: ")[0], re.MULTILINE),
         facts=facts_of(lines["run"]),
         device=lines["device"].partition(": ")[2],
-        flags=facts_of(lines["flags"]),
+        flags=facts_of(lines["flags"]) or flags_of(text),
         epochs=[_epoch(match) for match in VALIDATION.finditer(text)],
         rates=[float(match["rate"]) for match in RATE.finditer(text)],
         scores=[_score(match) for match in SCORE.finditer(text)],

@@ -20,7 +20,7 @@ from typing import Any
 
 from nmt import flags, keeping, sealed
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, Log, clear_partial, lock_path, locked, probe
+from nmt.storage import InUse, Log, lock_path, locked, probe
 from nmt.text.vocabulary import SPECIALS
 
 import torch
@@ -241,8 +241,6 @@ def claimed(path: str | Path) -> Iterator[None]:
             raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
         try:
             keeping.finish_all(path)
-            for written in keeping.paths_of(path):
-                clear_partial(written)
             probe(Path(f"{path}{keeping.LONGEST}"))
         except OSError as error:
             todo = "give --ckptpath a file elsewhere, or one with a shorter name"

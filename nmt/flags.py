@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from nmt.errors import UserError
@@ -25,20 +25,25 @@ class StrictParser(argparse.ArgumentParser):
 
     The help shows defaults by itself. If a flag's default is None, its help text should say what decides instead.
 
+    Args:
+        file_flag: the name of the flag whose value is a file of flags, if there is one.
+        read_file: gives the flags of such a file, by name.
+
     Attributes:
-        given: the names of the flags that the last command line had.
+        given: the names of the flags that the last command line had, with those of its files.
     """
 
     given: set[str]
 
-    def __init__(self, **options):
+    def __init__(self, *, file_flag: str = "", read_file: "FileReader | None" = None, **options):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
+        self.file_flag, self._read_file = file_flag, read_file
 
     def error(self, message: str):
         raise UserError("usage", message, f"the command line of {self.prog}", f"see {self.prog} --help")
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]  # takes less than argparse's
-        """Parses `args`. Flags after a lone `--` override those before it.
+        """Parses `args`. Flags after a lone `--` override those before it. Flags override a file on their side of it.
 
         >>> parser = StrictParser(prog="p")
         >>> _ = parser.add_argument("--batch-size", type=positive_int)
@@ -54,6 +59,11 @@ class StrictParser(argparse.ArgumentParser):
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
             given = self._refuse_what_argparse_takes(section)
+            if self._read_file is not None and self.file_flag in given:
+                path = getattr(super().parse_args(section), self.file_flag)
+                for name, value in self._read_file(path, self).items():
+                    setattr(namespace, name, value)
+                    self.given.add(name)
             for name in given & self.given & self._repeatable:
                 setattr(namespace, name, None)  # the values before the `--` do not stay beside those after it
             self.given |= given
@@ -84,6 +94,9 @@ class StrictParser(argparse.ArgumentParser):
                 self.error(f"argument {names}: '--' is not a value")
             seen.add(action.dest)
         return seen
+
+
+FileReader = Callable[[str, StrictParser], dict[str, Any]]
 
 
 class Default(str):
@@ -205,12 +218,13 @@ def flag_of(name: str) -> str:
 
 
 def as_arguments(values: dict[str, Any]) -> list[str]:
-    """The arguments that give these values to rows of a table.
+    """The arguments that give these values to rows of a table. A flag without a value is left out where it is False.
 
     >>> as_arguments({"amp": True, "batch_size": 8, "device_list": [0, 1]})
     ['--amp', '--batch-size=8', '--device-list=0,1']
     """
-    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in values.items()}
+    given = {name: value for name, value in values.items() if value is not False}
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in given.items()}
     return [flag_of(name) + ("" if value is True else f"={value}") for name, value in texts.items()]
 
 

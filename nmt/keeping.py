@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmt.errors import UserError
-from nmt.storage import InUse, Log, clear_partial, lock_path, locked, real, replacing, sync_folder
+from nmt.storage import InUse, Log, clear_partial, clear_unless_in_use, lock_path, locked, real, replacing, sync_folder
 
 # What a run leaves, behind the name of its best model. The state moves first: who finds it finds the rest too.
 SUFFIXES = (".state", "", ".toml", ".metrics.jsonl", ".curves.png")
@@ -136,7 +136,6 @@ def move(base: Path, pairs: list[tuple[Path, Path]]) -> None:
         OSError: a file cannot be renamed.
     """
     plan = plan_path(base)
-    clear_partial(plan)
     with replacing(plan) as file:
         file.write(json.dumps([[old.name, new.name] for old, new in pairs]).encode())
     finish(base)
@@ -162,12 +161,18 @@ def finish(base: Path) -> None:
 
 
 def finish_all(base: Path) -> None:
-    """Completes what was interrupted at `base`, and if `base` is a kept run itself, where it came from.
+    """Completes what was interrupted at `base`, and clears what was half written there.
+
+    If `base` is a kept run itself, what was interrupted where it came from is completed too.
 
     Raises:
         OSError: a file cannot be renamed.
     """
     finish(base)
+    for path in (plan_path(base), *paths_of(base), *paths_of(previous_of(base))):
+        clear_partial(path)
+    if (lock := lock_path(previous_of(base))).exists():
+        clear_unless_in_use(lock, lambda: None)  # the lock itself goes
     if origin := re.fullmatch(rf"(.+){re.escape(PREVIOUS)}(\.[0-9]+)?", base.name):
         source = base.with_name(origin[1])
         with contextlib.suppress(InUse), locked(lock_path(source), None):

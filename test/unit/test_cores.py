@@ -11,6 +11,7 @@ def machine(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(cores.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(cores, "TASKS", tmp_path / "task")
+    monkeypatch.setattr(cores, "WATCHED", 2.0)
 
     def set_to(seconds, ran, waited):
         clock[0] = seconds

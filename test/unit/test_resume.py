@@ -501,27 +501,40 @@ def test_a_performance_run_keeps_no_state(record, tiny_corpus, tmp_path):
 def test_a_new_run_keeps_an_unfinished_one_which_can_go_on(record, straight, tiny_corpus, tmp_path, capsys):
     """Row 50, with states: a completed run, one that was killed, and another one that was killed."""
     hashes, lines = straight()
-    path, kept = tmp_path / "model", tmp_path / "model.unfinished"
+    path, kept = tmp_path / "model", tmp_path / "model.previous"
     assert record(tiny_corpus, path, *FLAGS, "--seed", "2") == 0
     assert record(tiny_corpus, path, *FLAGS, stop_at=STEPS + 4) == 143
     capsys.readouterr()
     assert record(tiny_corpus, path, *FLAGS, "--seed", "3", stop_at=STEPS + 2) == 143
     out = capsys.readouterr().out
-    assert f"note: an unfinished run left {path}.state: --resume {kept}.state goes on with it" in out
-    assert checkpoint.load(tmp_path / "model.previous").flags["seed"] == 2, "of the run that was completed"
+    assert f"; that run did not end: --resume {kept}.state goes on with it; 2 earlier runs are kept" in out
+    assert checkpoint.load(tmp_path / "model.previous.1").flags["seed"] == 2, "of the run that was completed"
     assert run_main(train_8p.main, ["--data-dir", str(tiny_corpus), "--resume", f"{kept}.state"]) == 0
     assert [record.hashes[epoch] for epoch in (1, 2)] == [hashes[epoch] for epoch in (1, 2)]
+    assert "is kept" not in capsys.readouterr().out, "a run that goes on moves nothing"
     assert checkpoint.load(kept).completed
     assert record(tiny_corpus, path, "--resume", "auto") == 0, "nor is the other one lost"
     assert checkpoint.load(path).flags["seed"] == 3
 
 
-def test_of_two_unfinished_runs_the_longer_one_is_kept(record, tiny_corpus, tmp_path, capsys):
-    path, kept = tmp_path / "model", tmp_path / "model.unfinished.state"
-    for seed, steps, expected in ((1, 5, None), (2, 3, 1), (3, 9, 1), (4, 1, 3)):
-        assert record(tiny_corpus, path, *FLAGS, "--seed", str(seed), stop_at=steps) == 143
-        assert expected is None or resume.load(kept).given["seed"] == expected
-    assert f"it goes, {kept} has 5 and stays" in capsys.readouterr().out
+def test_a_run_that_goes_on_from_a_copy_of_its_state_keeps_what_its_file_has(stopped, record, tiny_corpus, tmp_path):
+    copy_of_state = tmp_path / "copy.state"
+    copy_of_state.write_bytes(resume.state_path(stopped).read_bytes())
+    assert record(tiny_corpus, stopped, "--resume", "auto", stop_at=2 * STEPS + 1) == 143
+    assert record(tiny_corpus, stopped, "--resume", str(copy_of_state), stop_at=STEPS + 6) == 143
+    assert resume.load(resume.state_path(stopped)).step == STEPS + 6
+    assert resume.load(tmp_path / "stopped.pth.previous.state").step == 2 * STEPS + 1
+    assert (
+        checkpoint.load(tmp_path / "stopped.pth.previous").scores["epoch"] == checkpoint.load(stopped).scores["epoch"]
+    )
+
+
+def test_overwriting_is_there_for_whoever_asks(stopped, record, tiny_corpus, capsys):
+    assert record(tiny_corpus, stopped, *FLAGS, "--overwrite", "--seed", "5", stop_at=2) == 143
+    assert "note: --overwrite: what an earlier run left is removed: stopped.pth" in capsys.readouterr().out
+    assert not list(stopped.parent.glob("*previous*"))
+    assert resume.load(resume.state_path(stopped)).given["seed"] == 5
+    assert "overwrite" not in resume.load(resume.state_path(stopped)).given
 
 
 def test_a_run_that_saved_nothing_does_not_go_on_as_the_one_before(stopped, record, tiny_corpus, capsys):
@@ -539,17 +552,18 @@ def test_a_run_that_saved_nothing_does_not_go_on_as_the_one_before(stopped, reco
         record(tiny_corpus, stopped, *FLAGS, "--seed", "5")
     assert record(tiny_corpus, stopped, *FLAGS, "--seed", "5", "--resume", "auto") == 0
     assert f"note: there is no {stopped}.state: a new run begins" in capsys.readouterr().out
-    assert resume.load(resume.state_path(resume.kept_of(stopped))).step == STEPS + 4
+    kept = [resume.load(path) for path in stopped.parent.glob("*.previous*.state")]
+    assert [state.step for state in kept] == [STEPS + 4]
 
 
 def test_a_state_that_cannot_be_read_is_kept_too(stopped, record, tiny_corpus):
     path = resume.state_path(stopped)
     path.write_text("no state")
     assert record(tiny_corpus, stopped, *FLAGS) == 0
-    assert path.with_name(f"{path.name}.unreadable").read_text() == "no state"
+    assert stopped.with_name(f"{stopped.name}.previous.state").read_text() == "no state"
 
 
-@pytest.mark.parametrize("name", ["model.state", "model.unfinished", "model.unfinished.state"])
+@pytest.mark.parametrize("name", ["model.state", "model.previous", "model.previous.state", "model.toml"])
 def test_a_folder_in_the_place_of_a_state_is_told_before_the_training(tiny_corpus, tmp_path, name):
     (tmp_path / name).mkdir()
     refused("io", resumed, tiny_corpus, tmp_path / "model", *FLAGS, says=str(tmp_path / name))
