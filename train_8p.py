@@ -265,7 +265,7 @@ OF_THE_COMMAND = (
     "write_split",
 )
 # What is in no file of flags that a run writes: it belongs to a process, or says where else a run writes.
-OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "record", "tensorboard", "profile"} - {"ckptpath"})
+OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "device_id", "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
 OF_THE_WORDS = ("min_freq", "case", "tokenizer", "subword", "max_vocab")
