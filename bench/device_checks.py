@@ -66,7 +66,7 @@ class Sizes:
     seconds: float = 0.3
 
 
-SIZES = {"npu": Sizes(), "cuda": Sizes(product=8192), "cpu": Sizes(product=1024, copied=1 << 27)}
+SIZES = {"npu": Sizes(), "cuda": Sizes(product=8192), "cpu": Sizes(product=512, copied=1 << 27)}
 TINY = Sizes(emb_dim=16, hid_dim=24, batch=16, words=100, product=64, copied=1 << 16, reduced=1 << 12, seconds=0.03)
 
 

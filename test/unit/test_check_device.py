@@ -24,7 +24,7 @@ import torch
 from conftest import REPOSITORY
 
 SCRIPT = REPOSITORY / "test" / "check_device.sh"
-DEADLINE = 180
+DEADLINE = 500  # a clean machine takes 15
 QUICK = ["--quick", "--tiny"]
 ROW = re.compile(r"^(pass|FAIL|skipped) +(\S.*?)(  .*)?$", re.MULTILINE)
 
@@ -223,7 +223,7 @@ def test_each_wrong_kernel_is_named(simulation, tmp_path, wrong, names):
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_in_a_collective_is_named_within_the_deadline(simulation, tmp_path):
-    done = on_npus(*QUICK, "--deadline=5", folder=tmp_path / "found", NPU_SIM_HUNG_RANK="1")
+    done = on_npus(*QUICK, "--deadline=20", folder=tmp_path / "found", NPU_SIM_HUNG_RANK="1")
     assert done.returncode == 8
     assert failed(done.stdout) == ["all_reduce"]
     assert re.search(r"rank 1 \(npu:1\) made no progress for \d+ s", done.stdout)
