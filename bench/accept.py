@@ -66,8 +66,10 @@ SAMPLE: tuple[str, ...] = (
     "results/sample-precisions-cpu.log",
     "results/accept/tuned-float32.log",
     "results/accept/tuned-float32-seed2.log",
+    "results/accept/tuned-float32-seed3.log",
     "results/accept/tuned-bfloat16.log",
     "results/accept/tuned-bfloat16-seed2.log",
+    "results/accept/tuned-bfloat16-seed3.log",
 )
 # O0 of that log is the run of sample-train_full_1p-cpu.log on the same machine, to the last digit.
 PARTS = {"results/sample-precisions-cpu.log": r"# python3 train_8p\.py .*--opt-level O[123]$"}
