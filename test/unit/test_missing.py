@@ -118,6 +118,7 @@ def test_whoever_follows_the_message_can_train(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(data.download, "download_multi30k", no_download)
     message = refused("data", train_8p.load_corpus, parse(*given), log=lambda line: None, says=says)
     assert len(message) <= 200, "two lines, and not more than a half more of them on a narrow terminal"
+    assert ("there, one sentence a line" in message) == (not names or kind == "something else"), "otherwise a guess"
     added = follow(message, folder, RENAME.get(kind))
     for flag in {"--src-lang", "--trg-lang", "--data-dir"} & set(added) & set(given):
         del given[given.index(flag) : given.index(flag) + 2]
@@ -152,6 +153,7 @@ def test_whoever_follows_the_message_can_score(tmp_path, monkeypatch, kind):
     given = ["--data-dir", "my_text", *shlex.split(LANGS)]
     message = refused("data", train_8p.load_test, parse(*given), log=lambda line: None, says=says)
     assert len(message) <= 200
+    assert ("there, one sentence a line" in message) == (kind in ("an empty folder", "train alone"))
     added = follow(message, folder)
     words = train_8p.load_test(parse(*[*given[2:], *added] if "--data-dir" in added else [*given, *added]), print)
     assert words.src_tokens[0][1] == "cane" and words.trg_tokens[0][1] == "dog"
