@@ -312,7 +312,7 @@ CONTRADICTIONS = {
     "a format of its own": with_part("format", "x"),
     "a format of True": with_part("format", True),
     "a format of more than one number": with_part("format", torch.ones(2)),
-    "a later format": with_part("format", 3),
+    "a later format": with_part("format", 4),
 }
 
 

@@ -294,17 +294,17 @@ def run_ranks(size: int, *argv, stop_at: int | None = None) -> list[tuple[int, i
             rank.join()
 
 
-def check_ranks(size, stops, corpus, folder):
+def check_ranks(size, stops, corpus, folder, *flags):
     """Asserts that `size` ranks that are stopped and go on end as those that nobody stopped."""
-    quiet = run_ranks(size, corpus, folder / "quiet.pth", *COMMON)
+    quiet = run_ranks(size, corpus, folder / "quiet.pth", *COMMON, *flags)
     last = quiet[0][2]
     assert last is not None
     assert quiet == [(rank, 0, last) for rank in range(size)], "all ranks have the same weights"
     for stop_at in stops:
         path = folder / f"stopped{stop_at}.pth"
-        ((_, code, _),) = run_ranks(size, corpus, path, *COMMON, stop_at=stop_at)
+        ((_, code, _),) = run_ranks(size, corpus, path, *COMMON, *flags, stop_at=stop_at)
         assert code == 143
-        assert run_ranks(size, corpus, path, *COMMON, "--resume", "auto") == quiet
+        assert run_ranks(size, corpus, path, *COMMON, *flags, "--resume", "auto") == quiet
 
 
 def test_two_ranks_go_on_to_the_same_weights_and_one_goes_on_with_a_note(

@@ -19,8 +19,8 @@ from nmt.text.vocabulary import EOS, SOS, SPECIALS, UNK
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SMALL, refused, write_corpus
-from test_resume import Recorder
+from conftest import REPOSITORY, SMALL, refused, same_corpus, write_corpus
+from test_resume import STEPS, Recorder, check_ranks
 
 COUNTS = Counter({"hund": 9, "hunde": 6, "hunden": 3, "katze": 7, "katzen": 4, "und": 8, ".": 20, "läuft": 5})
 LIBRARY = pytest.importorskip("sentencepiece")
@@ -239,7 +239,7 @@ def test_the_cache_has_the_pieces_of_each_sentence(tmp_path, load, monkeypatch):
     monkeypatch.setattr(subwords, "SENTENCES", 5)
     blocks = load(folder, subword=30, cache_dir=tmp_path / "other")
     for other in (again, blocks):
-        assert other.train.src.ids.tolist() == corpus.train.src.ids.tolist()
+        assert same_corpus(other, corpus)
         assert other.src_vocab.model == corpus.src_vocab.model
     assert sum("tokenising" in line for line in load.lines) == 2, "the second time from the cache"
 
@@ -410,6 +410,13 @@ def test_a_stopped_run_goes_on_to_the_same_weights(record, trained, corpus, tmp_
         assert record(corpus, path, "--resume", "auto") == 0
         assert record.hashes[1] == hashes[1]
     assert "not bit for bit" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_same_spellings_and_go_on_to_the_same_weights(tmp_path, no_launcher):
+    """If the ranks had others, they would share out other batches."""
+    corpus = write_corpus(tmp_path / "corpus", 8 * STEPS)
+    check_ranks(2, [STEPS + 3], corpus, tmp_path, "--subword", "30", "--bpe-dropout", "0.2")
 
 
 def test_a_run_goes_on_with_no_other_pieces(record, corpus, tmp_path, capsys):
