@@ -212,10 +212,10 @@ def engine_of(settings: Settings, path: str) -> "Engine":
         todo = "add --backend onnx if export_onnx.py has written it, or give a file of train_8p.py"
         raise UserError("usage", "a folder, not a checkpoint", f"--ckptpath {path}", todo)
     import gru
-    from nmt import checkpoint
+    from nmt import checkpoint, keeping
     from nmt.torch_engine import TorchEngine, choose_dtype, info_of, shortlist_of
 
-    if settings.ckptpath is None and not os.path.exists(path):
+    if settings.ckptpath is None and not os.path.exists(path) and not keeping.previous_of(path).exists():
         todo = "train one with train_8p.py, or name a model with --ckptpath"
         raise UserError("checkpoint", "there is no model here", path, todo)
     saved = checkpoint.load(path)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from nmt.errors import UserError
+from nmt.keeping import previous_of
 from nmt.storage import replacing, stream_sha256
 
 import torch
@@ -142,6 +143,8 @@ def opened(path: str | Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError as error:
+        if (earlier := previous_of(path)).exists():
+            todo += f"; that of the run before is {earlier}"
         raise UserError("checkpoint", "no such file", where, todo) from error
     except OSError as error:
         what = f"cannot be read: {error.strerror or error}"

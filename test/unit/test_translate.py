@@ -654,6 +654,12 @@ def test_a_model_that_is_not_there_is_told_of_by_how_it_comes_to_be(tmp_path, mo
         "error[checkpoint]: there is no model here; ./seq2seq-gru-model.pth.tar; "
         "train one with train_8p.py, or name a model with --ckptpath\n"
     )
+    (tmp_path / "seq2seq-gru-model.pth.tar.previous").write_text("")  # a new run has begun, and has no model yet
+    assert run_main(translate.main, ["--input", "in"]) == 4
+    assert capfd.readouterr().err == (
+        "error[checkpoint]: no such file; ./seq2seq-gru-model.pth.tar; give the path of a checkpoint; "
+        "that of the run before is seq2seq-gru-model.pth.tar.previous\n"
+    )
     assert translate.Settings(backend="onnx").models == [export_onnx.Settings().out]
 
 
