@@ -127,7 +127,7 @@ def now() -> str:
 
 
 def read(path: Path) -> list[Entry]:
-    """The whole lines of a metrics file. What is torn ends it. None if there is no file that can be read."""
+    """The whole lines of a metrics file. What is torn ends it. There are none without a file that can be read."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # behind the last end of a line nothing is whole
     except OSError:

@@ -117,6 +117,7 @@ def test_the_commands_are_those_of_the_rows_in_their_order(section, rows):
         assert (run.flags["performance"] == "True") == ("performance" in command)
         assert (run.facts["processes"] == "8") == ("_8p.sh" in command)
         assert (run.flags["fixed_length"] == "46") == ("--fixed-length 46" in command)
+        assert (run.flags.get("subword", "0") == "8000") == ("--subword 8000" in command)
         in_half = "--amp" in command or ("test/" in command and "must_keep_origin_dtype" not in command)
         level = (re.findall(r"--opt-level (O\d)", command) or ["O2"])[0] if in_half else "O0"
         assert run.facts["precision"].endswith(f"/{level}")
