@@ -730,22 +730,7 @@ def train(
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
     about = facts_of(settings, mixed, world, corpus) | {"device_name": world.describe(), "parameters": parameters}
-    about["batch_per_device"] = settings.batch_size / world.size
-    figures = open_record(settings, state, world, about | {"epoch_steps": len(first_batches)})
-    held.callback(figures.close)
-    profile = StepProfile(settings.profile if world.is_main else None, world.device_type, say)
-    held.callback(profile.close)
-    bar = RunBar(settings.epochs, len(first_batches), step) if sys.stdout.isatty() else None
-    if bar is not None:
-        held.callback(bar.close)
-    watch = CoreWatch(torch.get_num_threads() if world.device_type == "cpu" else 1, say)
-
-    def line_done(line: StepLine) -> None:
-        done = line.epoch * len(first_batches) + line.step
-        scale = None if mixed.level == "O0" else trainer.loss_scale
-        figures.step(line, done, learning_rate(done - 1, total_steps, settings), scale)
-        watch.look()
-
+    beside = held.enter_context(Beside(settings, mixed, state, world, trainer, about, len(first_batches)))
     world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
         if settings.bpe_dropout:
@@ -759,8 +744,8 @@ def train(
             steps=len(batches),
             steps_before=step - run.step,
             print_freq=settings.print_freq,
-            bar=bar,
-            told=line_done,
+            bar=beside.bar,
+            told=beside.line_done,
         )
         for position in range(run.begin_epoch(log), len(batches)):
             # 1. The pairs of this rank. Without --accumulate they are one part.
@@ -788,7 +773,7 @@ def train(
             own_tokens = sum(part.target_tokens for part in parts)
             total_loss, total_tokens = world.sums(torch.stack(loss_sums).sum(), own_tokens)  # one all-reduce
             log.step_done(total_loss, total_tokens, pairs=len(indices))
-            profile.step_done()
+            beside.profile.step_done()
             run.step_done(step, epoch, position + 1)
 
         # 4. The end of the epoch: its speed and, unless speed is all we want, validation and the best weights.
@@ -798,7 +783,7 @@ def train(
         say(f"* FPS@all {pairs_per_second:.3f}")
         of_epoch = {"epoch": epoch + 1, "pairs_per_second": pairs_per_second, "train_loss": train_loss}
         of_epoch["learning_rate"] = rate = learning_rate(step - 1, total_steps, settings)
-        figures.add("epoch", step, of_epoch)
+        beside.figures.add("epoch", step, of_epoch)
         if skipped := trainer.skipped_steps():
             say(
                 f"note: {skipped} of {len(batches)} steps changed no weight: their gradients were not finite. "
@@ -809,7 +794,7 @@ def train(
             found, is_best = validate(
                 settings, world, corpus, val_loader, average.model, best, epoch, train_loss, rate, run.end_if_asked
             )
-            figures.add("validation", step, of_epoch | found.figures | {"is_best": is_best}, found.examples)
+            beside.figures.add("validation", step, of_epoch | found.figures | {"is_best": is_best}, found.examples)
             if ends_early(settings, world, best, epoch):
                 break
     if world.is_main:
@@ -1191,20 +1176,54 @@ def open_run(
     )
 
 
-def open_record(settings: Settings, state: resume.State, world: World, about: dict[str, Any]) -> record.Record:
-    """What takes the figures of the run. On ranks other than 0 it takes nothing.
+class Beside(contextlib.ExitStack):
+    """What goes on beside the training of a rank: figures, a profile, the bar, a look at who has the cores.
+
+    On ranks other than 0 nothing is written. On leaving, what is open is closed.
 
     Args:
         settings, state, world: as in `open_run`.
+        mixed: the precision.
+        trainer: tells the loss scale.
         about: the facts of the run.
+        steps: of an epoch.
     """
-    if not world.is_main:
-        return record.Record()
-    files = record.begin(metrics_paths(settings), state.run, about, state.step, say)
-    board = None
-    if settings.tensorboard is not None:
-        board = record.Board(Path(settings.tensorboard), ("train", "validation"), state.step, say)
-    return record.Record(files, board)
+
+    def __init__(
+        self,
+        settings: Settings,
+        mixed: precision.Choice,
+        state: resume.State,
+        world: World,
+        trainer: precision.Trainer,
+        about: dict[str, Any],
+        steps: int,
+    ):
+        super().__init__()
+        self._settings, self._steps = settings, steps
+        self._loss_scale = (lambda: None) if mixed.level == "O0" else (lambda: trainer.loss_scale)
+        self.figures = record.Record()
+        if world.is_main:
+            about |= {"batch_per_device": settings.batch_size / world.size, "epoch_steps": steps}
+            files = record.begin(metrics_paths(settings), state.run, about, state.step, say)
+            board = None
+            if settings.tensorboard is not None:
+                board = record.Board(Path(settings.tensorboard), ("train", "validation"), state.step, say)
+            self.figures = record.Record(files, board)
+        self.callback(self.figures.close)
+        self.profile = StepProfile(settings.profile if world.is_main else None, world.device_type, say)
+        self.callback(self.profile.close)
+        self.bar = RunBar(settings.epochs, steps, state.step) if sys.stdout.isatty() else None
+        if self.bar is not None:
+            self.callback(self.bar.close)
+        self._watch = CoreWatch(torch.get_num_threads() if world.device_type == "cpu" else 1, say)
+
+    def line_done(self, line: StepLine) -> None:
+        """Takes what a step line says."""
+        step = line.epoch * self._steps + line.step
+        rate = learning_rate(step - 1, self._settings.epochs * self._steps, self._settings)
+        self.figures.step(line, step, rate, self._loss_scale())
+        self._watch.look()
 
 
 def first_model(settings: Settings, world: World, corpus: data.Corpus) -> gru.Seq2Seq:
