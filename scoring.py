@@ -460,16 +460,15 @@ def report(
         )
         scores, cased = evaluate_in(case, translations, references)
         decoding = "greedy" if size == 1 else f"beam of {size}"
-        yield f"{decoding}: {scores}"
         figures |= scores.figures("greedy_" if size == 1 else "beam_")
-        if cased is not None:
-            yield f"{decoding}, cased: {cased}"
+        if size < beam_size:
+            yield f"{decoding}: {scores}"
+            if cased is not None:
+                yield f"{decoding}, cased: {cased}"
     figures |= scores.figures() | {"signature": scores.sacrebleu_signature}
-    final = decoding if beam_size > 1 else "greedy decoding"
-    yield (
-        f"note: of the {final}: BLEU score is torchtext's, to compare with the ModelZoo; in a paper quote sacreBLEU "
-        "with its signature; all are of tokens in lower case, and sacreBLEU of plain text is another figure"
-    )
+    yield f"final scores: {decoding}"
+    yield "note: BLEU score is torchtext's, to compare with the ModelZoo. A paper quotes sacreBLEU with its signature."
+    yield "note: all scores are of tokens in lower case. sacreBLEU of plain text is another figure."
     if cased is not None:
         yield f"cased chrF = {cased.chrf:.4f} ({cased.chrf_signature})"
         yield f"cased sacreBLEU = {cased.sacrebleu:.4f} ({cased.sacrebleu_signature})"

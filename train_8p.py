@@ -38,6 +38,7 @@ import platform
 import random
 import secrets
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -268,6 +269,7 @@ OF_THE_COMMAND = (
 OF_NO_CONFIG = tuple({*OF_THE_COMMAND, "device_id", "record", "tensorboard", "profile"} - {"ckptpath"})
 # What only training reads, and what does not change its numbers. The rest of it decides on them, and these do too:
 INDIFFERENT = ("recipe", "amp", "performance", "ckptpath", "resume", "overwrite", "save_every", "print_freq")
+OF_WHOLE_WORDS = ("min_freq", "max_vocab")
 OF_THE_WORDS = ("min_freq", "case", "tokenizer", "subword", "max_vocab")
 DECISIVE = ("src_lang", "trg_lang", "fixed_length", "max_length", "val_split", *OF_THE_WORDS)
 # Settings that states of earlier versions do not have, as they were then.
@@ -321,8 +323,8 @@ def check_flags_of_the_words(settings: Settings, given: Collection[str]) -> None
         UserError: usage.
     """
     if settings.subword:
-        for name in ("min_freq", "max_vocab"):
-            if name in given and getattr(settings, name):
+        for name in OF_WHOLE_WORDS:
+            if name in given and getattr(settings, name) != getattr(Settings, name):
                 flag = flags.flag_of(name)
                 what = "no words are left to choose where pieces spell them"
                 where = f"--subword {settings.subword}, {flag}"
@@ -412,7 +414,8 @@ def main(argv: list[str]) -> None:
         say(f"note: {note}")
     settings = replace(settings, bleu_npu=plan.scoring_index)
     if settings.evaluate is not None:
-        if unused := flags.given_in_vain(settings):
+        typed = {name: value for name, value in typed.items() if name not in parser.of_files}
+        if unused := flags.given_in_vain(settings, typed):
             say(f"note: no effect with --evaluate: {', '.join(unused)}")
         evaluate(settings, typed, plan, Path(settings.evaluate))
         return
@@ -562,7 +565,11 @@ def translate_command(ckptpath: str) -> str:
     own = here / ".venv"
     if here.is_relative_to(Path.cwd()):
         here = here.relative_to(Path.cwd())
-    python = str(here / ".venv" / "bin" / "python") if Path(sys.prefix) == own else "python3"
+    python, on_path = sys.executable, shutil.which("python3")
+    if Path(sys.prefix) == own:
+        python = str(here / ".venv" / "bin" / "python")
+    elif on_path is not None and os.path.abspath(on_path) == os.path.abspath(Path(python).with_name("python3")):
+        python = "python3"
     path = f"./{ckptpath}" if ckptpath.startswith("-") else ckptpath
     return shlex.join([python, str(here / "translate.py"), "--ckptpath", path])
 
@@ -708,7 +715,8 @@ def train(
     device = world.device
     model.to(device)
     world.copy_from_main(model.parameters())
-    for line in description(settings, mixed, world, corpus):
+    facts = facts_of(settings, mixed, world, corpus) if world.is_main else {}
+    for line in description(settings, mixed, world, corpus, facts):
         say(line)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     say(f"model: {parameters:,} parameters")
@@ -729,8 +737,8 @@ def train(
     )
     run = open_run(settings, state, world, {"trainer": trainer, "average": average, "best": best}, stop)
     step = run.step
-    about = facts_of(settings, mixed, world, corpus) | {"device_name": world.describe(), "parameters": parameters}
-    beside = held.enter_context(Beside(settings, mixed, state, world, trainer, about, len(first_batches)))
+    facts |= {"device_name": world.describe(), "parameters": parameters, "epoch_steps": len(first_batches)}
+    beside = held.enter_context(Beside(settings, mixed, state, world, trainer, facts))
     world.progress(step)
     for epoch in range(run.epoch, settings.epochs):
         if settings.bpe_dropout:
@@ -944,10 +952,11 @@ def validate(
         say(line)
     # BLEU is 0 as long as no four words in a row are right, and often equal in small texts.
     merit = (found.bleu, -losses.forced) if settings.best == "bleu" else (-losses.free_running,)
-    if world.is_main and settings.best == "bleu" and found.bleu and best.merit[:1] == (found.bleu,):
+    is_again = best.epoch == epoch and merit == best.merit  # a run that went on has validated it before
+    if world.is_main and settings.best == "bleu" and found.bleu and not is_again and best.merit[:1] == (found.bleu,):
         say(f"note: the best epoch so far has a greedy BLEU of {found.bleu:.4f} too: the lower loss is better")
-    is_best = merit > best.merit
-    if world.is_main and is_best:
+    is_best = is_again or merit > best.merit
+    if world.is_main and is_best and not is_again:
         scores = {"epoch": epoch, "bleu": found.bleu, "loss": losses.forced, "free_running_loss": losses.free_running}
         if found.cased_bleu is not None:
             scores["cased_bleu"] = found.cased_bleu
@@ -966,7 +975,7 @@ def ends_early(settings: Settings, world: World, best: checkpoint.BestFile, epoc
     if not world.sum(torch.tensor(float(world.is_main and waited >= settings.patience), device=world.device)):
         return False
     say(
-        f"note: the training ends early: no epoch since epoch {best.epoch} was better, "
+        f"note: the training ends early: no epoch since epoch {best.epoch + 1} was better, "
         f"and --patience is {settings.patience}"
     )
     return True
@@ -1185,8 +1194,7 @@ class Beside(contextlib.ExitStack):
         settings, state, world: as in `open_run`.
         mixed: the precision.
         trainer: tells the loss scale.
-        about: the facts of the run.
-        steps: of an epoch.
+        facts: of the run, from `facts_of` and beside.
     """
 
     def __init__(
@@ -1196,16 +1204,14 @@ class Beside(contextlib.ExitStack):
         state: resume.State,
         world: World,
         trainer: precision.Trainer,
-        about: dict[str, Any],
-        steps: int,
+        facts: dict[str, Any],
     ):
         super().__init__()
-        self._settings, self._steps = settings, steps
+        self._settings, self._steps = settings, facts["epoch_steps"]
         self._loss_scale = (lambda: None) if mixed.level == "O0" else (lambda: trainer.loss_scale)
         self.figures = record.Record()
         if world.is_main:
-            about |= {"batch_per_device": settings.batch_size / world.size, "epoch_steps": steps}
-            files = record.begin(metrics_paths(settings), state.run, about, state.step, say)
+            files = record.begin(metrics_paths(settings), state.run, facts, state.step, say)
             board = None
             if settings.tensorboard is not None:
                 board = record.Board(Path(settings.tensorboard), ("train", "validation"), state.step, say)
@@ -1213,7 +1219,7 @@ class Beside(contextlib.ExitStack):
         self.callback(self.figures.close)
         self.profile = StepProfile(settings.profile if world.is_main else None, world.device_type, say)
         self.callback(self.profile.close)
-        self.bar = RunBar(settings.epochs, steps, state.step) if sys.stdout.isatty() else None
+        self.bar = RunBar(settings.epochs, self._steps, state.step) if sys.stdout.isatty() else None
         if self.bar is not None:
             self.callback(self.bar.close)
         self._watch = CoreWatch(torch.get_num_threads() if world.device_type == "cpu" else 1, say)
@@ -1328,6 +1334,8 @@ def config_of(settings: Settings, plan: distributed.Plan, given: dict[str, Any])
     left_out = [*OF_NO_CONFIG, *(["bleu_npu"] if "bleu_npu" not in given else [])]
     if not values["amp"]:
         left_out += ["opt_level", "amp_dtype", "amp_backend"]  # they have no effect
+    if values["subword"]:
+        left_out += OF_WHOLE_WORDS  # nor have these
     header = [
         "Trains this run again: python3 train_8p.py --config THIS_FILE",
         f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, torch {torch.__version__}, "
@@ -1337,7 +1345,7 @@ def config_of(settings: Settings, plan: distributed.Plan, given: dict[str, Any])
 
 
 def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> dict[str, Any]:
-    """What the line `run:` says, by name."""
+    """What the line `run:` says, by name. It asks git for the commit."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "spacy", "torchtext")}
     for name in ("torch_npu", "apex"):  # not always installed in a way that leaves metadata
         if name in sys.modules:
@@ -1347,7 +1355,7 @@ def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: 
         "processes": world.size,
         "nodes": world.nodes,
         "batch": settings.batch_size,
-        "batch_per_device": f"{settings.batch_size / world.size:g}",
+        "batch_per_device": settings.batch_size / world.size,
         "precision": mixed.name,
         "amp_backend": mixed.backend,
         "loss_scale": mixed.loss_scale,
@@ -1361,9 +1369,17 @@ def facts_of(settings: Settings, mixed: precision.Choice, world: World, corpus: 
     return facts | versions
 
 
-def description(settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus) -> Iterator[str]:
-    """The lines that say what is about to run."""
-    yield "run: " + " ".join(f"{key}={value}" for key, value in facts_of(settings, mixed, world, corpus).items())
+def description(
+    settings: Settings, mixed: precision.Choice, world: World, corpus: data.Corpus, facts: dict[str, Any]
+) -> Iterator[str]:
+    """The lines that say what is about to run.
+
+    Args:
+        settings, mixed, world, corpus: as in `train`.
+        facts: from `facts_of`.
+    """
+    short = {key: f"{value:g}" if key == "batch_per_device" else value for key, value in facts.items()}
+    yield "run: " + " ".join(f"{key}={value}" for key, value in short.items())
     yield f"device: {world.describe()}"
     yield from corpus.lines()
     yield from unknown_words(corpus, settings)

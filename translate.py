@@ -540,7 +540,7 @@ def card(info: "ModelInfo", path: str) -> Iterator[str]:
     named += [name for name in ("max_vocab",) if values.get(name)]  # 0: there was no limit
     yield "training: " + ", ".join(f"{name} {values[name]}" for name in named if name in values)
     yield "validation: " + ", ".join(
-        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value + 1}"  # the epoch, from 1 for people
+        f"{name} {value + 1}" if name == "epoch" else f"{name} {value:.4f}"  # people count epochs from 1
         for name, value in info.scores.items()
     )
     yield "decoding: " + ", ".join(

@@ -32,6 +32,7 @@ SCORE = re.compile(
     r"^(?P<name>greedy|beam of \d+): BLEU (?P<bleu>\S+)(  sacreBLEU (?P<sacrebleu>\S+))?  chrF (?P<chrf>\S+)$",
     re.MULTILINE,
 )
+FINAL_DECODING = re.compile(r"^final scores: (?P<name>greedy|beam of \d+)$", re.MULTILINE)
 LOSSES = re.compile(r"^losses: (?P<losses>.*)$", re.MULTILINE)
 FINAL_SCORE = re.compile(r"^(?P<name>BLEU score|sacreBLEU|chrF) = (?P<value>\S+)", re.MULTILINE)
 FINAL_RESULT = re.compile(r"^(?P<name>(Final|E2E) [^:]*) : (?P<value>\S+)$", re.MULTILINE)  # the wrappers'
@@ -152,6 +153,10 @@ def parse(text: str) -> Run:
     final = {
         match["name"]: match["value"] for pattern in (FINAL_SCORE, FINAL_RESULT) for match in pattern.finditer(text)
     }
+    scores = [_score(match) for match in SCORE.finditer(text)]
+    if decoding := FINAL_DECODING.search(text):  # older logs have such scores in a line of their own too
+        bleu, chrf, sacrebleu = (float(final[name]) for name in ("BLEU score", "chrF", "sacreBLEU"))
+        scores.append(Score(decoding["name"], bleu, chrf, sacrebleu))
     seconds = final.get("E2E Training Duration sec") or (end and end["seconds"])
     return Run(
         comments=re.findall(r"^# (.*)$", text.partition("\nrun: ")[0], re.MULTILINE),
@@ -160,7 +165,7 @@ def parse(text: str) -> Run:
         flags=facts_of(lines["flags"]) or flags_of(text),
         epochs=[_epoch(match) for match in VALIDATION.finditer(text)],
         rates=[float(match["rate"]) for match in RATE.finditer(text)],
-        scores=[_score(match) for match in SCORE.finditer(text)],
+        scores=scores,
         losses=lines["losses"].partition(": ")[2],
         perplexity=float(test_loss["perplexity"]) if test_loss else None,
         final=final,

@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from nmt.errors import UserError
@@ -32,9 +32,11 @@ class StrictParser(argparse.ArgumentParser):
 
     Attributes:
         given: the names of the flags that the last command line had, with those of its files.
+        of_files: the names of those that its files alone had.
     """
 
     given: set[str]
+    of_files: set[str]
 
     def __init__(self, *, file_flag: str = "", read_file: "FileReader | None" = None, **options):
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **options)
@@ -56,7 +58,7 @@ class StrictParser(argparse.ArgumentParser):
             cut = args.index("--")
             own, user = args[:cut], args[cut + 1 :]
         namespace = argparse.Namespace()
-        self.given = set()
+        self.given, self.of_files = set(), set()
         for section in (own, user):
             section = [hyphenated(arg) for arg in section]
             given = self._refuse_what_argparse_takes(section)
@@ -65,9 +67,11 @@ class StrictParser(argparse.ArgumentParser):
                 for name, value in self._read_file(path, self).items():
                     setattr(namespace, name, value)
                     self.given.add(name)
+                    self.of_files.add(name)
             for name in given & self.given & self._repeatable:
                 setattr(namespace, name, None)  # the values before the `--` do not stay beside those after it
             self.given |= given
+            self.of_files -= given
             namespace = super().parse_args(section, namespace)
         return namespace
 
@@ -229,9 +233,9 @@ def as_arguments(values: dict[str, Any]) -> list[str]:
     return [flag_of(name) + ("" if value is True else f"={value}") for name, value in texts.items()]
 
 
-def given_in_vain(settings: Any) -> list[str]:
-    """The flags of a table that were given and that only training reads. A default's own value does not count."""
-    rows = [row for row in dataclasses.fields(settings) if row.metadata["trains"]]
+def given_in_vain(settings: Any, typed: Collection[str]) -> list[str]:
+    """The flags of a table that were typed and that only training reads. A default's own value does not count."""
+    rows = [row for row in dataclasses.fields(settings) if row.metadata["trains"] and row.name in typed]
     return [flag_of(row.name) for row in rows if getattr(settings, row.name) != row.default]
 
 

@@ -169,10 +169,15 @@ def finish_all(base: Path) -> None:
         OSError: a file cannot be renamed.
     """
     finish(base)
-    for path in (plan_path(base), *paths_of(base), *paths_of(previous_of(base))):
+    for path in (plan_path(base), *paths_of(base)):
         clear_partial(path)
-    if (lock := lock_path(previous_of(base))).exists():
-        clear_unless_in_use(lock, lambda: None)  # the lock itself goes
+    kept = previous_of(base)
+
+    def clear_kept() -> None:
+        for path in paths_of(kept):
+            clear_partial(path)
+
+    clear_unless_in_use(lock_path(kept), clear_kept)
     if origin := re.fullmatch(rf"(.+){re.escape(PREVIOUS)}(\.[0-9]+)?", base.name):
         source = base.with_name(origin[1])
         with contextlib.suppress(InUse), locked(lock_path(source), None):

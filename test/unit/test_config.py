@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train_8p
 from bench import logs
-from nmt import checkpoint, config, flags, resume
+from nmt import checkpoint, config, resume
 from nmt.errors import run_main
 
 import pytest
@@ -69,7 +69,9 @@ def test_a_flag_of_the_file_counts_as_given(toml):
     parser = train_8p.build_parser()
     parser.parse_args(["--config", toml("seed = 1234\namp = false\n"), "-b", "4"])
     assert parser.given == {"config", "seed", "amp", "batch_size"}
-    assert flags.given_in_vain(parse("--config", toml("seed = 3\n"))) == ["--seed"]
+    assert parser.of_files == {"seed", "amp"}
+    parser.parse_args(["--config", toml("seed = 1234\namp = false\n"), "--seed", "4"])
+    assert parser.of_files == {"amp"}
 
 
 @pytest.mark.parametrize(

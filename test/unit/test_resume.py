@@ -151,7 +151,7 @@ def test_a_run_whose_batches_are_computed_in_parts_goes_on_likewise(record, stra
 
 
 STANDSTILL = ["--lr", "1e-30", "--patience", "1"]  # no epoch is better than the first
-EARLY = "note: the training ends early: no epoch since epoch 0 was better, and --patience is 1"
+EARLY = "note: the training ends early: no epoch since epoch 1 was better, and --patience is 1"
 
 
 @pytest.mark.parametrize(
