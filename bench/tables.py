@@ -88,7 +88,7 @@ RESULTS = [
     Row("`tuned`, three seeds", TUNED),
     Row("`tuned` by `--amp`", ("results/multi30k-tuned-bfloat16-cpu.log",)),
     Row("`tuned` by `--amp`, draws by the step, three seeds", TUNED_BY_STEP),
-    Row("the same with `--subword 8000`, three seeds", of_seeds("subword/8000"), "--subword 8000"),
+    Row("`tuned` by `--amp` and `--subword 8000`, three seeds", of_seeds("subword/8000"), "--subword 8000"),
     Row("`tuned` on eight devices", ("results/multi30k-tuned-8p-cpu.log",)),
     Row("`tuned`, speed alone, batch 128", ("results/multi30k-train_performance_1p-cpu.log",)),
 ]

@@ -50,6 +50,7 @@ MAY_BE_0 += [
     "--length-penalty",
     "--seed",
 ]
+MAY_BE_0 += ["--subword", "--bpe-dropout", "--max-vocab", "--patience", "--device-id"]
 MAY_BE_0 += ["--npu", "--gpu", "--bleu-npu", "--device-list", "--rank", "--world-size"]  # `plan` refuses a world of 0
 
 
