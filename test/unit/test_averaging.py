@@ -147,7 +147,7 @@ def test_the_average_is_what_is_validated_and_kept(tiny_corpus, tmp_path, monkey
 
     monkeypatch.setattr(train_8p, "WeightAverage", lambda *args: made.append(WeightAverage(*args)) or made[-1])
     monkeypatch.setattr(scoring, "losses", recorded)
-    monkeypatch.setattr(train_8p, "score", lambda *_: None)
+    monkeypatch.setattr(train_8p, "score", lambda *_: {})
     run_two_epochs(tiny_corpus, tmp_path)
     assert [model for model, _ in validated] == [made[0].model] * 2
     assert not torch.equal(made[0].model.encoder.embedding.weight, made[0]._trainer.model.encoder.embedding.weight)
@@ -166,7 +166,7 @@ def test_each_step_and_each_epochs_end_reach_the_average(tiny_corpus, tmp_path, 
             seen.append(f"end {step}")
 
     monkeypatch.setattr(train_8p, "WeightAverage", Recorder)
-    monkeypatch.setattr(train_8p, "score", lambda *_: None)
+    monkeypatch.setattr(train_8p, "score", lambda *_: {})
     run_two_epochs(tiny_corpus, tmp_path)
     steps = [entry for entry in seen if isinstance(entry, int)]
     assert steps == list(range(1, len(steps) + 1))

@@ -200,7 +200,13 @@ def test_the_file_of_a_run_makes_the_same_run_again(tiny_corpus, tmp_path, no_la
 
 
 @pytest.mark.parametrize(
-    "extra", [["--amp", "--amp-dtype", "bfloat16", "--opt-level", "O1"], ["--recipe", "modelzoo", "--performance"]]
+    "extra",
+    [
+        ["--amp", "--amp-dtype", "bfloat16", "--opt-level", "O1"],
+        ["--recipe", "modelzoo", "--performance"],
+        ["--subword", "40", "--bpe-dropout", "0.1"],
+    ],
+    ids=["O1", "modelzoo", "pieces"],
 )
 def test_other_precisions_recipes_and_runs_without_a_checkpoint_too(tiny_corpus, tmp_path, no_launcher, capsys, extra):
     own = ["--data-dir", str(tiny_corpus), "--ckptpath", str(tmp_path / "model")]

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 from nmt import checkpoint, keeping
-from nmt.storage import lock_path, locked
+from nmt.storage import PARTIAL, lock_path, locked
 
 import pytest
 from conftest import refused
@@ -188,3 +188,16 @@ def test_what_a_link_leads_to_is_moved_and_the_link_stays(tmp_path):
     assert link.is_symlink() and not base.exists()
     link.unlink()
     assert standing(base) == {"model.previous 1": ALL}
+
+
+def test_what_a_living_run_writes_where_an_earlier_one_is_kept_is_not_cleared(tmp_path):
+    """A run that goes on from `model.previous.state` writes there while a new run begins at `model`."""
+    base = tmp_path / "model"
+    kept = keeping.previous_of(base)
+    half_written = Path(f"{kept}.state{PARTIAL}1")
+    half_written.touch()
+    with locked(lock_path(kept), None):
+        keeping.finish_all(base)
+        assert half_written.exists()
+    keeping.finish_all(base)
+    assert not half_written.exists()

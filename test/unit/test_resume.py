@@ -1,6 +1,7 @@
 """A run that is stopped and goes on is the run that was never stopped, bit for bit."""
 
 import copy
+import json
 import multiprocessing
 import os
 import random
@@ -179,7 +180,10 @@ def test_a_file_that_is_newer_than_the_state_counts_as_the_best_epoch(record, ti
     assert record(tiny_corpus, path, "--resume", "auto", stop_at=STEPS + 1) == 143
     resume.state_path(path).write_bytes(state)
     assert record(tiny_corpus, path, "--resume", "auto") == 0
-    assert max(record.hashes) == 2 and "ends early" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert max(record.hashes) == 2 and "ends early" not in out and out.count("saved: ") == 1
+    entries = [json.loads(line) for line in path.with_name("model.metrics.jsonl").read_text().splitlines()]
+    assert [entry["is_best"] for entry in entries if entry["kind"] == "validation"][0], "as when it was saved"
 
 
 PARTS = [
