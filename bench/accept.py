@@ -295,7 +295,7 @@ def sentence(row: Accepted) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Which BLEU to accept from a device.", allow_abbrev=False)
-    parser.add_argument("--data", choices=DATA)
+    parser.add_argument("--data", choices=DATA, type=str.lower)
     parser.add_argument("--recipe", choices=RECIPES)
     parser.add_argument("--precision", help="as the log's first line says it, such as bfloat16/O2")
     parser.add_argument("--bleu", type=float, help="BLEU to judge, of the line `Final Train Accuracy`")

@@ -17,6 +17,11 @@ fail() { # message; a usage error
     exit 2
 }
 
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    printf '%s\n' "$usage"
+    exit 0
+fi
+
 before=()
 while (($#)) && [[ $1 != -- ]]; do
     before+=("$1")

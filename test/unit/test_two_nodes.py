@@ -164,7 +164,9 @@ def test_the_commands_of_the_page_are_taken_and_its_count_is_the_models():
     parsed = run.parse_args(by_torchrun[1:])
     assert (parsed.nnodes, parsed.nproc_per_node, parsed.max_restarts) == ("2", "8", 3)
     assert parsed.training_script == "train_8p.py"
-    commands = [line[2:] for line in lines if line[:2] == ["python3", "train_8p.py"]] + [parsed.training_script_args]
+    commands = [line[2:] for line in lines if line[:2] == [".venv/bin/python", "train_8p.py"]] + [
+        parsed.training_script_args
+    ]
     settings = [vars(train_8p.build_parser().parse_args(words)) for words in commands]
     assert [(each["world_size"], each["rank"], each["resume"]) for each in settings] == [
         (2, 0, None),
