@@ -425,7 +425,10 @@ def main(argv: list[str]) -> None:
     writes = world.is_main and not settings.performance
     if world.is_main:
         record.prepare({flags.flag_of(name): getattr(settings, name) for name in checkpoint.OF_ITS_FOLDERS})
-    with checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext():
+    with (
+        checkpoint.claimed(settings.ckptpath) if writes else contextlib.nullcontext(),
+        record.claimed(settings.record if world.is_main else None),
+    ):
         run(settings, mixed, plan, given, typed)
 
 
@@ -594,7 +597,7 @@ def write_config(settings: Settings, lines: list[str]) -> None:
     Raises:
         UserError: io.
     """
-    path = Path(f"{real(settings.ckptpath)}.toml")
+    path = Path(f"{real(settings.ckptpath)}{keeping.CONFIG}")
     try:
         with replacing(path) as file:
             file.write("".join(f"{line}\n" for line in lines).encode())

@@ -20,7 +20,7 @@ from typing import Any
 
 from nmt import flags, keeping, sealed
 from nmt.errors import UserError, first_line
-from nmt.storage import InUse, Log, lock_path, locked, probe
+from nmt.storage import Log, lock_path, probe
 from nmt.text import subwords
 from nmt.text.vocabulary import SPECIALS, Vocabulary
 
@@ -260,19 +260,7 @@ def claimed(path: str | Path) -> Iterator[None]:
     """
     check_writable(path)
     path = followed(Path(path))
-    lock = lock_path(path)
-    with contextlib.ExitStack() as held:
-        try:
-            file = held.enter_context(locked(lock, None))
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n".encode())
-            file.flush()
-        except InUse as error:
-            todo = "wait for it to end, or give --ckptpath another file"
-            raise UserError("io", f"in use by pid {error}", str(path), todo) from error
-        except OSError as error:
-            todo = "remove that file if no run uses it, or give --ckptpath a file elsewhere"
-            raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
+    with keeping.held(lock_path(path), path, "--ckptpath"):
         try:
             keeping.finish_all(path)
             probe(Path(f"{path}{keeping.LONGEST}"))

@@ -13,16 +13,55 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nmt.errors import UserError
-from nmt.storage import InUse, Log, clear_partial, clear_unless_in_use, lock_path, locked, real, replacing, sync_folder
+from nmt.storage import (
+    STATE_SUFFIX,
+    InUse,
+    Log,
+    clear_partial,
+    clear_unless_in_use,
+    lock_path,
+    locked,
+    real,
+    replacing,
+    sync_folder,
+)
 
 # What a run leaves, behind the name of its best model. The state moves first: who finds it finds the rest too.
-SUFFIXES = (".state", "", ".toml", ".metrics.jsonl", ".curves.png")
+CONFIG, METRICS, CURVES = ".toml", ".metrics.jsonl", ".curves.png"
+SUFFIXES = (STATE_SUFFIX, "", CONFIG, METRICS, CURVES)
 PREVIOUS = ".previous"
-LONGEST = f"{PREVIOUS}.metrics.jsonl"  # behind the name, of what may be written there
+LONGEST = f"{PREVIOUS}{METRICS}"  # behind the name, of what may be written there
+
+
+@contextlib.contextmanager
+def held(lock: Path, where: str | Path, flag: str) -> Iterator[None]:
+    """Keeps a place for this process while the body runs. The lock file names it, and goes with it.
+
+    Args:
+        lock: the lock file.
+        where: the place, for errors.
+        flag: that names the place.
+
+    Raises:
+        UserError: io, another process has it, or it cannot be locked.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(locked(lock, None))
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n".encode())
+            file.flush()
+        except InUse as error:
+            todo = f"wait for it to end, or give {flag} another place"
+            raise UserError("io", f"in use by pid {error}", str(where), todo) from error
+        except OSError as error:
+            todo = f"remove that file if no run uses it, or give {flag} another place"
+            raise UserError("io", f"cannot lock: {error.strerror}", str(lock), todo) from error
+        yield
 
 
 def previous_of(base: str | Path) -> Path:

@@ -30,8 +30,6 @@ from nmt.errors import UserError, not_installed
 from nmt.log import StepLine
 from nmt.storage import Log, probe, real, replacing
 
-METRICS_SUFFIX = ".metrics.jsonl"  # behind the name of a run's best model
-CURVES_SUFFIX = ".curves.png"
 METRICS, CURVES = "metrics.jsonl", "curves.png"  # in a folder of --record
 OF_THE_PLACE = ("kind", "time", "epoch", "step", "steps_done", "epoch_step", "epoch_steps", "is_best", "beam_size")
 
@@ -48,12 +46,12 @@ def metrics_paths(ckptpath: str | None, folder: str | None) -> list[Path]:
         ckptpath: its best model. None: it has none.
         folder: of --record. None: there is none.
     """
-    return _paths(ckptpath, METRICS_SUFFIX, folder, METRICS)
+    return _paths(ckptpath, keeping.METRICS, folder, METRICS)
 
 
 def curves_paths(ckptpath: str | None, folder: str | None) -> list[Path]:
     """The pictures that a run draws at its end. The arguments are those of `metrics_paths`."""
-    return _paths(ckptpath, CURVES_SUFFIX, folder, CURVES)
+    return _paths(ckptpath, keeping.CURVES, folder, CURVES)
 
 
 def _paths(ckptpath: str | None, suffix: str, folder: str | None, name: str) -> list[Path]:
@@ -81,6 +79,20 @@ def prepare(folders: dict[str, str | None]) -> None:
         except (OSError, ValueError) as error:
             what = f"cannot write into the folder: {getattr(error, 'strerror', None) or error}"
             raise UserError("io", what, f"{flag} {folder}", f"give {flag} a folder that you may write") from error
+
+
+@contextlib.contextmanager
+def claimed(folder: str | None) -> Iterator[None]:
+    """Keeps the folder of --record for one run at a time. None: there is none.
+
+    Raises:
+        UserError: io, another run writes there, or it cannot be locked.
+    """
+    if folder is None:
+        yield
+        return
+    with keeping.held(Path(folder) / ".lock", folder, "--record"):
+        yield
 
 
 def make_room(folder: str, run: str | None, log: Log, *, overwrites: bool) -> None:
@@ -334,7 +346,12 @@ def add_scores(paths: Sequence[Path], board: str | None, figures: Entry, log: Lo
         log: takes warnings.
     """
     steps = [entry["step"] for entry in read(paths[0]) if entry.get("kind") == "epoch"]
-    files = [MetricsFile(path, log) for path in paths]
+    files = []
+    for path in paths:
+        try:
+            files.append(MetricsFile(path, log))
+        except UserError as error:  # the score is printed, and the model is whole
+            log(f"warning: {error.args[1]}: {path}")
     record = Record(files, Board(Path(board), ["test"], 0, log) if board is not None else None)
     record.add("test", max(steps, default=0), figures)
     record.close()

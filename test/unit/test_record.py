@@ -8,7 +8,7 @@ import sys
 
 import train_8p
 from bench import logs
-from nmt import curves, profiling, record, resume
+from nmt import curves, keeping, profiling, record, resume
 from nmt.errors import run_main
 
 import pytest
@@ -395,4 +395,22 @@ def test_a_file_that_is_torn_in_the_middle_counts_up_to_there(tmp_path):
     path.write_text('{"kind": "run"}\n{"kind": "step", "st\n{"kind": "step"}\n')
     assert record.read(path) == [{"kind": "run"}]
     assert record.read(tmp_path / "none") == []
-    assert resume.SUFFIX not in record.METRICS_SUFFIX
+    assert resume.SUFFIX not in keeping.METRICS
+
+
+def test_the_folder_of_a_living_run_is_not_taken(tiny_corpus, tmp_path, capsys):
+    arguments = [*SMALL, "--data-dir", str(tiny_corpus), "--performance", "--record", str(tmp_path / "shared")]
+    (tmp_path / "shared").mkdir()
+    with record.claimed(str(tmp_path / "shared")):
+        assert run_main(train_8p.main, arguments) == 5
+    assert capsys.readouterr().err == (
+        f"error[io]: in use by pid {os.getpid()}; {tmp_path}/shared; "
+        "wait for it to end, or give --record another place\n"
+    )
+
+
+def test_scores_that_cannot_be_recorded_are_a_warning(tmp_path):
+    lines = []
+    record.add_scores([tmp_path / "gone" / "metrics.jsonl"], None, {"bleu": 1.0}, lines.append)
+    (line,) = lines
+    assert line.startswith("warning: cannot write the figures of the run: ")
