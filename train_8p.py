@@ -518,15 +518,18 @@ def run(
         run_rank(world, settings, mixed, given, corpus)
     if not world.is_main:
         return
-    if not settings.performance:
+    last_lines: list[str] = []
+    if settings.performance:
+        draw_curves(settings, last_lines.append)
+    else:
         with telling_what_is_left(settings.ckptpath):
             score_the_best(settings, plan, corpus)
+            draw_curves(settings, last_lines.append)
+            resume.state_path(settings.ckptpath).unlink(missing_ok=True)  # only a run that is not complete needs it
+        last_lines.append(f"to translate: {translate_command(settings.ckptpath)}")
         say(f"done: {time.monotonic() - start:.0f} s")
-    draw_curves(settings)
-    if not settings.performance:
-        say(f"to translate: {translate_command(settings.ckptpath)}")
-    for line in own_config:
-        say(config.PREFIX + line)
+    for line in (*last_lines, *(config.PREFIX + line for line in own_config)):
+        say(line)
 
 
 def score_the_best(settings: Settings, plan: distributed.Plan, corpus: data.Corpus) -> None:
@@ -537,7 +540,6 @@ def score_the_best(settings: Settings, plan: distributed.Plan, corpus: data.Corp
         say("note: BLEU was 0 on the validation pairs in every epoch: the best epoch is the one of the lowest loss")
     figures = score(settings, plan, path, saved, scoring.restore(saved, path), corpus)
     record.add_scores(metrics_paths(settings), settings.tensorboard, figures, say)
-    resume.state_path(path).unlink(missing_ok=True)  # only a run that is not complete needs it
 
 
 def metrics_paths(settings: Settings) -> list[Path]:
@@ -545,11 +547,11 @@ def metrics_paths(settings: Settings) -> list[Path]:
     return record.metrics_paths(None if settings.performance else settings.ckptpath, settings.record)
 
 
-def draw_curves(settings: Settings) -> None:
-    """Draws a run that has ended, if it has a place for that."""
+def draw_curves(settings: Settings, log: Callable[[str], object]) -> None:
+    """Draws a run that has ended, if it has a place for that, and tells `log`."""
     pictures = record.curves_paths(None if settings.performance else settings.ckptpath, settings.record)
     if pictures:
-        curves.draw_run(metrics_paths(settings)[0], pictures, say)
+        curves.draw_run(metrics_paths(settings)[0], pictures, log)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,12 @@ def finish(axes: "Axes", title: str, unit: str, **about: Any) -> None:
         axes.legend(fontsize="small")
     values = [float(value) for line in lines for value in np.asarray(line.get_ydata())]
     if unit == "perplexity" and values and max(values) > MOST_OF_A_SCALE * min(values):
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw(entries: list[Entry], figure: "Figure") -> None:

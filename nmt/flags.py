@@ -8,6 +8,7 @@ after its own.
 
 import argparse
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
@@ -43,7 +44,12 @@ class StrictParser(argparse.ArgumentParser):
         self.file_flag, self._read_file = file_flag, read_file
 
     def error(self, message: str):
-        raise UserError("usage", message, f"the command line of {self.prog}", f"see {self.prog} --help")
+        todo = f"see {self.prog} --help"
+        if found := re.search(r"^unrecognized arguments: (--[\w-]+)", message):
+            names = [name for name in self._option_string_actions if name.startswith("--")]
+            for near in difflib.get_close_matches(found[1], names, 1, 0.75):
+                todo = f"did you mean {near}? {todo}"
+        raise UserError("usage", message, f"the command line of {self.prog}", todo)
 
     def parse_args(self, args: list[str]) -> argparse.Namespace:  # type: ignore[override]  # takes less than argparse's
         """Parses `args`. Flags after a lone `--` override those before it. Flags override a file on their side of it.

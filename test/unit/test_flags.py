@@ -224,3 +224,8 @@ def test_repeated_flags_behind_a_lone_hyphen_override_those_before_it():
     assert parse("--names=a", "--names=b", "--", "--names=c", "--names=d") == ["c", "d"]
     assert parse("--names=a", "--names=b", "--", "--number=1") == ["a", "b"]
     assert parse("--", "--names=c") == ["c"]
+
+
+def test_a_slip_of_the_pen_gets_the_flag_that_was_meant():
+    assert "did you mean --val-split? see " in refused("usage", parse, "--val-splt=100")
+    assert "did you mean" not in refused("usage", parse, "--nothing-like-it")

@@ -17,7 +17,7 @@ import nmt.log
 import scoring
 import train_8p
 from bench import logs
-from nmt import checkpoint, devices, distributed, precision, resume, shortlist
+from nmt import checkpoint, curves, devices, distributed, precision, resume, shortlist
 from nmt.distributed import World
 from nmt.errors import run_main
 from nmt.search import beam_search
@@ -289,14 +289,14 @@ def test_the_final_score_stands_once_and_says_what_it_compares_with(trained):
     assert end[0].startswith("note: BLEU score is torchtext's, to compare with the ModelZoo.")
 
 
-def test_ctrl_c_in_the_final_score_says_what_is_kept(tiny_corpus, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("place", [(scoring, "report"), (curves, "draw_run")], ids=lambda place: place[1])
+def test_ctrl_c_in_the_final_score_says_what_is_kept(tiny_corpus, tmp_path, capsys, monkeypatch, place):
     """It was told as if all were lost."""
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
-        yield
 
-    monkeypatch.setattr(scoring, "report", interrupted)
+    monkeypatch.setattr(*place, interrupted)
     path = tmp_path / "model"
     flags = ["--data-dir", str(tiny_corpus), "--ckptpath", str(path), "-b", "16", "--epochs", "1"]
     code, _, err = run(*flags, capsys=capsys)
