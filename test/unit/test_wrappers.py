@@ -87,7 +87,8 @@ class Repo:
         self.home.mkdir()
         for script in [*SCRIPTS, *WRAPPERS, "result.py"]:
             shutil.copy(ROOT / "test" / script, self.path / "test")
-        (self.path / "nmt").symlink_to(ROOT / "nmt")  # result.py stands on it
+        for package in ("nmt", "bench"):
+            (self.path / package).symlink_to(ROOT / package)  # result.py stands on them
         (self.path / "train_8p.py").write_text(STAND_IN)
 
     def environment(self, behaviour, changes):
@@ -1368,14 +1369,16 @@ def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo)
 
 
 def test_a_step_that_was_done_twice_has_one_loss(repo):
-    line = "[cpu id: 0 ] Epoch: [0][ {}/3]\tTime  0.1 ( 0.1)\tData  0.0 ( 0.0)\tLoss {} (7.0)\n"
+    line = (
+        "[cpu id: 0 ] Epoch: [0][ {}/3]\tTime  0.100 ( 0.100)\tData  0.000 ( 0.000)\tLoss {}000e+00 (7.0000e+00)\n"
+    )
     first = line.format(1, "3.0") + line.format(2, "2.0")
     second = "run: processes=1 batch=8\n" + line.format(2, "2.5") + line.format(3, "1.0")
     texts = first + "|" + second + "* FPS@all 10.0\nBLEU score = 1.0"
     done, _ = run_starts(repo, "train_full_1p.sh", "--restarts=1", starts="6,0", texts=texts)
     assert done.returncode == 0, done.stderr
     (losses,) = repo.output().glob("*_loss.txt")
-    assert losses.read_text().split() == ["3.0", "2.5", "1.0"]
+    assert losses.read_text().split() == ["3.0000e+00", "2.5000e+00", "1.0000e+00"]
 
 
 @pytest.mark.parametrize("value", ["-1", "x", "1.5", "99999", "1 "])
