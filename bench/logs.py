@@ -1,7 +1,7 @@
 """Reads logs: the lines of `train_8p.py`, and the tables and figures of the benchmarks.
 
-All patterns of log lines stand here. The benchmarks, the documents' tables, the wrappers and the tests use them. Nothing
-here needs a package.
+All patterns of log lines stand here. The benchmarks, the documents' tables, the wrappers and the tests use them.
+Nothing here needs a package.
 """
 
 import re

@@ -163,7 +163,9 @@ def begin(paths: Sequence[Path], run: str, about: Entry, step: int, log: Log) ->
     Raises:
         UserError: io, a file cannot be written.
     """
-    own = [[*before(entries, step)] for entries in map(jsonlines.read, paths) if entries and entries[0].get("run") == run]
+    own = [
+        [*before(entries, step)] for entries in map(jsonlines.read, paths) if entries and entries[0].get("run") == run
+    ]
     kept = max(own, key=len, default=[])
     if kept:
         kept.append({"kind": "resumed", "time": now(), "steps_done": step})

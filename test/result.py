@@ -1,6 +1,7 @@
 """What a wrapper does with the log of a run that has ended well: its result files, and the last lines on the screen.
 
-    python3 test/result.py --kind=full --ranks=1 --network=NAME --seconds=321 --log=LOG --output=DIR --folder=DIR/RUN
+    python3 test/result.py --kind=full --ranks=1 --network=NAME --seconds=321 --log=LOG --output=DIR --folder=DIR/RUN \
+        --record=DIR/RUN
 
 The files stand in the run's own folder, and in the output folder under the names that other tools read.
 """
@@ -75,12 +76,13 @@ def main(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("network", "log", "output", "folder"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--record", required=True, help="the folder of metrics.jsonl")
     parser.add_argument("--accept", type=Decimal, help="the lowest BLEU that is a success")
     told = parser.parse_args(argv)
     run = RunLog(Path(told.log).read_text(encoding="utf-8", errors="surrogateescape"))
     values = results(run, told.kind, told.ranks, told.network, told.seconds, told.log)
     try:
-        write(run, values, Path(told.output), Path(told.folder))
+        write(run, values, Path(told.output), Path(told.folder), Path(told.record) / "metrics.jsonl")
     except OSError as error:
         what = f"cannot write the results: {error.strerror}"
         raise UserError("io", what, str(error.filename or told.output), "is the disk full?") from error
@@ -171,15 +173,21 @@ def as_json(values: dict[str, str], epochs: list[Entry]) -> str:
     return json.dumps(jsonlines.finite(content), indent=2, allow_nan=False) + "\n"
 
 
-def write(run: RunLog, values: dict[str, str], output: Path, folder: Path) -> None:
-    """Writes the files into the run's folder, and has the output folder show them under their usual names."""
+def write(run: RunLog, values: dict[str, str], output: Path, folder: Path, metrics: Path) -> None:
+    """Writes the files into the run's folder, and has the output folder show them under their usual names.
+
+    Args:
+        run, values: what the log says, and what the result file says.
+        output, folder: the output folder, and the run's own.
+        metrics: the run's metrics.jsonl.
+    """
     case = values["CaseName"]
     precision = values["Precision"] if re.fullmatch("[a-z0-9]+", values["Precision"]) else UNKNOWN
     losses, result = folder / f"train_{case}_loss.txt", folder / f"{case}_{precision}.log"
     texts = {
         losses: "".join(f"{loss}\n" for loss in run.losses),
         result: "".join(f"{key} = {value}\n" for key, value in values.items()),
-        result.with_suffix(".json"): as_json(values, figures_by_epoch(folder / "metrics.jsonl")),
+        result.with_suffix(".json"): as_json(values, figures_by_epoch(metrics)),
     }
     for path, text in texts.items():
         with replacing(path) as file:

@@ -34,7 +34,12 @@ def test_a_file_that_cannot_be_read_has_no_objects(tmp_path):
 
 
 def test_an_object_is_one_line_that_is_read_again(tmp_path):
-    entry = {"text": "a\nb\u2028\ud800 \U0001f600", "loss": 1.5, "lost": math.nan, "most": (math.inf, {"least": -math.inf})}
+    entry = {
+        "text": "a\nb\u2028\ud800 \U0001f600",
+        "loss": 1.5,
+        "lost": math.nan,
+        "most": (math.inf, {"least": -math.inf}),
+    }
     line = jsonlines.as_line(entry)
     assert line.count(b"\n") == 1 and line.endswith(b"\n") and b"NaN" not in line and b"Infinity" not in line
     (tmp_path / "file.jsonl").write_bytes(line * 2)
