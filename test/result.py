@@ -170,7 +170,7 @@ def as_json(values: dict[str, str], epochs: list[Entry]) -> str:
         else:
             content[key] = int(value) if re.fullmatch("[0-9]+", value) else number(value)
     content["FiguresByEpoch"] = epochs
-    return json.dumps(jsonlines.finite(content), indent=2, allow_nan=False) + "\n"
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def write(run: RunLog, values: dict[str, str], output: Path, folder: Path, metrics: Path) -> None:

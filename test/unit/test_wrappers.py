@@ -445,7 +445,7 @@ def test_a_node_other_than_the_first_is_refused_before_anything_is_written(repo,
     assert not repo.record.exists() and not repo.output().exists()
 
 
-@pytest.mark.parametrize("rank", [["--rank", "0"], ["--rank=-1"], ["--rank", "1", "--rank=0"], ["--ranks", "1"]])
+@pytest.mark.parametrize("rank", [["--rank", "0"], ["--rank=-1"], ["--rank", "1", "--rank", "0"], ["--ranks", "1"]])
 def test_the_first_node_has_a_wrapper(repo, rank):
     assert repo.run("train_full_8p.sh", "--", "--world-size", "2", *rank).returncode == 0
     assert repo.argv()[-len(rank) :] == rank
