@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import itertools
 import json
+import multiprocessing.resource_tracker
 import os
 import platform
 import re
@@ -97,7 +98,8 @@ prepare_imports()
 import data
 from bench import accept, device_checks, logs
 from bench.device_checks import Check
-from nmt import devices, distributed, launch
+from nmt import devices, distributed, jsonlines, launch
+from nmt.checkout import commit_of
 from nmt.distributed import World
 from nmt.signals import StopRequest
 
@@ -250,7 +252,7 @@ def run_ranks(
     ]
     sizes = device_checks.TINY if settings.tiny else device_checks.SIZES[device_type]
     ranks: list[launch.Rank] = []
-    launch.multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.resource_tracker.ensure_running()
     with StopRequest(ends=False) as stop:
         try:
             for world in worlds:
@@ -261,7 +263,7 @@ def run_ranks(
             error = supervise(ranks, stop, settings.deadline)
         finally:
             launch.kill(ranks)
-    found = [findings(device_checks.record_path(folder, world.rank)) for world in worlds]
+    found = [jsonlines.read(device_checks.record_path(folder, world.rank)) for world in worlds]
     return found, None if error is None else failure_of(error, found)
 
 
@@ -285,17 +287,6 @@ def supervise(ranks: list[launch.Rank], stop: StopRequest, deadline: float) -> E
             hung = min(late, key=lambda rank: rank.counter.get() if rank.counter else 0)
             return hung.failure(f"made no progress for {hung.idle:.0f} s", launch.CHECK)
     return None
-
-
-def findings(path: Path) -> list[dict[str, Any]]:
-    """What a rank has written down. The last line of a killed one may be cut."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return found
 
 
 def failure_of(error: Exception, found: list[list[dict[str, Any]]]) -> Failure:
@@ -452,7 +443,8 @@ def training(settings: Settings, device_type: str, indices: Sequence[int], folde
             continue
         log, seconds = folder / f"train-{name}.log", time.monotonic()
         code = train(settings, device_type, indices if several else indices[:1], several, log)
-        yield row_of_training(check, log.read_text(encoding="utf-8"), code, time.monotonic() - seconds, settings)
+        text = log.read_text(encoding="utf-8", errors="replace")  # drivers and libraries print there too
+        yield row_of_training(check, text, code, time.monotonic() - seconds, settings)
         for path in folder.glob("*.pth.tar*"):
             path.unlink()
 
@@ -533,7 +525,7 @@ def machine(device_type: str, indices: Sequence[int]) -> dict[str, str]:
         "machine": f"{platform.machine()}, {devices.cores()} cores, {platform.system()} {kernel}",
         "devices": f"{len(indices)} x {device_type}: {','.join(map(str, indices))}",
         "versions": ", ".join(versions),
-        "commit": commit(),
+        "commit": commit_of(ROOT),
     }
     if device_type == "npu":
         about |= {"CANN": cann_version(), "driver": first_output("npu-smi", "info", pattern=r"Version: *(\S+)")}
@@ -552,11 +544,6 @@ def command(argv: Sequence[str]) -> str:
         if argument == "--output":
             shown[place + 1] = "DIR"
     return " ".join(["bash test/check_device.sh", *shown])
-
-
-def commit() -> str:
-    """The first digits of the checkout's commit, or "unknown"."""
-    return first_output("git", "-C", str(ROOT), "rev-parse", "--short=7", "HEAD", pattern=r"(\w+)")
 
 
 def cann_version() -> str:

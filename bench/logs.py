@@ -1,6 +1,7 @@
 """Reads logs: the lines of `train_8p.py`, and the tables and figures of the benchmarks.
 
-All patterns of log lines stand here. The benchmarks, the documents' tables and the tests use them.
+All patterns of log lines stand here. The benchmarks, the documents' tables, the wrappers and the tests use them.
+Nothing here needs a package.
 """
 
 import re
@@ -14,13 +15,15 @@ RUN = re.compile(r"^run: (?P<facts>.*)$", re.MULTILINE)
 DEVICE = re.compile(r"^device: (?P<device>.*)$", re.MULTILINE)
 FLAGS = re.compile(r"^flags: (?P<flags>.*)$", re.MULTILINE)
 CONFIG = re.compile(r"^config: (?P<line>.*)$", re.MULTILINE)
+LOSS_FIGURE = r"(?:\d\.\d{4}e[+-]\d\d|nan|inf)"
 STEP = re.compile(
     r"^\[(?P<device>\w+) id: (?P<index>\d+) \] Epoch: \[(?P<epoch>\d+)\]\[ *(?P<step>\d+)/(?P<steps>\d+)\]\t"
     r"Time +(?P<seconds>\d+\.\d{3}) \( *\d+\.\d{3}\)\tData +\d+\.\d{3} \( *\d+\.\d{3}\)\t"
-    r"Loss (?P<loss>\d\.\d{4}e[+-]\d\d) \((?P<mean_loss>\d\.\d{4}e[+-]\d\d)\)$",
+    rf"Loss (?P<loss>{LOSS_FIGURE}) \((?P<mean_loss>{LOSS_FIGURE})\)$",
     re.MULTILINE,
 )
 RATE = re.compile(r"^\* FPS@all (?P<rate>[0-9.]+)$", re.MULTILINE)
+COMPILE_TIME = re.compile(r"^\* CompileTime (?P<seconds>\S+)$", re.MULTILINE)
 VALIDATION = re.compile(
     r"^validation: epoch (?P<number>\d+)(?P<of>/\d+)?  train loss (?P<train_loss>\S+)  loss (?P<loss>\S+) "
     r"\(perplexity (?P<perplexity>\S+)\)  free-running loss (?P<free_running_loss>\S+) \(perplexity \S+\)  "

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmt.errors import first_line
-from nmt.record import Entry, read
+from nmt.jsonlines import Entry, read
 from nmt.storage import Log, replacing
 
 import numpy as np

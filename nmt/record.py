@@ -18,22 +18,18 @@ on drops that, and what it will do again. So no step stands there twice.
 
 import contextlib
 import datetime
-import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from nmt import keeping
+from nmt import jsonlines, keeping
 from nmt.errors import UserError, not_installed
+from nmt.jsonlines import Entry
 from nmt.log import StepLine
 from nmt.storage import Log, probe, real, replacing
 
 METRICS, CURVES = "metrics.jsonl", "curves.png"  # in a folder of --record
 OF_THE_PLACE = ("kind", "time", "epoch", "step", "steps_done", "epoch_step", "epoch_steps", "is_best", "beam_size")
-
-Entry = dict[str, Any]
 
 
 # ---------------------------------------------------------------- where it stands
@@ -106,52 +102,19 @@ def make_room(folder: str, run: str | None, log: Log, *, overwrites: bool) -> No
     Raises:
         UserError: io, what stands there cannot be kept.
     """
-    is_own = run is not None and [entry.get("run") for entry in read(Path(folder) / METRICS)[:1]] == [run]
+    is_own = run is not None and [entry.get("run") for entry in jsonlines.read(Path(folder) / METRICS)[:1]] == [run]
     if not is_own:
         for name in (METRICS, CURVES):
             stem, suffix = os.path.splitext(name)
             keeping.make_room(Path(folder) / stem, log, [suffix], overwrites=overwrites)
 
 
-# ---------------------------------------------------------------- JSON lines
-
-
-def finite(value: Any) -> Any:
-    """A value in which each number that is not finite is None.
-
-    >>> finite({"loss": math.nan, "bleu": [1.5, math.inf]})
-    {'loss': None, 'bleu': [1.5, None]}
-    """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: finite(inner) for name, inner in value.items()}
-    return [finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def as_line(entry: Entry) -> bytes:
-    return (json.dumps(finite(entry), allow_nan=False) + "\n").encode()
+# ---------------------------------------------------------------- metrics.jsonl
 
 
 def now() -> str:
     """The time in UTC, such as 2026-11-26T21:42:42.123Z."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def read(path: Path) -> list[Entry]:
-    """The whole lines of a metrics file. What is torn ends it. There are none without a file that can be read."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]  # behind the last end of a line nothing is whole
-    except OSError:
-        return []
-    entries = []
-    with contextlib.suppress(ValueError):
-        for line in lines:
-            entry = json.loads(line)
-            if not isinstance(entry, dict):
-                break
-            entries.append(entry)
-    return entries
 
 
 def before(entries: Iterable[Entry], step: int) -> Iterator[Entry]:
@@ -176,7 +139,7 @@ class MetricsFile:
 
     def write(self, entry: Entry) -> None:
         """Appends a line, or nothing of it."""
-        line, size = as_line(entry), self._file.tell()
+        line, size = jsonlines.as_line(entry), self._file.tell()
         try:
             while line:
                 line = line[self._file.write(line) :]
@@ -212,7 +175,9 @@ def begin(paths: Sequence[Path], run: str, about: Entry, step: int, log: Log) ->
     Raises:
         UserError: io, a file cannot be written.
     """
-    own = [[*before(entries, step)] for entries in map(read, paths) if entries and entries[0].get("run") == run]
+    own = [
+        [*before(entries, step)] for entries in map(jsonlines.read, paths) if entries and entries[0].get("run") == run
+    ]
     kept = max(own, key=len, default=[])
     if kept:
         kept.append({"kind": "resumed", "time": now(), "steps_done": step})
@@ -221,7 +186,7 @@ def begin(paths: Sequence[Path], run: str, about: Entry, step: int, log: Log) ->
     for path in paths:
         try:
             with replacing(path) as file:
-                file.writelines(map(as_line, kept))
+                file.writelines(map(jsonlines.as_line, kept))
         except OSError as error:
             raise unwritable(path, error) from error
     return [MetricsFile(path, log) for path in paths]
@@ -345,7 +310,7 @@ def add_scores(paths: Sequence[Path], board: str | None, figures: Entry, log: Lo
         figures: the scores.
         log: takes warnings.
     """
-    steps = [entry["step"] for entry in read(paths[0]) if entry.get("kind") == "epoch"]
+    steps = [entry["step"] for entry in jsonlines.read(paths[0]) if entry.get("kind") == "epoch"]
     files = []
     for path in paths:
         try:

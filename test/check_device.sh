@@ -10,16 +10,29 @@ source "$here/common.sh"
 # The program reads the arguments. The name of a conda environment is for this shell alone.
 arg_conda_name='' help_of_train=no options=() arguments=()
 while (($#)); do
-    case $1 in
-        --conda_name=* | --conda-name=*) arg_conda_name=${1#*=} ;;
+    argument=$1
+    shift
+    case $argument in
+        --conda_name=* | --conda-name=*) value=${argument#*=} ;;
         --conda_name | --conda-name)
-            if (($# < 2)); then fail 2 "error[usage]: $1 has no value; test/check_device.sh; write $1=NAME"; fi
-            arg_conda_name=$2
+            if (($# == 0)) || [[ $1 == --* ]]; then
+                fail 2 "error[usage]: $argument has no value; test/check_device.sh; write $argument=NAME"
+            fi
+            value=$1
             shift
             ;;
-        *) arguments+=("$1") ;;
+        *)
+            arguments+=("$argument")
+            continue
+            ;;
     esac
-    shift
+    if [[ -z $value ]]; then
+        fail 2 "error[usage]: --conda_name has an empty value; test/check_device.sh; give it one or leave it out"
+    fi
+    if [[ -n $arg_conda_name ]]; then
+        fail 2 "error[usage]: --conda_name is given twice, $(quoted "$arg_conda_name") and $(quoted "$value"); test/check_device.sh; leave one out"
+    fi
+    arg_conda_name=$value
 done
 
 choose_environment

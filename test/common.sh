@@ -101,14 +101,15 @@ and CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
   CASE.log                     the result, as Key = value lines; RankSize is the number of processes that ran
   runs/<UTC start>_${name%.sh}/  the same of each run, as train_N.log, train_CASE_loss.txt, CASE_<precision>.log;
                                CASE_<precision>.json, with figures by epoch; metrics.jsonl, with those of each line;
-                               curves.png, where matplotlib is installed; profile/, with --profiling=True
+                               curves.png, where matplotlib is installed; profile/, with --profiling=True;
+                               metrics.jsonl and curves.png stand in DIR instead with --record=DIR after the --
 The first three are of the last run, and are replaced when the next one begins to train. No run touches the folder of
 another. A run that fails before it trains, for a bad argument, a wrong folder or an absent device, replaces nothing.
 END
 }
 
 parse_arguments() {
-    local argument key value variable
+    local argument key value variable later='^\+?0*[1-9][0-9]*$'
     # Set here, or variables of these names in the caller's environment would count as arguments.
     arg_data_path='' arg_batch_size='' arg_learning_rate='' arg_epochs='' arg_precision_mode=''
     arg_device='' arg_device_list='' arg_recipe='' arg_conda_name='' arg_restarts='' arg_resume=''
@@ -188,6 +189,12 @@ parse_arguments() {
 
     options_of_a_restart "$@"
     help_of_train=no
+    value_of --rank "$@"
+    if [[ $value =~ $later ]]; then
+        fail 2 "error[usage]: a wrapper reports what node 0 prints, and this is node $value; --rank; start python3 $repo/train_8p.py here itself, see docs/several-machines.md"
+    fi
+    value_of --record "$@"
+    record=$value # or nothing: the run's own folder
     if (($# > 1)); then
         options+=("$@") # the lone -- is its first
         for argument in "$@"; do
@@ -244,6 +251,20 @@ check_switch() { # key, value
         '' | True | False) ;;
         *) fail 2 "error[usage]: $1 is $(quoted "$2"); test/$name; it is True or False" ;;
     esac
+}
+
+value_of() { # a flag of train_8p.py, then arguments; sets value: the last one that they give the flag, or nothing
+    local argument flag=$1 before=''
+    value=''
+    shift
+    for argument in "$@"; do
+        if [[ $before == "$flag" ]]; then
+            value=$argument
+        elif [[ $argument == "$flag="* ]]; then
+            value=${argument#*=}
+        fi
+        before=$argument
+    done
 }
 
 options_of_a_restart() { # the lone -- and what follows it, or nothing; makes again from the wrapper's options and this
@@ -337,6 +358,11 @@ prepare_output() {
         folder=${start}_$number
     done
     run_log=$folder/train_$id.log
+    earlier=$output/runs/earlier number=1 # for files that no run's folder has
+    while [[ -e $earlier ]]; do
+        number=$((number + 1))
+        earlier=$output/runs/earlier_$number
+    done
     # The log of a run that began to train stays under its name until another one does.
     if ! { mkdir -- "$folder" && : >"$run_log" && rm -f -- "$output"/*.tmp &&
         if ! began "$log"; then retire "$log" && share "$run_log" "$log"; fi; } 2>/dev/null; then
@@ -355,12 +381,23 @@ retire() { # files of the output folder, or a pattern that no file has: their ru
     local file
     for file in "$@"; do
         if [[ ! -e $file ]]; then continue; fi
-        if [[ -n $(find "$file" -links 1) ]]; then # no run has it: it is older than the runs' folders
-            mkdir -p -- "$output/runs/earlier" && mv -f -- "$file" "$output/runs/earlier" || return
-        else
+        if [[ -z $(find "$file" -links 1) ]] || has_a_run "$file"; then
             rm -f -- "$file" || return
+        else # it is older than the runs' folders
+            mkdir -p -- "$earlier" && mv -- "$file" "$earlier" || return
         fi
     done
+}
+
+has_a_run() { # file of the output folder: whether it is empty, or a file of a run begins with it: a copy of that one
+    local own base=${1##*/} size
+    if [[ ! -s $1 ]]; then return 0; fi
+    size=$(wc -c <"$1") || return
+    for own in "$output/runs"/*/"$base" "$output/runs"/*/"${base%.log}"_*.log; do
+        # A killed run's copy is shorter.
+        if [[ -f $own ]] && head -c "$((size))" -- "$own" | cmp -s - "$1"; then return 0; fi
+    done
+    return 1
 }
 
 share() { # a file of the run, a second name for it: where the disk has no hard links, a copy
@@ -506,5 +543,6 @@ wait_for() { # pid; sets status
 
 write_results() {
     "$python" "$here/result.py" "--kind=$KIND" "--ranks=$RANK_SIZE" "--network=$network" "--seconds=$seconds" \
-        "--log=$run_log" "--output=$output" "--folder=$folder" ${arg_accept_bleu:+"--accept=$arg_accept_bleu"}
+        "--log=$run_log" "--output=$output" "--folder=$folder" "--record=${record:-$folder}" \
+        ${arg_accept_bleu:+"--accept=$arg_accept_bleu"}
 }

@@ -1,6 +1,7 @@
 """What a wrapper does with the log of a run that has ended well: its result files, and the last lines on the screen.
 
-    python3 test/result.py --kind=full --ranks=1 --network=NAME --seconds=321 --log=LOG --output=DIR --folder=DIR/RUN
+    python3 test/result.py --kind=full --ranks=1 --network=NAME --seconds=321 --log=LOG --output=DIR --folder=DIR/RUN \
+        --record=DIR/RUN
 
 The files stand in the run's own folder, and in the output folder under the names that other tools read.
 """
@@ -19,16 +20,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-HERE = str(Path(__file__).resolve().parents[1])
-if HERE not in sys.path:
-    sys.path.insert(0, HERE)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from bench import logs
+from nmt import jsonlines
 from nmt.errors import UserError, discard_output, prepare_output, printable
+from nmt.jsonlines import Entry
 from nmt.storage import replacing
 
 CASES = {"full": "acc", "performance": "perf"}
 UNKNOWN = "unknown"
-STEP = re.compile(r"^\[.*\] Epoch: (?P<step>[^\t]*)\t.*\bLoss +(?P<loss>\S+)")
 NUMBER = re.compile(r"[0-9.]+([eE][+-]?[0-9]+)?")
 
 
@@ -44,23 +45,14 @@ class RunLog:
     """
 
     def __init__(self, text: str):
-        self.facts: dict[str, str] = {}
-        self.rates: list[float] = []
-        self.bleu: str | None = None
-        self.compile_time: str | None = None
-        losses: dict[str, str] = {}
-        for line in text.split("\n"):
-            if line.startswith("run: "):
-                self.facts = dict(fact.split("=", 1) for fact in line.split() if "=" in fact)
-            elif found := STEP.match(line):
-                losses[found["step"]] = found["loss"]
-            elif line.startswith("* FPS@all "):
-                self.rates.append(number(line.split()[2]) or 0.0)
-            elif line.startswith("* CompileTime ") and self.compile_time is None:
-                self.compile_time = line.split()[2]
-            elif line.startswith("BLEU score = "):
-                self.bleu = line.split()[3]
+        runs = [match.group() for match in logs.RUN.finditer(text)]
+        self.facts = logs.facts_of(runs[-1]) if runs else {}
+        losses = {step.group("epoch", "step"): step["loss"] for step in logs.STEP.finditer(text)}
         self.losses = list(losses.values())
+        self.rates = [float(match["rate"]) for match in logs.RATE.finditer(text)]
+        self.bleu = {match["name"]: match["value"] for match in logs.FINAL_SCORE.finditer(text)}.get("BLEU score")
+        first = logs.COMPILE_TIME.search(text)
+        self.compile_time = first["seconds"] if first else None
 
 
 def number(text: str) -> float | None:
@@ -84,12 +76,13 @@ def main(argv: list[str]) -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("network", "log", "output", "folder"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--record", required=True, help="the folder of metrics.jsonl")
     parser.add_argument("--accept", type=Decimal, help="the lowest BLEU that is a success")
     told = parser.parse_args(argv)
     run = RunLog(Path(told.log).read_text(encoding="utf-8", errors="surrogateescape"))
     values = results(run, told.kind, told.ranks, told.network, told.seconds, told.log)
     try:
-        write(run, values, Path(told.output), Path(told.folder))
+        write(run, values, Path(told.output), Path(told.folder), Path(told.record) / "metrics.jsonl")
     except OSError as error:
         what = f"cannot write the results: {error.strerror}"
         raise UserError("io", what, str(error.filename or told.output), "is the disk full?") from error
@@ -149,25 +142,24 @@ def results(run: RunLog, kind: str, ranks: int, network: str, seconds: int, log:
     return {key: value or UNKNOWN for key, value in values.items()}
 
 
-def figures_by_epoch(metrics: Path) -> list[dict[str, Any]]:
+def figures_by_epoch(metrics: Path) -> list[Entry]:
     """The figures of a run by epoch, from 1: what its metrics.jsonl says of each, and nothing if there is no such file.
 
-    A line that is torn is passed over. nmt/record.py says what the objects hold.
+    nmt/record.py says what the objects hold.
     """
-    epochs: dict[int, dict[str, Any]] = {}
-    for line in metrics.read_text(encoding="utf-8").split("\n") if metrics.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            entry = json.loads(line)
-            if entry["kind"] in ("epoch", "validation"):
-                figures = {name: value for name, value in entry.items() if name not in ("kind", "time")}
-                epochs.setdefault(entry["epoch"], {}).update(figures)
+    epochs: dict[int, Entry] = {}
+    for entry in jsonlines.read(metrics):
+        epoch = entry.get("epoch")
+        if entry.get("kind") in ("epoch", "validation") and isinstance(epoch, int):
+            figures = {name: value for name, value in entry.items() if name not in ("kind", "time")}
+            epochs.setdefault(epoch, {}).update(figures)
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 TEXTS = ("Network", "DeviceType", "CaseName", "Precision", "OptLevel", "Recipe", "DataFingerprint", "Commit")
 
 
-def as_json(values: dict[str, str], epochs: list[dict[str, Any]]) -> str:
+def as_json(values: dict[str, str], epochs: list[Entry]) -> str:
     """The results as JSON: numbers as numbers, what is unknown or not finite as null, and the figures by epoch."""
     content: dict[str, Any] = {}
     for key, value in values.items():
@@ -181,15 +173,21 @@ def as_json(values: dict[str, str], epochs: list[dict[str, Any]]) -> str:
     return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
-def write(run: RunLog, values: dict[str, str], output: Path, folder: Path) -> None:
-    """Writes the files into the run's folder, and has the output folder show them under their usual names."""
+def write(run: RunLog, values: dict[str, str], output: Path, folder: Path, metrics: Path) -> None:
+    """Writes the files into the run's folder, and has the output folder show them under their usual names.
+
+    Args:
+        run, values: what the log says, and what the result file says.
+        output, folder: the output folder, and the run's own.
+        metrics: the run's metrics.jsonl.
+    """
     case = values["CaseName"]
     precision = values["Precision"] if re.fullmatch("[a-z0-9]+", values["Precision"]) else UNKNOWN
     losses, result = folder / f"train_{case}_loss.txt", folder / f"{case}_{precision}.log"
     texts = {
         losses: "".join(f"{loss}\n" for loss in run.losses),
         result: "".join(f"{key} = {value}\n" for key, value in values.items()),
-        result.with_suffix(".json"): as_json(values, figures_by_epoch(folder / "metrics.jsonl")),
+        result.with_suffix(".json"): as_json(values, figures_by_epoch(metrics)),
     }
     for path, text in texts.items():
         with replacing(path) as file:

@@ -15,6 +15,7 @@ from bench import accept, check_device, device_checks, logs
 from bench.check_device import FAIL, PASS, SKIPPED, Failure, Row, Settings
 from bench.device_checks import Check
 from nmt import precision
+from nmt.checkout import commit_of
 from nmt.distributed import World
 from nmt.errors import UserError
 
@@ -85,6 +86,7 @@ def test_the_json_file_says_what_the_page_says_and_no_name_of_the_machine(on_cpu
         result["about"]["command"] == "bash test/check_device.sh --quick --tiny --device cpu --processes=1 --output DIR"
     )
     assert f"torch {torch.__version__}" in result["about"]["versions"]
+    assert result["about"]["commit"] == commit_of(REPOSITORY)
     for secret in (str(here), str(REPOSITORY), os.uname().nodename):
         assert secret not in json.dumps(result)
 
@@ -94,8 +96,12 @@ def test_the_json_file_says_what_the_page_says_and_no_name_of_the_machine(on_cpu
     [
         (["--prosesses=2"], "error[usage]: unrecognized arguments: --prosesses=2"),
         (["--conda_name"], "error[usage]: --conda_name has no value"),
+        (["--conda-name", "--quick"], "error[usage]: --conda-name has no value"),
+        (["--conda_name="], "error[usage]: --conda_name has an empty value"),
+        (["--conda-name", ""], "error[usage]: --conda_name has an empty value"),
+        (["--conda_name=a", "--conda-name", "b"], "error[usage]: --conda_name is given twice, a and b"),
     ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_flag_that_is_wrong_ends_the_script_before_it_writes(tmp_path, flags, said):
     command = ["bash", SCRIPT, f"--output={tmp_path / 'found'}", *flags]
@@ -336,12 +342,6 @@ def test_a_rank_that_never_starts_fails_the_start():
     assert of_page[ERROR.name].outcome == SKIPPED
 
 
-def test_what_a_killed_rank_wrote_last_may_be_cut(tmp_path):
-    (tmp_path / "rank-0.jsonl").write_text('{"begins": "a"}\n{"che')
-    assert check_device.findings(tmp_path / "rank-0.jsonl") == [{"begins": "a"}]
-    assert check_device.findings(tmp_path / "rank-1.jsonl") == []
-
-
 LOG = (REPOSITORY / "results" / "sample-train_full_1p-cpu.log").read_text(encoding="utf-8")
 
 
@@ -363,6 +363,18 @@ def test_a_training_that_fails_or_hangs_is_told_by_its_last_error():
     assert row.measured == "exit code 6: error[distributed]: rank 3 made no progress; process 3; go on"
     hung = check_device.row_of_training("training", "run: device=npu\n", None, 9.0, Settings())
     assert hung.measured == "it printed nothing more and was ended: run: device=npu"
+
+
+def test_foreign_bytes_in_the_log_of_a_training_cost_nothing(tmp_path, monkeypatch):
+    """A driver may print its messages in another encoding."""
+
+    def train(settings, device_type, indices, several, log):
+        log.write_bytes(b"\xb3\xff driver\n" + LOG.encode() + b"\xe4\n")
+        return 0
+
+    monkeypatch.setattr(check_device, "train", train)
+    rows = list(check_device.training(Settings(), "cpu", [0, 1], tmp_path, broken=False))
+    assert [row.outcome for row in rows] == [PASS, PASS]
 
 
 def test_a_training_that_prints_nothing_is_ended(tmp_path, monkeypatch):

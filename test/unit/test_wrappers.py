@@ -87,7 +87,8 @@ class Repo:
         self.home.mkdir()
         for script in [*SCRIPTS, *WRAPPERS, "result.py"]:
             shutil.copy(ROOT / "test" / script, self.path / "test")
-        (self.path / "nmt").symlink_to(ROOT / "nmt")  # result.py stands on it
+        for package in ("nmt", "bench"):
+            (self.path / package).symlink_to(ROOT / package)  # result.py stands on them
         (self.path / "train_8p.py").write_text(STAND_IN)
 
     def environment(self, behaviour, changes):
@@ -436,6 +437,21 @@ def test_evaluate_after_the_hyphens_is_refused_before_anything_is_replaced(repo,
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("rank", [["--rank", "1"], ["--rank=12"], ["--rank", "0", "--rank=01"]])
+def test_a_node_other_than_the_first_is_refused_before_anything_is_written(repo, wrapper, rank):
+    done = repo.run(wrapper, "--", "--world-size", "2", *rank, "--dist-url", "tcp://10.0.0.1:29500")
+    assert is_usage_error(done)
+    assert "; --rank; start python3 " in done.stderr and "docs/several-machines.md" in done.stderr
+    assert not repo.record.exists() and not repo.output().exists()
+
+
+@pytest.mark.parametrize("rank", [["--rank", "0"], ["--rank=-1"], ["--rank", "1", "--rank", "0"], ["--ranks", "1"]])
+def test_the_first_node_has_a_wrapper(repo, rank):
+    assert repo.run("train_full_8p.sh", "--", "--world-size", "2", *rank).returncode == 0
+    assert repo.argv()[-len(rank) :] == rank
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_performance_run_is_refused_where_a_score_is_wanted(repo, wrapper):
     done = repo.run(wrapper, "--", "--performance")
     assert is_usage_error(done) == ("full" in wrapper)
@@ -537,6 +553,15 @@ def test_it_runs_from_anywhere_in_the_callers_folder(repo, tmp_path, folder):
     assert record["cwd"] == str(cwd)
     assert record["script"] == str(repo.path / "train_8p.py")
     assert (repo.output() / "train_0.log").exists()
+
+
+def test_what_the_results_stand_on_is_the_repositorys_own_whatever_the_path_says(repo, tmp_path):
+    for package in ("bench", "nmt"):
+        (tmp_path / "foreign" / package).mkdir(parents=True)
+        (tmp_path / "foreign" / package / "__init__.py").write_text("raise SystemExit('a foreign package')")
+    path = f"{tmp_path / 'foreign'}:{repo.path}"
+    done = repo.run("train_full_1p.sh", cwd=tmp_path / "foreign", PYTHONPATH=path, PYTHONSAFEPATH="1")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # The interpreter and the environment
@@ -764,6 +789,17 @@ def test_a_tool_that_greps_as_the_modelzoos_do_reads_the_output(repo, wrapper):
     assert (read["TrainingTime"], read["Time of the log"]) == ("2048.00", "0.54")
 
 
+@pytest.mark.parametrize("record", [["--record", "a folder"], ["--record=x", "--record=a folder"]])
+def test_the_figures_by_epoch_are_those_of_the_users_own_folder(repo, record):
+    """It is relative to the caller's folder, and the last one counts."""
+    behaviour = printing(canned_log("300.000")) + METRICS.replace('sys.argv[1].removeprefix("--record=")', '"a folder"')
+    (repo.home / "a folder").mkdir()
+    done = repo.run("train_full_1p.sh", "--", *record, behaviour=behaviour)
+    assert (done.returncode, done.stderr) == (0, "")
+    (path,) = repo.runs()[0].glob("*.json")
+    assert [figures["epoch"] for figures in json.loads(path.read_text())["FiguresByEpoch"]] == [1, 2]
+
+
 def check_folder(folder, repo, case, results):
     """A run's own folder: the files of the output folder, and the results as JSON."""
     names = ["train_0.log", f"train_{case}_loss.txt", f"{case}_bfloat16.log", f"{case}_bfloat16.json"]
@@ -965,15 +1001,66 @@ def test_what_an_earlier_version_left_is_kept(repo):
     assert {path.name: path.read_text() for path in earlier.iterdir()} == {name: f"run: {name}" for name in names}
 
 
-def test_a_disk_without_hard_links_gets_copies(repo, tmp_path):
+def test_what_earlier_versions_left_twice_is_kept_twice(repo):
+    for text in ("run: 1", "run: 2", "run: 3"):
+        repo.output().mkdir(parents=True, exist_ok=True)
+        for path in repo.output().glob("train_0.log"):
+            path.unlink()
+        for name in ("train_0.log", f"{NETWORK}_bs8_1p_acc.log"):
+            (repo.output() / name).write_text(text)
+        assert repo.run("train_full_1p.sh", behaviour=FAILS_IN_TRAINING).returncode == 6
+    for folder, text in (("earlier", "run: 1"), ("earlier_2", "run: 2"), ("earlier_3", "run: 3")):
+        found = contents(repo.output() / "runs" / folder)
+        assert found == dict.fromkeys(["train_0.log", f"{NETWORK}_bs8_1p_acc.log"], text.encode())
+
+
+@pytest.fixture
+def without_links(tmp_path):
+    """What changes the environment to that of a disk without hard links."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ln").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "bin" / "ln").chmod(0o755)
     refuses = 'import os\ndef refuse(*names): raise OSError(1, "no")\nos.link = refuse\n'
     (tmp_path / "sitecustomize.py").write_text(refuses)
-    changes = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(tmp_path)}
+
+
+KILLS_THE_WRAPPER = (
+    printing("run: processes=1 batch=2")
+    + """
+import time
+while open(os.environ["LOG"]).read() != "run: processes=1 batch=2\\n":
+    time.sleep(0.05)
+print("more", flush=True)
+os.kill(os.getppid(), 9)
+time.sleep(60)
+"""
+)
+
+
+def test_a_copy_of_what_a_run_has_is_dropped_and_another_file_is_kept(repo, without_links):
+    """That of a run that was killed is a copy of the log's beginning."""
+    assert repo.run("train_full_1p.sh", **without_links).returncode == 0
+    assert repo.run("train_full_1p.sh", behaviour=FAILS_BEFORE, **without_links).returncode == 3
+    killed = repo.run(
+        "train_full_1p.sh", behaviour=KILLS_THE_WRAPPER, LOG=str(repo.output() / "train_0.log"), **without_links
+    )
+    assert killed.returncode == -9
+    own = repo.runs()[-1] / "train_0.log"
+    assert eventually(lambda: own.read_text() == "run: processes=1 batch=2\nmore\n")
+    assert (repo.output() / "train_0.log").read_text() == "run: processes=1 batch=2\n"
+    assert repo.run("train_full_1p.sh", **without_links).returncode == 0
+    assert not list((repo.output() / "runs").glob("earlier*")), "each run has its own"
+    shown = repo.output() / f"{NETWORK}_bs128_1p_acc.log"
+    shown.write_text(shown.read_text() + "a note = 1\n")
+    assert repo.run("train_full_1p.sh", **without_links).returncode == 0
+    (kept,) = (repo.output() / "runs").glob("earlier*/*")
+    assert kept.name == shown.name and kept.read_text().endswith("a note = 1\n")
+
+
+def test_a_disk_without_hard_links_gets_copies(repo, without_links):
     for _ in range(2):
-        assert repo.run("train_full_1p.sh", **changes).returncode == 0
+        assert repo.run("train_full_1p.sh", **without_links).returncode == 0
     case = f"{NETWORK}_bs128_1p_acc"
     assert sorted(repo.files()) == sorted(["train_0.log", f"train_{case}_loss.txt", f"{case}.log"])
     for name, own in (("train_0.log", "train_0.log"), (f"{case}.log", f"{case}_bfloat16.log")):
@@ -1367,15 +1454,17 @@ def test_a_restart_without_flags_of_the_users_and_one_of_a_performance_run(repo)
     assert done.returncode == 0
 
 
-def test_a_step_that_was_done_twice_has_one_loss(repo):
-    line = "[cpu id: 0 ] Epoch: [0][ {}/3]\tTime  0.1 ( 0.1)\tData  0.0 ( 0.0)\tLoss {} (7.0)\n"
-    first = line.format(1, "3.0") + line.format(2, "2.0")
-    second = "run: processes=1 batch=8\n" + line.format(2, "2.5") + line.format(3, "1.0")
+def test_a_step_that_was_done_twice_has_one_loss_even_if_it_is_no_number(repo):
+    line = "[cpu id: 0 ] Epoch: [0][ {}/3]\tTime  0.100 ( 0.100)\tData  0.000 ( 0.000)\tLoss {} (7.0000e+00)\n"
+    first = line.format(1, "3.0000e+00") + line.format(2, "2.0000e+00")
+    second = "run: processes=1 batch=8\n" + line.format(2, "2.5000e+00") + line.format(3, "nan")
     texts = first + "|" + second + "* FPS@all 10.0\nBLEU score = 1.0"
     done, _ = run_starts(repo, "train_full_1p.sh", "--restarts=1", starts="6,0", texts=texts)
     assert done.returncode == 0, done.stderr
     (losses,) = repo.output().glob("*_loss.txt")
-    assert losses.read_text().split() == ["3.0", "2.5", "1.0"]
+    assert losses.read_text().split() == ["3.0000e+00", "2.5000e+00", "nan"]
+    (result,) = repo.runs()[0].glob("*.json")
+    assert json.loads(result.read_text())["ActualLoss"] is None
 
 
 @pytest.mark.parametrize("value", ["-1", "x", "1.5", "99999", "1 "])
