@@ -42,6 +42,7 @@ class RunLog:
         rates: pairs a second, one for each line `* FPS@all`.
         bleu: of the last line `BLEU score`, or None.
         compile_time: seconds of the first two steps, as they stand there, or None.
+        device_name: of the last line `device:`.
     """
 
     def __init__(self, text: str):
@@ -51,6 +52,7 @@ class RunLog:
         self.losses = list(losses.values())
         self.rates = [float(match["rate"]) for match in logs.RATE.finditer(text)]
         self.bleu = {match["name"]: match["value"] for match in logs.FINAL_SCORE.finditer(text)}.get("BLEU score")
+        self.device_name = ([match["device"] for match in logs.DEVICE.finditer(text)] or [""])[-1]
         first = logs.COMPILE_TIME.search(text)
         self.compile_time = first["seconds"] if first else None
 
@@ -137,8 +139,9 @@ def results(run: RunLog, kind: str, ranks: int, network: str, seconds: int, log:
         values["TrainAccuracy"] = str(run.bleu)
     values["E2ETrainingTime"] = str(seconds)
     values |= {"CompileTime": run.compile_time or UNKNOWN, "Precision": precision, "OptLevel": level}
-    facts = {"Recipe": "recipe", "Seed": "seed", "Epochs": "epochs", "DataFingerprint": "data", "Commit": "commit"}
+    facts = {"Device": "device", "Recipe": "recipe", "Seed": "seed", "Epochs": "epochs", "DataFingerprint": "data", "Commit": "commit"}
     values |= {key: run.facts.get(fact, "") for key, fact in facts.items()}
+    values["DeviceName"] = run.device_name
     return {key: value or UNKNOWN for key, value in values.items()}
 
 
@@ -156,7 +159,9 @@ def figures_by_epoch(metrics: Path) -> list[Entry]:
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-TEXTS = ("Network", "DeviceType", "CaseName", "Precision", "OptLevel", "Recipe", "DataFingerprint", "Commit")
+TEXTS = ("Network", "DeviceType", "CaseName", "Precision", "OptLevel", "Device", "DeviceName", "Recipe")
+TEXTS += ("DataFingerprint", "Commit")
+
 
 
 def as_json(values: dict[str, str], epochs: list[Entry]) -> str:

@@ -50,7 +50,7 @@ def canned_log(*fps, batch=128, processes=1, bleu="28.0046", precision="bfloat16
         f"run: device=cpu processes={processes} nodes=1 batch={batch} batch_per_device=99 precision={precision} "
         "recipe=tuned seed=1234 epochs=4 data=0123456789ab commit=0123abc torch=2.13.0"
     )
-    lines.append("* CompileTime 0.541")
+    lines += ["device: x86_64 CPU, 2 cores", "* CompileTime 0.541"]
     for epoch, value in enumerate(fps):
         for step, loss in ((10, f"{9 - epoch}.2500e+00"), (20, f"{9 - epoch}.1250e+00")):
             lines.append(
@@ -756,8 +756,9 @@ def test_a_run_writes_every_result_and_prints_them_last(repo, wrapper):
     }
     if full:
         expected["TrainAccuracy"] = "28.0046"
-    expected |= {"CompileTime": "0.541", "Precision": "bfloat16", "OptLevel": "O2", "Recipe": "tuned", "Seed": "1234"}
-    expected |= {"Epochs": "4", "DataFingerprint": "0123456789ab", "Commit": "0123abc"}
+    expected |= {"CompileTime": "0.541", "Precision": "bfloat16", "OptLevel": "O2", "Device": "cpu", "Recipe": "tuned"}
+    expected |= {"Seed": "1234", "Epochs": "4", "DataFingerprint": "0123456789ab", "Commit": "0123abc"}
+    expected |= {"DeviceName": "x86_64 CPU, 2 cores"}
     assert list(results.items()) == list(expected.items()), "the ModelZoo's keys come first"
 
     losses = "9.2500e+00 9.1250e+00 8.2500e+00 8.1250e+00 7.2500e+00 7.1250e+00 6.2500e+00 6.1250e+00"
@@ -1552,7 +1553,8 @@ def real(tmp_path):
     shutil.rmtree(output, ignore_errors=True)
 
 
-NEW_KEYS = ["CompileTime", "Precision", "OptLevel", "Recipe", "Seed", "Epochs", "DataFingerprint", "Commit"]
+NEW_KEYS = ["CompileTime", "Precision", "OptLevel", "Device", "Recipe", "Seed", "Epochs", "DataFingerprint", "Commit"]
+NEW_KEYS += ["DeviceName"]
 RESULT_KEYS = ["Network", "RankSize", "BatchSize", "DeviceType", "CaseName", "ActualFPS", "TrainingTime", "ActualLoss"]
 
 
@@ -1573,6 +1575,7 @@ def check_real_run(done, output, *, ranks, kind, processes=None):
     assert 0 < float(results["CompileTime"]) < 300
     assert re.fullmatch("[0-9a-f]{12}", results["DataFingerprint"])
     assert results["Commit"] == commit_of(ROOT)
+    assert results["Device"] == "cpu" and " CPU, " in results["DeviceName"]
     folder = Path(where.removeprefix("results: "))
     content = json.loads((folder / f"{results['CaseName']}_{results['Precision']}.json").read_text())
     assert [figures["epoch"] for figures in content["FiguresByEpoch"]] == list(range(1, content["Epochs"] + 1))
