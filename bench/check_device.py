@@ -168,7 +168,7 @@ def main(argv: list[str], rows: list[Row]) -> None:
     print("\nTo report this machine, send this page and result.json:")
     for name, value in (about | {"JSON": shown(path)}).items():
         print(f"  {name + ':':<13}{printable(value)}")
-    print(f"\n{last_line(rows)}", flush=True)
+    print(f"\n{last_line(rows, f'{len(indices)} x {device_type}')}", flush=True)
 
 
 def heading(device_type: str, indices: Sequence[int], start: datetime.datetime) -> Iterable[str]:
@@ -180,15 +180,15 @@ def heading(device_type: str, indices: Sequence[int], start: datetime.datetime) 
     yield from lines_of(Row("check", "result", "measured", "expected"))
 
 
-def last_line(rows: Sequence[Row]) -> str:
-    """The verdict.
+def last_line(rows: Sequence[Row], of: str) -> str:
+    """The verdict on the devices that `of` names.
 
-    >>> last_line([Row("GRU, float32", FAIL, "error 5e-02"), Row("argmax, float32", PASS, "error 0.0e+00")])
-    'check_device: FAIL: 1 passed, 0 skipped, 1 failed; GRU, float32'
+    >>> last_line([Row("GRU, float32", FAIL, "error 5e-02"), Row("argmax, float32", PASS, "error 0.0e+00")], "2 x npu")
+    'check_device: FAIL: 2 x npu, 1 passed, 0 skipped, 1 failed; GRU, float32'
     """
     passed, skipped, failed = ([row.check for row in rows if row.outcome == name] for name in (PASS, SKIPPED, FAIL))
     counts = f"{len(passed)} passed, {len(skipped)} skipped, {len(failed)} failed"
-    return "; ".join([f"check_device: {'FAIL' if failed else 'PASS'}: {counts}", *failed])
+    return "; ".join([f"check_device: {'FAIL' if failed else 'PASS'}: {of}, {counts}", *failed])
 
 
 def shown(path: Path) -> str:

@@ -103,8 +103,9 @@ and CASE is ${network}_bs<BatchSize>_${RANK_SIZE}p_$CASE:
                                CASE_<precision>.json, with figures by epoch; metrics.jsonl, with those of each line;
                                curves.png, where matplotlib is installed; profile/, with --profiling=True;
                                metrics.jsonl and curves.png stand in DIR instead with --record=DIR after the --
-The first three are of the last run, and are replaced when the next one begins to train. No run touches the folder of
-another. A run that fails before it trains, for a bad argument, a wrong folder or an absent device, replaces nothing.
+The first three are of the last run of this wrapper, and are replaced when the next one begins to train. No run touches
+the folder of another. A run that fails before it trains, for a bad argument, a wrong folder or an absent device,
+replaces nothing.
 END
 }
 

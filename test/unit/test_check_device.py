@@ -72,7 +72,7 @@ def test_a_good_cpu_passes_in_every_precision(on_cpu):
     for name in ("float32", "bfloat16 O1", "bfloat16 O2"):
         assert of_page[f"ten training steps, {name}"] == PASS
     assert of_page["all_reduce"] == of_page["training sample/ on one device"] == SKIPPED
-    assert re.fullmatch(r"check_device: PASS: \d+ passed, \d+ skipped, 0 failed", on_cpu[1].splitlines()[-1])
+    assert re.fullmatch(r"check_device: PASS: 1 x cpu, \d+ passed, \d+ skipped, 0 failed", on_cpu[1].splitlines()[-1])
 
 
 def test_the_json_file_says_what_the_page_says_and_no_name_of_the_machine(on_cpu):
@@ -196,7 +196,7 @@ def test_faults_give_exit_code_8_and_the_last_line_names_them(faulty):
     assert done.returncode == check_device.CHECK_FAILED == 8
     assert result["verdict"] == FAIL
     last = done.stdout.splitlines()[-1]
-    assert last.startswith("check_device: FAIL: ")
+    assert last.startswith("check_device: FAIL: 2 x npu, ")
     assert last.endswith("; ".join([f"{len(result['failed'])} failed", *result["failed"]]))
     assert result["failed"] == failed(done.stdout)
 
