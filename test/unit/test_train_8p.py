@@ -1357,13 +1357,3 @@ def test_a_split_that_is_too_large_is_one_line(split_run, capsys, pairs, says):
     assert (code, err.count("\n")) == (3, 1)
     assert f"--val-split {pairs} takes {2 * int(pairs)} pairs out of 80, and as many must stay for training" in err
     assert says in err
-
-
-def test_a_checkpoint_from_before_val_split_is_scored(trained, tmp_path, capsys):
-    folder, corpus, out = trained
-    saved = checkpoint.load(folder / "seq2seq-gru-model.pth.tar")
-    del saved.flags["val_split"]
-    checkpoint.save(tmp_path / "model", saved)
-    code, again, err = run("--data-dir", str(corpus), "--evaluate", str(tmp_path / "model"), capsys=capsys)
-    assert code == 0, err
-    assert logs.parse(again).final == logs.parse(out).final
