@@ -139,7 +139,14 @@ def results(run: RunLog, kind: str, ranks: int, network: str, seconds: int, log:
         values["TrainAccuracy"] = str(run.bleu)
     values["E2ETrainingTime"] = str(seconds)
     values |= {"CompileTime": run.compile_time or UNKNOWN, "Precision": precision, "OptLevel": level}
-    facts = {"Device": "device", "Recipe": "recipe", "Seed": "seed", "Epochs": "epochs", "DataFingerprint": "data", "Commit": "commit"}
+    facts = {
+        "Device": "device",
+        "Recipe": "recipe",
+        "Seed": "seed",
+        "Epochs": "epochs",
+        "DataFingerprint": "data",
+        "Commit": "commit",
+    }
     values |= {key: run.facts.get(fact, "") for key, fact in facts.items()}
     values["DeviceName"] = run.device_name
     return {key: value or UNKNOWN for key, value in values.items()}
@@ -161,7 +168,6 @@ def figures_by_epoch(metrics: Path) -> list[Entry]:
 
 TEXTS = ("Network", "DeviceType", "CaseName", "Precision", "OptLevel", "Device", "DeviceName", "Recipe")
 TEXTS += ("DataFingerprint", "Commit")
-
 
 
 def as_json(values: dict[str, str], epochs: list[Entry]) -> str:
