@@ -203,12 +203,14 @@ def test_the_plain_loop_times_each_step_but_the_first(tmp_path, monkeypatch, cap
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["pairs_per_second"] == 2  # 8 pairs in 4 seconds
 
 
+@pytest.mark.slow
 def test_training_runs(tiny_corpus, no_products, capsys):
     training.main(["--data-dir", str(tiny_corpus), "--batch-size", "8", "--plain-steps", "1", "--repetitions", "1"])
     values = figures(capsys.readouterr().out)
     assert len(values) == 7 and all(value > 0 for value in values.values())
 
 
+@pytest.mark.slow
 def test_against_runs(tiny_corpus, no_products, capsys):
     where = ["--other", str(REPOSITORY), "--data-dir", str(tiny_corpus), "--repetitions", "1"]
     small = ["--", "--hid-dim", "8", "--emb-dim", "8"]
@@ -241,6 +243,7 @@ def test_translating_runs_beside_ctranslate2(tiny_corpus, tmp_path, capsys, monk
     assert all(value > 0 for name, value in values.items() if "CTranslate2" in name)
 
 
+@pytest.mark.slow
 def test_startup_runs(tiny_corpus, capsys):
     startup.main(["--data-dir", str(tiny_corpus), "--repetitions", "1"])
     values = figures(capsys.readouterr().out)
@@ -265,6 +268,7 @@ def test_communication_runs_in_two_processes_of_which_one_prints(tiny_corpus, no
     assert len(logs.parse_measurement(done.stdout).figures) == 5
 
 
+@pytest.mark.slow
 def test_time_to_bleu_stops_at_the_first_validation_that_reaches_it(tiny_corpus, capsys):
     flags = ["--epochs", "50", "--emb-dim", "8", "--hid-dim", "8"]
     where = ["--data-dir", str(tiny_corpus)]
@@ -289,6 +293,7 @@ def test_tokenising_runs(capsys):
     assert "figure: two workers / one = " in out
 
 
+@pytest.mark.slow
 def test_a_soak_stops_a_run_that_saves_and_tells_by_how_much_it_grew(tiny_corpus, tmp_path, capsys):
     flags = ["--", "--data-dir", str(tiny_corpus), "--emb-dim=8", "--hid-dim=12", "--save-every=0.001"]
     soak.main(["--minutes", "0.25", *flags])
@@ -302,6 +307,7 @@ def test_growth_compares_the_last_third_with_the_second():
     assert set(soak.growth(rows).values()) == {8.5 - 6.0}
 
 
+@pytest.mark.slow
 def test_large_corpus_runs(capsys):
     """With a corpus of 300 pairs for the small one and of 900 for the large one."""
     large_corpus.main(["--small=300", "--large=900", "--batch-size=32", "--steps=3", "--repetitions=1"])

@@ -215,6 +215,7 @@ def test_other_precisions_recipes_and_runs_without_a_checkpoint_too(tiny_corpus,
     assert (tmp_path / "model.toml").exists() == ("--performance" not in extra)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_too_whose_batch_the_corpus_cuts(tmp_path, tiny_corpus, no_launcher):
     """63 pairs in one batch of two ranks: the file says 64, which both can share."""
     for path in tiny_corpus.glob("train.*"):

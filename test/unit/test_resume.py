@@ -8,6 +8,8 @@ import random
 import re
 import signal
 import socket
+import subprocess
+import sys
 
 import gru
 import train_8p
@@ -17,7 +19,7 @@ from nmt.errors import run_main
 import hashing
 import pytest
 import torch
-from conftest import SMALL, refused, write_corpus
+from conftest import REPOSITORY, SMALL, refused, write_corpus
 
 STEPS, EPOCHS = 8, 3  # steps of an epoch
 COMMON = [*SMALL, "--epochs", str(EPOCHS), "-p", "3", "--beam-size", "2"]
@@ -309,6 +311,18 @@ def check_ranks(size, stops, corpus, folder, *flags):
         ((_, code, _),) = run_ranks(size, corpus, path, *COMMON, *flags, stop_at=stop_at)
         assert code == 143
         assert run_ranks(size, corpus, path, *COMMON, *flags, "--resume", "auto") == quiet
+
+
+@pytest.mark.slow
+def test_patience_ends_two_ranks_together(tiny_corpus, tmp_path, no_launcher):
+    """Rank 0 alone knows the best epoch."""
+    words = [*COMMON, "--lr", "1e-30", "--patience", "1", "--data-dir", str(tiny_corpus), "--ckptpath", "model"]
+    command = [sys.executable, str(REPOSITORY / "train_8p.py"), *words]
+    command += ["--multiprocessing-distributed", "--device-list", "0,1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(EARLY) == 1 and "BLEU score = " in done.stdout
+    assert re.findall(r"^validation: epoch (\d)", done.stdout, re.M) == ["1", "2"]
 
 
 def test_two_ranks_go_on_to_the_same_weights_and_one_goes_on_with_a_note(

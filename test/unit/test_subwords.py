@@ -433,7 +433,7 @@ def test_a_run_goes_on_with_no_other_pieces(record, corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--subword", "40", "--min-freq", "2"], "--subword 40, --min-freq"),
+        (["--subword", "40", "--min-freq", "3"], "--subword 40, --min-freq"),
         (["--subword", "40", "--max-vocab", "9"], "--subword 40, --max-vocab"),
         (["--bpe-dropout", "0.1"], "give --subword too"),
         (["--bpe-dropout", "1", "--subword", "40"], "must be below 1"),

@@ -1195,7 +1195,7 @@ def test_padding_that_is_read_is_warned_of_where_no_run_has_learned(
     settings = resolved(64, "--data-dir", str(tiny_corpus), *flags)
     monkeypatch.setattr(World, "describe", lambda self: "")
     world, mixed = World(device_type=device_type), precision.Choice("O2", dtype)
-    lines = list(train_8p.description(settings, mixed, world, train_8p.load_corpus(settings)))
+    lines = list(train_8p.description(settings, mixed, world, train_8p.load_corpus(settings), {}))
     assert any(line.startswith("note: with --fixed-length 46 the encoder may never") for line in lines) == warned
 
 
