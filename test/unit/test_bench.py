@@ -164,6 +164,7 @@ def test_float32_products_are_measured_by_each_library(monkeypatch):
 # ---------------------------------------------------------------- processes
 
 
+@pytest.mark.slow
 def test_a_process_has_its_own_peak_memory_and_not_its_parents():
     program = "import time\nfor size in (0, 300_000_000): print(len(b'x' * size), flush=True); time.sleep(3)"
     peaks = [line.peak_mb for line in machine.follow([sys.executable, "-c", program])]
@@ -190,6 +191,7 @@ def test_a_line_that_never_comes_is_an_error():
 # ---------------------------------------------------------------- the scripts
 
 
+@pytest.mark.slow
 def test_the_plain_loop_runs(tmp_path):
     measured = plain.measure(steps=1, data_dir=SAMPLE, cache_dir=tmp_path, batch_size=4)
     assert measured["pairs_per_second"] > 0 and measured["peak_mb"] > 100
@@ -221,6 +223,7 @@ def test_against_runs(tiny_corpus, no_products, capsys):
     assert figures(capsys.readouterr().out)["ten epochs, this / other"] > 0
 
 
+@pytest.mark.slow
 def test_decoding_runs_and_all_agree_in_float32(tiny_corpus, no_products, capsys):
     decoding.main(["--data-dir", str(tiny_corpus), "--repetitions", "1"])
     values = figures(capsys.readouterr().out)
@@ -228,6 +231,7 @@ def test_decoding_runs_and_all_agree_in_float32(tiny_corpus, no_products, capsys
     assert values["decoding bf16 / plain fp32"] > 0
 
 
+@pytest.mark.slow
 def test_translating_runs_beside_ctranslate2(tiny_corpus, tmp_path, capsys, monkeypatch):
     pytest.importorskip("ctranslate2", reason="bench/README.md names it")
     monkeypatch.setattr(translating.os, "sched_setaffinity", lambda pid, cores: None)

@@ -128,9 +128,10 @@ def test_a_run_that_has_no_state_yet_begins_anew(record, straight, tiny_corpus, 
     assert record.hashes == hashes
 
 
-@pytest.mark.parametrize(
-    "flags", [["--recipe", "modelzoo", "--amp-dtype", "bfloat16", "--amp", "--opt-level", "O1"], OVERFLOWING]
-)
+O1 = ["--recipe", "modelzoo", "--amp-dtype", "bfloat16", "--amp", "--opt-level", "O1"]
+
+
+@pytest.mark.parametrize("flags", [OVERFLOWING, pytest.param(O1, marks=pytest.mark.slow)], ids=["O2", "O1"])
 def test_other_precisions_and_recipes_go_on_likewise(record, straight, tiny_corpus, tmp_path, capsys, flags):
     hashes, lines = straight(*flags)
     path = tmp_path / "stopped.pth"

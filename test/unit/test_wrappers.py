@@ -1630,6 +1630,7 @@ def test_a_real_full_run_ends_with_its_results_and_a_checkpoint_in_the_callers_f
 
 
 @needs_program
+@pytest.mark.slow
 def test_a_real_performance_run_ends_with_its_results_and_no_error_before_training_touches_them(real, tmp_path):
     """The user's flags win. A wrong folder and an absent device moved the last results aside."""
     arguments = ["--data_path", "corpus", "--batch_size=32", "--device=cpu"]
