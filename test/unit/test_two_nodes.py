@@ -142,7 +142,7 @@ def on_one_node(folder: Path, *flags: str) -> str:
 
 def told(log: str) -> list[str]:
     """What must not depend on the nodes: the losses, hashes of weights and optimizer, scores and translations."""
-    kept = re.findall(r"^(?:hash: |validation: |  model |test loss |greedy: |beam of |BLEU score ).*$", log, re.M)
+    kept = re.findall(r"^(?:hash: |validation: |  model |test loss |greedy: |chrF = |BLEU score ).*$", log, re.M)
     steps = re.findall(r"Epoch: (\[\d+\]\[ *\d+/\d+\])\t.*\tLoss (\S+) ", log)
     return [*kept, *map(str, steps)]
 
@@ -191,7 +191,7 @@ def test_two_nodes_train_what_two_processes_on_one_node_train(nodes, tiny_corpus
 
 def assert_same_end(log: str, quiet: str) -> None:
     """Of a run of three epochs."""
-    final = [line for line in told(quiet) if line.startswith(("hash: epoch 2", "validation: epoch 3", "BLEU", "beam"))]
+    final = [line for line in told(quiet) if line.startswith(("hash: epoch 2", "validation: epoch 3", "BLEU", "chrF"))]
     assert len(final) == 4
     assert [line for line in final if line not in told(log)] == []
 
