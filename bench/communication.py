@@ -11,6 +11,7 @@ third it says how much of the all-reduce the backward pass does not hide.
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -50,8 +51,8 @@ class Steps:
         self.criterion = world.parallel(gru.TrainingLoss(self.trainer.working_model, 0.1))
         loader = data.Loader(corpus.train, device)
         batches = data.epoch_batches(corpus.train, batch_size, seed=1, epoch=0)
-        share = [data.rank_share(batches[number], world.rank, world.size) for number in range(count)]
-        self.batches = [loader(indices) for indices in share]
+        rounds = itertools.islice(itertools.cycle(batches), count)  # a small corpus goes round again
+        self.batches = [loader(data.rank_share(indices, world.rank, world.size)) for indices in rounds]
         self.run(WARM_UP, averaged=True)
 
     def run(self, count: int | None = None, *, averaged: bool) -> float:
