@@ -501,16 +501,13 @@ def run(
             f"note: a small corpus: the batch is {settings.batch_size}, so that an epoch has about {ENOUGH_UPDATES} "
             "updates; --batch-size sets another"
         )
-    if settings.resume is not None:  # told before anything else is
-        path = Path(settings.resume)
-        resume.check_same(saved_state(path), new_state(settings, given, world, corpus), path, typed)
+    goes_on = run_that_goes_on(settings, given, world, corpus, typed)  # told before anything else is
     own_config = list(config_of(settings, plan, given))
     if world.is_main and not settings.performance:
         keep_earlier_run(settings)
         write_config(settings, own_config)
     if world.is_main and settings.record is not None:
-        run_id = None if settings.resume is None else resume.load(Path(settings.resume)).run
-        record.make_room(settings.record, run_id, say, overwrites=settings.overwrite)
+        record.make_room(settings.record, goes_on, say, overwrites=settings.overwrite)
     if plan.spawns:
         how = launch.CHECK if settings.performance else resume.HOW
         plan.spawn(run_rank, settings, mixed, given, debug=settings.debug, how_to_resume=how)
@@ -1131,6 +1128,26 @@ def saved_state(path: Path) -> resume.State:
     """The state of a run from its file. One of an earlier version gets what that version did without a setting."""
     state = resume.load(path)
     return replace(state, settings=LATER | state.settings)
+
+
+def run_that_goes_on(
+    settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus, typed: Collection[str]
+) -> str | None:
+    """The name of the run that --resume goes on with, None for a new run. Its state is not kept in memory.
+
+    Args:
+        settings, given, world, corpus: as in `new_state`.
+        typed: the flags of this command.
+
+    Raises:
+        UserError: as from `resume.load` and `resume.check_same`.
+    """
+    if settings.resume is None:
+        return None
+    path = Path(settings.resume)
+    state = saved_state(path)
+    resume.check_same(state, new_state(settings, given, world, corpus), path, typed)
+    return state.run
 
 
 def state_of_run(settings: Settings, given: dict[str, Any], world: World, corpus: data.Corpus) -> resume.State:
